@@ -1,0 +1,64 @@
+"""Train diffusion models that stay clean when their training images are not.
+
+Names are loaded on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robustdiff.baselines import InputPerturbationObjective as InputPerturbationObjective
+    from robustdiff.baselines import InvarianceObjective as InvarianceObjective
+    from robustdiff.baselines import PseudoHuberObjective as PseudoHuberObjective
+    from robustdiff.config import CorruptConfig as CorruptConfig
+    from robustdiff.config import SampleConfig as SampleConfig
+    from robustdiff.config import TrainConfig as TrainConfig
+    from robustdiff.config import UsageError as UsageError
+    from robustdiff.corruption import Corruption as Corruption
+    from robustdiff.images import ImageSet as ImageSet
+    from robustdiff.images import load_images as load_images
+    from robustdiff.networks import PointDenoiser as PointDenoiser
+    from robustdiff.networks import build_unet as build_unet
+    from robustdiff.objective import Gate as Gate
+    from robustdiff.objective import LossTerms as LossTerms
+    from robustdiff.objective import PlainObjective as PlainObjective
+    from robustdiff.objective import RobustObjective as RobustObjective
+    from robustdiff.perturbation import AdversarialPerturbation as AdversarialPerturbation
+    from robustdiff.perturbation import Perturbation as Perturbation
+    from robustdiff.perturbation import Radius as Radius
+    from robustdiff.perturbation import RandomPerturbation as RandomPerturbation
+    from robustdiff.process import NoiseProcess as NoiseProcess
+    from robustdiff.sampling import RelabelledModel as RelabelledModel
+    from robustdiff.sampling import load_pipeline as load_pipeline
+    from robustdiff.sampling import sample as sample
+    from robustdiff.training import train as train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "config": ("CorruptConfig", "SampleConfig", "TrainConfig", "UsageError"),
+    "corruption": ("Corruption",),
+    "images": ("ImageSet", "load_images"),
+    "networks": ("PointDenoiser", "build_unet"),
+    "objective": ("Gate", "LossTerms", "PlainObjective", "RobustObjective"),
+    "baselines": ("InputPerturbationObjective", "InvarianceObjective", "PseudoHuberObjective"),
+    "perturbation": ("AdversarialPerturbation", "Perturbation", "Radius", "RandomPerturbation"),
+    "process": ("NoiseProcess",),
+    "sampling": ("RelabelledModel", "load_pipeline", "sample"),
+    "training": ("train",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,88 @@
+"""The objectives that the robust one is compared with; called alike, see ``objective.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from robustdiff.objective import Noised, PlainObjective, RobustObjective, Schedule
+from robustdiff.process import Generators, draw_normal
+
+
+@dataclass(frozen=True)
+class InvarianceObjective(RobustObjective):
+    """The wrong one, for contrast: ``||eps_hat(x_t') - eps_hat(x_t)||^2``, classifier-style adversarial training.
+
+    The noise prediction is asked not to notice added noise. In a variance-exploding sampler the generated variance
+    then grows with the largest noise level without bound. Takes the settings of :class:`RobustObjective`.
+
+    Source: the contrast row of Briglia et al. (2025); the form is Zhang et al.'s (2019, TRADES) for regression.
+    """
+
+    def _penalised(self, noised: Noised, output: Tensor, perturbed: Tensor, omega: Tensor, t: Tensor) -> Tensor:
+        if self.gradient == "perturbed":
+            output = output.detach()
+        elif self.gradient == "clean":
+            perturbed = perturbed.detach()
+        return self.process.eps_shift(perturbed - output, omega, t)
+
+
+@dataclass(frozen=True)
+class InputPerturbationObjective(PlainObjective):
+    """Input perturbation: the state is built with ``eps + gamma xi``, xi ~ N(0, I), the target keeps ``eps``.
+
+    Args:
+        process: The noise process.
+        gamma: Extra noise relative to eps, >= 0 (0.1 in the source).
+
+    Source: Ning et al. (2023), "Input Perturbation Reduces Exposure Bias in Diffusion Models", Algorithm 1.
+    """
+
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if not self.gamma >= 0:
+            raise ValueError(f"InputPerturbationObjective needs gamma >= 0, got {self.gamma}")
+
+    def _noise(self, x0: Tensor, generator: Generators, t: Tensor | None, eps: Tensor | None) -> Noised:
+        noised = super()._noise(x0, generator, t, eps)
+        xi = draw_normal(x0, generator)
+        return replace(noised, x_t=self.process.add_noise(x0, noised.eps + self.gamma * xi, noised.t))
+
+
+@dataclass(frozen=True)
+class PseudoHuberObjective(PlainObjective):
+    """Pseudo-Huber denoising loss ``2 c (sqrt(e^2 + c^2) - c)`` per element, with a width c set by the noise level.
+
+    Close to ``e^2`` for errors below c and to ``2 c |e|`` above, so that outliers pull less.
+
+    Args:
+        process: The noise process.
+        width: c > 0: a number, or a function of sigma/alpha. Default: falls from 1 (no noise) to ``0.1`` (all noise) as
+            ``0.1 + 0.9 / (1 + sigma/alpha)^2``.
+
+    Differences from the source: its width falls exponentially in the step index and so changes meaning with the noise
+    schedule; ours is a function of the noise-to-signal ratio.
+
+    Source: Khrapov et al. (2024), arXiv 2403.16728.
+    """
+
+    width: float | Schedule | None = None
+
+    def __post_init__(self) -> None:
+        """Check a constant width."""
+        if isinstance(self.width, int | float) and not self.width > 0:
+            raise ValueError(f"PseudoHuberObjective needs width > 0, got {self.width}")
+
+    def _denoising(self, noised: Noised, output: Tensor) -> Tensor:
+        level = self.process.noise_to_signal(noised.t)
+        if self.width is None:
+            width = 0.1 + 0.9 / (1 + level).square()
+        else:
+            width = self.width(level) if callable(self.width) else torch.full_like(level, self.width)
+        error = (output - noised.target).flatten(1)
+        width = width.to(device=error.device, dtype=error.dtype).unsqueeze(1)
+        return (2 * width * error.square() / (torch.sqrt(error.square() + width.square()) + width)).mean(1)

@@ -1,0 +1,188 @@
+"""The ``robustdiff`` command: flags in, one line per error out; everything else is imported when it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from robustdiff import __version__
+from robustdiff.config import CorruptConfig, SampleConfig, TrainConfig, UsageError
+from robustdiff.corruption import help_text
+
+COMMANDS: dict[str, type] = {"train": TrainConfig, "sample": SampleConfig, "corrupt": CorruptConfig}
+DESCRIPTION = "Train diffusion models that stay clean when their training images are not."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 1 training failed, 2 wrong usage, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments in (["--version"], ["-V"]):
+        print(f"robustdiff {__version__}")
+        return 0
+    try:
+        config = parse(arguments)
+        if config is None:
+            return 0
+        config.validate()
+        return _run(config)
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("stopped at once; nothing since the last checkpoint was saved", 130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `robustdiff ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+            return _fail("no space left on the device: free some, or name another --output-dir, then add --resume", 2)
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return _fail(f"cannot write {error.filename}: {error.strerror}; name another output folder", 2)
+        raise
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"robustdiff: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _run(config: Any) -> int:  # noqa: ANN401 - one of COMMANDS' dataclasses
+    if isinstance(config, TrainConfig):
+        return _train(config)
+    return _sample(config) if isinstance(config, SampleConfig) else _corrupt(config)
+
+
+# -- flags -------------------------------------------------------------------------------------------
+
+
+def parse(arguments: list[str]) -> Any | None:  # noqa: ANN401 - one of COMMANDS' dataclasses
+    """The command's configuration, or None if help was asked for and printed.
+
+    Raises:
+        UsageError: One line for anything that cannot be parsed.
+    """
+    arguments = _positional_data(arguments)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS, prog="robustdiff", description=DESCRIPTION, args=arguments
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            if "corrupt" in arguments[:1]:
+                print(f"kinds of dirt, for --corrupt:\n{help_text()}")
+            return None
+    raise UsageError(_one_line(errors.getvalue(), arguments))
+
+
+def _positional_data(arguments: list[str]) -> list[str]:
+    """Accept diffusers' ``--train_data_dir DATA`` as the positional DATA."""
+    result = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") == "--train-data-dir":
+            result.append(value if equals else next(rest, ""))
+        else:
+            result.append(argument)
+    return result
+
+
+def known_flags(command: type) -> list[str]:
+    """Every flag of a command, as typed."""
+    flags = []
+    for field in dataclasses.fields(command):
+        flags.append("--" + field.name.replace("_", "-"))
+        flags += re.findall(r"['\"](--?[a-z][\w-]*)['\"]", str(field.type))
+    return flags
+
+
+def _one_line(text: str, arguments: list[str]) -> str:
+    """One sentence out of tyro's boxed message, with the nearest flag or command for a misspelt one."""
+    command = next((a for a in arguments if not a.startswith("-")), None)
+    if command not in COMMANDS:
+        if command is None:
+            return f"name a command: {', '.join(COMMANDS)} (see robustdiff --help)"
+        return f"{command!r} is no command{_nearest(command, list(COMMANDS))}; there are {', '.join(COMMANDS)}"
+    lines = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
+    message = " ".join(line for line in lines[1:] if line).strip()
+    title = lines[0] if lines else ""
+    help_hint = f" (see robustdiff {command} --help)"
+    if title.startswith("Unrecognized"):
+        flags = known_flags(COMMANDS[command])
+        known = {flag.replace("_", "-") for flag in flags} | {f.replace("--", "--no-", 1) for f in flags}
+        for argument in arguments[arguments.index(command) + 1 :]:
+            name = argument.split("=")[0].replace("_", "-")
+            if name.startswith("-") and name not in known:
+                return f"{command} has no flag {argument.split('=')[0]}{_nearest(name, flags)}{help_hint}"
+        return f"{command}: {message.split('For full helptext')[0].strip()}{help_hint}"
+    if title.startswith(("Required", "Missing")):
+        field = dataclasses.fields(COMMANDS[command])
+        needed = [re.search(r"metavar=['\"](\w+)['\"]", str(f.type)) for f in field if f.default is dataclasses.MISSING]
+        names = " ".join(match.group(1) for match in needed if match)
+        return f"{command} needs {names}{help_hint}"
+    message = re.split(r"Argument helptext|For full helptext", message)[0].strip()
+    return f"{command}: {message or title}{help_hint}"
+
+
+def _nearest(word: str, choices: list[str]) -> str:
+    found = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+# -- commands ----------------------------------------------------------------------------------------
+
+
+def _quiet_libraries() -> None:
+    """Keep diffusers' own progress bars and warnings out of the command's output; errors still come through."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _train(config: TrainConfig) -> int:
+    from robustdiff.recording import TrainingError
+    from robustdiff.training import Interrupted, train
+
+    _quiet_libraries()
+    try:
+        train(config)
+    except Interrupted as stop:
+        return _fail(str(stop), 130)
+    except TrainingError as error:
+        return _fail(str(error), 1)
+    return 0
+
+
+def _sample(config: SampleConfig) -> int:
+    from robustdiff.sampling import sample_to_files
+
+    _quiet_libraries()
+    message = sample_to_files(config)
+    if message:
+        print(message)
+    return 0
+
+
+def _corrupt(config: CorruptConfig) -> int:
+    from robustdiff.config import check_corruptions
+    from robustdiff.images import load_images, write_dirty_copy
+
+    corruptions = check_corruptions(config.corrupt)
+    images = load_images(config.source, resolution=config.resolution)
+    manifest = write_dirty_copy(images, Path(config.destination), corruptions, config.seed, overwrite=config.overwrite)
+    hit = sum(bool(image["corruptions"]) for image in manifest["images"])
+    print(f"{config.destination}: {len(images)} images, {hit} of them dirty (see manifest.json)")
+    return 0

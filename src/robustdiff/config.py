@@ -1,0 +1,355 @@
+"""One dataclass per command: every setting with its unit and default, checked before anything heavy is imported.
+
+Standard library and tyro's annotations only, so that ``robustdiff --help`` and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from robustdiff.corruption import Corruption
+
+PRESETS = ("paper", "gated", "plain")
+"""Names of complete objective settings; ``training.py`` and ``objective.py`` hold their values."""
+NETWORKS = ("tiny", "small", "medium", "base", "large")
+SCHEDULERS = ("ddim", "ddpm", "dpm", "unipc", "euler")
+
+
+OptionalText = Annotated[str | None, arg(metavar="TEXT")]
+OptionalInt = Annotated[int | None, arg(metavar="INT")]
+OptionalFloat = Annotated[float | None, arg(metavar="NUMBER")]
+
+
+class UsageError(ValueError):
+    """Something the user can mend; the message is one line that names the flag and the remedy."""
+
+
+def parse_count(text: str, flag: str) -> int:
+    """A count with an optional suffix: ``"500k"``, ``"1.5M"``, ``"20000"``.
+
+    Args:
+        text: The number; k = thousand, M = million.
+        flag: Named in the error.
+
+    Raises:
+        UsageError: If it is no positive whole number.
+    """
+    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
+    try:
+        value = float(text[:-1] if factor > 1 else text) * factor
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 1 and abs(value - round(value)) < 1e-6):
+        raise UsageError(f"{flag} {text!r} is not a positive number of images such as 20000, 500k or 1.5M")
+    return round(value)
+
+
+def parse_gate(text: str) -> tuple[float, float]:
+    """``"LOW:HIGH"`` in units of sigma/alpha, for example ``0:0.3`` or ``0.5:inf``.
+
+    Raises:
+        UsageError: If it is not two ordered numbers.
+    """
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high:
+        raise UsageError(f"--gate {text!r} is not LOW:HIGH with 0 <= LOW <= HIGH, for example --gate 0:0.3")
+    return low, high
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
+
+
+def check_corruptions(specs: tuple[str, ...]) -> tuple[Corruption, ...]:
+    """The parsed ``--corrupt`` specs.
+
+    Raises:
+        UsageError: With the flag's name, if one cannot be parsed.
+    """
+    try:
+        return tuple(Corruption.parse(spec) for spec in specs)
+    except ValueError as error:
+        raise UsageError(f"--corrupt {error}") from None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a diffusion model on a folder of images; the output folder is an ordinary diffusers pipeline.
+
+    Flag names of diffusers' train_unconditional.py work here too, with dashes or underscores.
+    """
+
+    data: Annotated[Positional[str], arg(metavar="DATA")]
+    """Folder of images (searched recursively), a .npy or .npz array, or `digits` (scikit-learn's 8 x 8 handwriting)."""
+    output_dir: OptionalText = None
+    """Run folder. Default: runs/NAME-OF-DATA."""
+    images: str = "500k"
+    """Length of training, in images seen (20000, 500k, 1.5M)."""
+    num_epochs: OptionalInt = None
+    """Length of training, in passes over the data; instead of --images."""
+    seed: int = 0
+    """Rules the order of data, the initial weights and every random draw."""
+
+    # -- data --
+    resolution: OptionalInt = None
+    """Resize the shorter side to this many pixels and crop the centre square. Default: images as they are."""
+    channels: Literal[1, 3] | None = None
+    """1 = grey, 3 = RGB. Default: grey if every image is."""
+    random_flip: bool = False
+    """Mirror each image left-right with probability 1/2."""
+    corrupt: UseAppendAction[tuple[str, ...]] = ()
+    """Dirty the training images, for experiments: KIND:NAME=VALUE,... (repeatable; kinds: see `robustdiff corrupt -h`).
+    Per image, frozen, a function of (seed, index) alone; in the [-1, 1] range, unclipped."""
+    max_bad_fraction: float = 0.01
+    """Largest share of unreadable images that is skipped rather than an error, 0 to 1."""
+
+    # -- objective --
+    preset: Literal["paper", "gated", "plain"] = "gated"
+    """Objective settings to start from; the flags of this group override single ones. gated: random perturbation at low
+    noise levels only (2 forward passes there); paper: the published adversarial settings; plain: no regulariser."""
+    objective: Literal["robust", "invariance", "input-perturbation", "pseudo-huber"] = "robust"
+    """robust: equivariance. The others are what it is compared with."""
+    perturbation: Literal["none", "random", "adversarial"] | None = None
+    """Direction of the perturbation; none is plain training. Default: the preset's."""
+    strength: OptionalFloat = None
+    """lambda, weight of the regulariser, >= 0. Default: the preset's."""
+    gate: OptionalText = None
+    """Regularise only where LOW <= sigma/alpha <= HIGH, as LOW:HIGH; `0:inf` is everywhere. Default: the preset's."""
+    radius_exponent: OptionalFloat = None
+    """Power of the noise scale in the radius of the perturbation. Default: the preset's."""
+    radius_scale: OptionalFloat = None
+    """Factor of the radius, in units of the unit-variance noise eps, >= 0. Default: the preset's."""
+    radius_floor: OptionalFloat = None
+    """Least radius, in units of eps, >= 0. Default: the preset's."""
+    radius_factor: Literal["uniform", "one"] | None = None
+    """Factor of the radius drawn per image: uniform on [0, 1], or always one. Default: the preset's."""
+    attack_steps: OptionalInt = None
+    """Steps of the adversarial perturbation, >= 1; each costs a forward and an input-gradient pass. Default: 1."""
+    attack_step_size: OptionalFloat = None
+    """Step of the adversarial perturbation, in units of the radius, > 0. Default: 1 for one step, else 2.5 / steps."""
+    inner: Literal["shift", "residual"] | None = None
+    """What the adversarial perturbation ascends. Default: shift (the paper's)."""
+    gradient: Literal["both", "perturbed", "clean"] | None = None
+    """Branch of the regulariser that trains the network. Default: both."""
+
+    # -- network and process --
+    network: Literal["tiny", "small", "medium", "base", "large"] | None = None
+    """Preset network (UNet2DModel). Default: by image size."""
+    model_config_name_or_path: OptionalText = None
+    """JSON file or folder with a UNet2DModel configuration, instead of --network."""
+    init_from: OptionalText = None
+    """Folder or hub id of a pipeline built on UNet2DModel: fine-tune it, with its own network and scheduler."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
+    """What the network predicts. Default: epsilon, or that of --init-from."""
+    ddpm_num_steps: OptionalInt = None
+    """Noise levels T of the process. Default: 1000, or those of --init-from."""
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] | None = None
+    """Noise schedule. Default: linear, or that of --init-from."""
+    rescale_betas_zero_snr: bool = False
+    """End the schedule in pure noise; needs --prediction-type v_prediction or sample."""
+
+    # -- optimisation --
+    train_batch_size: Annotated[int, arg(aliases=["--batch-size"])] = 64
+    """Images per process and forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward and backward passes per optimiser step."""
+    learning_rate: OptionalFloat = None
+    """Peak learning rate of AdamW. Default: the network's (1e-3 tiny ... 1e-4 large), 1e-4 with --init-from."""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "cosine"
+    """Learning-rate schedule, in optimiser steps, right under accumulation."""
+    lr_warmup_steps: OptionalInt = None
+    """Optimiser steps of linear warm-up. Default: 5 % of the run, at most 500."""
+    adam_beta1: float = 0.9
+    """AdamW beta1, 0 to 1."""
+    adam_beta2: float = 0.999
+    """AdamW beta2, 0 to 1."""
+    adam_weight_decay: float = 1e-6
+    """AdamW weight decay, >= 0."""
+    adam_epsilon: float = 1e-8
+    """AdamW epsilon, > 0."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this norm, > 0."""
+    use_ema: bool = True
+    """Save and sample an exponential moving average of the weights."""
+    ema_max_decay: float = 0.9999
+    """Cap of the moving average's decay per optimiser step; it warms up as (1 + step) / (10 + step)."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the network's arithmetic; images, noise and loss stay float32."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+
+    # -- run --
+    resume: bool = False
+    """Go on from the newest checkpoint in the output folder."""
+    resume_from_checkpoint: OptionalText = None
+    """Go on from this checkpoint: `latest`, or a name such as step-1000."""
+    overwrite: Annotated[bool, arg(aliases=["--overwrite-output-dir"])] = False
+    """Delete the run that the output folder holds and start anew."""
+    dry_run: bool = False
+    """Print the resolved plan and stop; writes nothing."""
+    checkpointing_steps: OptionalInt = None
+    """Optimiser steps between checkpoints and previews. Default: a tenth of the run."""
+    checkpoints_total_limit: int = 2
+    """Newest checkpoints kept, >= 1."""
+    logging_steps: int = 50
+    """Optimiser steps between lines of metrics.jsonl."""
+    preview_images: int = 16
+    """Images per preview grid; 0 = none."""
+    eval_batch_size: int = 64
+    """Images per forward pass when sampling previews."""
+    ddpm_num_inference_steps: OptionalInt = None
+    """DDIM steps of the previews; must divide the noise levels. Default: 50, or the nearest divisor below."""
+    logger: OptionalText = None
+    """Tracker for accelerate (tensorboard, wandb, ...), which must be installed. Default: metrics.jsonl only."""
+
+    def validate(self) -> None:
+        """Check everything that can be checked without looking at the data.
+
+        Raises:
+            UsageError: One line that names the flag and the remedy.
+        """
+        parse_count(self.images, "--images")
+        check_corruptions(self.corrupt)
+        counts = ("num_epochs", "resolution", "attack_steps", "ddpm_num_steps", "checkpointing_steps")
+        for name in (*counts, "ddpm_num_inference_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
+        for name in ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_batch_size"):
+            _require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        for name in ("strength", "radius_scale", "radius_floor", "lr_warmup_steps", "adam_weight_decay"):
+            value = getattr(self, name)
+            good = value is None or (math.isfinite(value) and value >= 0)
+            _require(good, f"--{name.replace('_', '-')} {value} must be a finite number, 0 or more")
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "attack_step_size"):
+            value = getattr(self, name)
+            good = value is None or (math.isfinite(value) and value > 0)
+            _require(good, f"--{name.replace('_', '-')} {value} must be a finite number above 0")
+        for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "max_bad_fraction"):
+            _require(0 <= getattr(self, name) <= 1, f"--{name.replace('_', '-')} must be between 0 and 1")
+        _require(self.checkpoints_total_limit >= 1, "--checkpoints-total-limit must be at least 1")
+        _require(self.preview_images >= 0, "--preview-images must be 0 or more")
+        _require(self.seed >= 0, "--seed must be 0 or more")
+        _require(not (self.overwrite and self.resuming), "--overwrite and --resume exclude each other: give one")
+        self._validate_objective()
+        if self.init_from:
+            fixed = ("network", "model_config_name_or_path", "prediction_type", "ddpm_num_steps", "ddpm_beta_schedule")
+            for name in (*fixed, "rescale_betas_zero_snr"):
+                given = getattr(self, name) not in (None, False)
+                _require(not given, f"--{name.replace('_', '-')} is fixed by --init-from: leave it out")
+        _require(
+            not (self.network and self.model_config_name_or_path),
+            "--network and --model-config-name-or-path exclude each other: give one",
+        )
+        zero_snr_epsilon = self.rescale_betas_zero_snr and self.prediction_type in (None, "epsilon")
+        _require(
+            not zero_snr_epsilon,
+            "--rescale-betas-zero-snr needs --prediction-type v_prediction or sample: "
+            "epsilon says nothing about the image at pure noise",
+        )
+
+    def _validate_objective(self) -> None:
+        """Refuse flags of the objective that would do nothing."""
+        if self.gate is not None:
+            parse_gate(self.gate)
+        radius = ("radius_exponent", "radius_scale", "radius_floor", "radius_factor")
+        regulariser = ("strength", "gate", "gradient", *radius)
+        attack = ("attack_steps", "attack_step_size", "inner")
+        given = [name for name in (*regulariser, *attack, "perturbation") if getattr(self, name) is not None]
+        if self.objective in ("input-perturbation", "pseudo-huber"):
+            _require(not given, f"--objective {self.objective} has no perturbation: leave out {_flags(given)}")
+        perturbation = self.perturbation or {"paper": "adversarial", "gated": "random", "plain": "none"}[self.preset]
+        if perturbation == "none" and self.objective in ("robust", "invariance"):
+            idle = [name for name in given if name != "perturbation"]
+            _require(not idle, f"without a perturbation {_flags(idle)} would do nothing: add --perturbation random")
+            _require(self.objective == "robust", "--objective invariance needs --perturbation random or adversarial")
+        if perturbation != "adversarial":
+            idle = [name for name in attack if getattr(self, name) is not None]
+            _require(not idle, f"{_flags(idle)} needs --perturbation adversarial")
+
+    @property
+    def resuming(self) -> bool:
+        """Whether this run goes on from a checkpoint."""
+        return self.resume or self.resume_from_checkpoint is not None
+
+
+def _flags(names: list[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draw images from any pipeline built on UNet2DModel: a run folder, another folder, or a hub id."""
+
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    """Pipeline folder or hub id."""
+    n: Annotated[int, arg(aliases=["-n"])] = 64
+    """Number of images."""
+    output: Annotated[str | None, arg(aliases=["-o", "--output-dir"], metavar="PATH")] = None
+    """Folder for PNGs and grid.png, or a file ending in .npz. Default: RUN/samples/SCHEDULER-STEPS-seedSEED."""
+    scheduler: Literal["ddim", "ddpm", "dpm", "unipc", "euler"] = "ddim"
+    """Sampler. ddim, dpm, unipc and euler are deterministic."""
+    steps: int = 50
+    """Network calls per image, trailing spacing; ddim and ddpm need a divisor of the noise levels (1000)."""
+    seed: int = 0
+    """Image i is drawn from its own generator, seeded with SEED + i, whatever the batch size."""
+    batch_size: Annotated[int, arg(aliases=["--eval-batch-size"])] = 64
+    """Images per forward pass."""
+    relabel: float = 1.0
+    """Query the network at RELABEL times the noise level (>= 1): smoother images, no training."""
+    label_floor: float = 0.0
+    """Never query the network below this noise level sigma/alpha (>= 0): ask for no detail finer than that."""
+    class_label: OptionalInt = None
+    """Class to draw, for class-conditional pipelines. Default: classes in turn."""
+    overwrite: bool = False
+    """Replace existing output."""
+
+    def validate(self) -> None:
+        """Check ranges.
+
+        Raises:
+            UsageError: One line that names the flag and the remedy.
+        """
+        _require(self.n >= 1, f"-n {self.n} must be at least 1")
+        _require(self.steps >= 1, f"--steps {self.steps} must be at least 1")
+        _require(self.batch_size >= 1, f"--batch-size {self.batch_size} must be at least 1")
+        _require(self.seed >= 0, "--seed must be 0 or more")
+        _require(math.isfinite(self.relabel) and self.relabel >= 1, f"--relabel {self.relabel} must be 1 or more")
+        floor = self.label_floor
+        _require(math.isfinite(floor) and floor >= 0, f"--label-floor {floor} must be 0 or more")
+
+
+@dataclass(frozen=True)
+class CorruptConfig:
+    """Write a dirty copy of a folder of images, with a manifest that says which image got what."""
+
+    source: Annotated[Positional[str], arg(metavar="SRC")]
+    """Folder of images, .npy or .npz array, or `digits`."""
+    destination: Annotated[Positional[str], arg(metavar="DST")]
+    """Folder to write: one PNG per image (clipped to 8 bit) and manifest.json."""
+    corrupt: Annotated[UseAppendAction[tuple[str, ...]], arg(aliases=["--with"])] = ()
+    """KIND:NAME=VALUE,...,fraction=SHARE (repeatable, applied in order)."""
+    seed: int = 0
+    """Rules which images are hit and every draw."""
+    resolution: OptionalInt = None
+    """Resize the shorter side to this many pixels and crop the centre square first."""
+    overwrite: bool = False
+    """Replace DST."""
+
+    def validate(self) -> None:
+        """Check ranges.
+
+        Raises:
+            UsageError: One line that names the flag and the remedy.
+        """
+        _require(bool(self.corrupt), "--corrupt is missing: give at least one, e.g. --corrupt gaussian:sigma=0.2")
+        check_corruptions(self.corrupt)
+        _require(self.seed >= 0, "--seed must be 0 or more")
+        _require(self.resolution is None or self.resolution >= 1, "--resolution must be at least 1")

@@ -1,0 +1,129 @@
+"""Networks: presets over diffusers' ``UNet2DModel``, and a small denoiser for points."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from robustdiff.config import UsageError
+
+
+@dataclass(frozen=True)
+class NetworkPreset:
+    """Shape of a U-Net.
+
+    Args:
+        widths: Channels per level; each level but the last halves the image.
+        layers: Residual blocks per level.
+        attention: Levels with self-attention, counted from 0 at full size.
+        groups: Groups of the group normalisation.
+        dropout: Dropout probability.
+        learning_rate: Peak AdamW rate it is usually trained at.
+    """
+
+    widths: tuple[int, ...]
+    layers: int = 2
+    attention: tuple[int, ...] = ()
+    groups: int = 32
+    dropout: float = 0.0
+    learning_rate: float = 2e-4
+
+
+NETWORKS: dict[str, NetworkPreset] = {
+    "tiny": NetworkPreset((32, 64), layers=2, groups=8, learning_rate=1e-3),
+    "small": NetworkPreset((32, 64, 64), layers=1, attention=(2,), groups=16, learning_rate=8e-4),
+    "medium": NetworkPreset((64, 128, 192, 192), attention=(1, 2), learning_rate=3e-4),
+    "base": NetworkPreset((128, 256, 256, 256), attention=(1,), dropout=0.1, learning_rate=2e-4),
+    "large": NetworkPreset((128, 128, 256, 256, 512, 512), attention=(4,), learning_rate=1e-4),
+}
+"""``base``: the CIFAR-10 network of Ho et al. (2020), 35.7 M parameters; ``large``: that of diffusers' script."""
+
+
+def network_for(size: tuple[int, int]) -> str:
+    """The preset picked for images of ``size`` = (height, width) in pixels."""
+    side = min(size)
+    return "tiny" if side <= 12 else "small" if side <= 24 else "medium" if side <= 64 else "large"
+
+
+def build_unet(preset: str, channels: int, size: tuple[int, int]) -> UNet2DModel:
+    """A fresh ``UNet2DModel``; initial weights are drawn from torch's global generator (seed it first).
+
+    Args:
+        preset: Name in :data:`NETWORKS`.
+        channels: Image channels.
+        size: Height and width in pixels.
+
+    Raises:
+        UsageError: If the size is not divisible as often as the network halves it.
+    """
+    shape = NETWORKS[preset]
+    levels = range(len(shape.widths))
+    check_size(size, 2 ** (len(shape.widths) - 1), preset)
+    return UNet2DModel(
+        sample_size=size[0] if size[0] == size[1] else size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=shape.widths,
+        layers_per_block=shape.layers,
+        down_block_types=tuple("AttnDownBlock2D" if i in shape.attention else "DownBlock2D" for i in levels),
+        up_block_types=tuple("AttnUpBlock2D" if i in shape.attention else "UpBlock2D" for i in reversed(levels)),
+        attention_head_dim=None,
+        norm_num_groups=shape.groups,
+        dropout=shape.dropout,
+    )
+
+
+def check_size(size: tuple[int, int], multiple: int, network: str) -> None:
+    """Refuse image sizes that the network cannot halve and double back.
+
+    Raises:
+        UsageError: Naming ``--resolution`` and the nearest sizes that work.
+    """
+    if size[0] % multiple or size[1] % multiple:
+        side = min(size)
+        below = side // multiple * multiple
+        choices = " or ".join(str(n) for n in (below, below + multiple) if n)
+        raise UsageError(
+            f"images of {size[1]} x {size[0]} do not fit network {network!r}, which needs multiples of {multiple}: "
+            f"use --resolution {choices}, or another --network"
+        )
+
+
+def size_multiple(unet: UNet2DModel) -> int:
+    """What image sides must be divisible by."""
+    return 2 ** (len(unet.config["block_out_channels"]) - 1)
+
+
+class PointDenoiser(nn.Module):
+    """A residual perceptron for points in ``dimension`` coordinates, called like a diffusers model.
+
+    Args:
+        dimension: Coordinates of a point.
+        width: Hidden units.
+        depth: Hidden layers.
+        num_timesteps: T of the noise process, to scale the time embedding.
+    """
+
+    def __init__(self, dimension: int, width: int = 128, depth: int = 3, num_timesteps: int = 1000) -> None:
+        """Draw initial weights from torch's global generator."""
+        super().__init__()
+        self.num_timesteps = num_timesteps
+        frequencies = torch.exp(torch.linspace(0, math.log(1000.0), 16))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.first = nn.Linear(dimension, width)
+        self.time = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width))
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.last = nn.Linear(width, dimension)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Prediction of the shape of ``x_t``, (B, dimension), at timesteps ``t``, (B,) or ()."""
+        phase = (t.to(x_t.dtype).reshape(-1, 1) + 0.5) / self.num_timesteps * self.frequencies
+        time = self.time(torch.cat([phase.sin(), phase.cos()], dim=1))
+        h = self.first(x_t)
+        for layer in self.hidden:
+            h = h + layer(nn.functional.silu(h + time))
+        return self.last(nn.functional.silu(h))

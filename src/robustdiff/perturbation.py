@@ -1,0 +1,162 @@
+"""Perturbations of the noise: how large (``Radius``), and in which direction (none, random, adversarial).
+
+A perturbation ``omega`` is in units of ``eps``: it moves the state by ``sigma(t) * omega`` and obeys
+``|omega|_inf <= r(t)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from robustdiff.process import Generators, draw_uniform, expand_to
+
+
+@dataclass(frozen=True)
+class Radius:
+    """``r(t) = scale * u * sigma(t)^exponent + floor``, with u ~ Uniform[0, 1] per image, or 1.
+
+    The paper states the ingredients (a power 2 of the noise scale, a random factor per image, a "minimum bias" of
+    8/255), not the formula; this is our reading of it.
+
+    Args:
+        exponent: Power of the noise scale sigma(t); 0 makes the radius the same at every noise level.
+        scale: Factor, in units of eps, >= 0.
+        floor: Least radius, in units of eps, >= 0, so that the constraint does not vanish as t -> 0.
+        random: Draw the factor u per image (True) or use 1.
+
+    Raises:
+        ValueError: If ``scale`` or ``floor`` is negative.
+
+    Source: Briglia et al. (2025), arXiv 2505.21742.
+    """
+
+    exponent: float = 2.0
+    scale: float = 1.0
+    floor: float = 8 / 255
+    random: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse radii that could become negative."""
+        if not (self.scale >= 0 and self.floor >= 0):
+            raise ValueError(f"Radius needs scale >= 0 and floor >= 0, got scale={self.scale}, floor={self.floor}")
+
+    def __call__(self, sigma: Tensor, generator: Generators = None) -> Tensor:
+        """The radius per image, shape (B,), for noise scales ``sigma``, shape (B,)."""
+        factor = draw_uniform(sigma, generator) if self.random else torch.ones_like(sigma)
+        return self.scale * factor * sigma**self.exponent + self.floor
+
+
+class Response(NamedTuple):
+    """What the network does when its input moves by ``sigma * omega``; both of shape (B, ...)."""
+
+    shift: Tensor
+    """``eps_hat(x') - eps_hat(x)``."""
+    residual: Tensor
+    """The equivariance residual (``NoiseProcess.equivariance_residual``)."""
+
+
+Respond = Callable[[Tensor], Response]
+
+
+class Perturbation(Protocol):
+    """Anything that chooses ``omega``; bring your own."""
+
+    def __call__(self, respond: Respond, radius: Tensor, like: Tensor, generator: Generators = None) -> Tensor:
+        """Return ``omega``, of the shape of ``like`` (B, ...), with ``|omega|_inf <= radius``, shape (B,).
+
+        Args:
+            respond: Maps a trial ``omega`` to the network's :class:`Response`; each call is one forward pass.
+            radius: Bound per image, in units of eps.
+            like: A tensor of the wanted shape, device and dtype.
+            generator: Source of randomness.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class RandomPerturbation:
+    """Noise that ignores the network, akin to randomised smoothing.
+
+    Args:
+        distribution: ``"uniform"`` on [-r, r] (the paper's; E omega^2 = r^2/3), or ``"signs"``: +-r (E omega^2 = r^2).
+    """
+
+    distribution: Literal["uniform", "signs"] = "uniform"
+
+    def __post_init__(self) -> None:
+        """Check the name."""
+        if self.distribution not in ("uniform", "signs"):
+            raise ValueError(f"distribution {self.distribution!r} is not one of uniform, signs")
+
+    def __call__(self, respond: Respond, radius: Tensor, like: Tensor, generator: Generators = None) -> Tensor:
+        """Draw ``omega``; ``respond`` is not called."""
+        centred = 2 * draw_uniform(like, generator) - 1
+        if self.distribution == "signs":
+            centred = torch.where(centred < 0, -torch.ones_like(centred), torch.ones_like(centred))
+        return centred * expand_to(radius, like)
+
+
+@dataclass(frozen=True)
+class AdversarialPerturbation:
+    """Projected sign-gradient ascent in the box, from a random start in it.
+
+    The start must be random: at omega = 0 the gradient of both inner objectives is exactly 0.
+
+    Args:
+        steps: Number of ascent steps k >= 1; each costs a forward pass and an input gradient.
+        inner: What is ascended: ``"shift"`` ``||eps_hat(x') - eps_hat(x)||^2`` (the paper's), or ``"residual"``, the
+            penalised quantity itself. They pull in different directions where SNR * Cov(x0 | x_t) has its eigenvalues
+            in [0, 1], that is, almost everywhere but between modes.
+        step_size: Step in units of the radius, > 0. Default: 1 for one step, ``2.5 / steps`` for more.
+
+    Raises:
+        ValueError: If ``steps`` < 1 or ``step_size`` <= 0.
+
+    Source: Briglia et al. (2025); one step: Goodfellow et al. (2015), k steps: Madry et al. (2018).
+    """
+
+    steps: int = 1
+    inner: Literal["shift", "residual"] = "shift"
+    step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.steps < 1:
+            raise ValueError(f"AdversarialPerturbation needs steps >= 1, got {self.steps}")
+        if self.inner not in ("shift", "residual"):
+            raise ValueError(f"inner objective {self.inner!r} is not one of shift, residual")
+        if self.step_size is not None and not self.step_size > 0:
+            raise ValueError(f"AdversarialPerturbation needs step_size > 0, got {self.step_size}")
+
+    def __call__(self, respond: Respond, radius: Tensor, like: Tensor, generator: Generators = None) -> Tensor:
+        """Ascend; only the gradient with respect to ``omega`` is computed, none of the weights'."""
+        bound = expand_to(radius, like)
+        size = self.step_size if self.step_size is not None else (1.0 if self.steps == 1 else 2.5 / self.steps)
+        omega = (2 * draw_uniform(like, generator) - 1) * bound
+        for _ in range(self.steps):
+            with torch.enable_grad():
+                omega = omega.detach().requires_grad_()
+                value = getattr(respond(omega), self.inner).square().sum()
+                (gradient,) = torch.autograd.grad(value, omega)
+            omega = torch.clamp(omega.detach() + size * bound * gradient.sign(), -bound, bound)
+        return omega.detach()
+
+
+def named_perturbation(name: str) -> Perturbation | None:
+    """``"none"`` (None), ``"random"`` or ``"adversarial"`` with their default settings.
+
+    Raises:
+        ValueError: For any other name.
+    """
+    if name == "none":
+        return None
+    if name == "random":
+        return RandomPerturbation()
+    if name == "adversarial":
+        return AdversarialPerturbation()
+    raise ValueError(f"perturbation {name!r} is not one of none, random, adversarial (or pass an object)")

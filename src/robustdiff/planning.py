@@ -1,0 +1,278 @@
+"""From flags to objects: objective, network, scheduler, and the plan a run follows; nothing is written here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+
+from robustdiff.baselines import InputPerturbationObjective, InvarianceObjective, PseudoHuberObjective
+from robustdiff.checkpoint import find_checkpoint
+from robustdiff.config import TrainConfig, UsageError, parse_count, parse_gate
+from robustdiff.corruption import derive_seed
+from robustdiff.images import ImageSet
+from robustdiff.networks import NETWORKS, build_unet, check_size, network_for, size_multiple
+from robustdiff.objective import PRESETS, Gate, PlainObjective, RobustObjective
+from robustdiff.perturbation import AdversarialPerturbation
+from robustdiff.process import NoiseProcess
+from robustdiff.sampling import load_pipeline
+
+# -- from flags to objects ---------------------------------------------------------------------------
+
+
+def build_objective(config: TrainConfig, process: NoiseProcess) -> PlainObjective:
+    """The objective that the flags describe: the preset's settings, overridden one by one."""
+    if config.objective == "input-perturbation":
+        return InputPerturbationObjective(process)
+    if config.objective == "pseudo-huber":
+        return PseudoHuberObjective(process)
+    settings = dict(PRESETS[config.preset])
+    if config.perturbation is not None:
+        settings["perturbation"] = config.perturbation
+    attack = {"steps": config.attack_steps, "step_size": config.attack_step_size, "inner": config.inner}
+    attack = {name: value for name, value in attack.items() if value is not None}
+    if attack:
+        settings["perturbation"] = AdversarialPerturbation(**attack)
+    radius = {
+        "exponent": config.radius_exponent,
+        "scale": config.radius_scale,
+        "floor": config.radius_floor,
+        "random": None if config.radius_factor is None else config.radius_factor == "uniform",
+    }
+    changes = {name: value for name, value in radius.items() if value is not None}
+    if changes:
+        settings["radius"] = dataclasses.replace(settings["radius"], **changes)
+    strength = settings["strength"]
+    value = strength.value if isinstance(strength, Gate) else strength
+    value = value if config.strength is None else config.strength
+    low, high = (strength.low, strength.high) if isinstance(strength, Gate) else (0.0, math.inf)
+    if config.gate is not None:
+        low, high = parse_gate(config.gate)
+    settings["strength"] = value if (low, high) == (0.0, math.inf) else Gate(low, high, value)
+    if config.gradient is not None:
+        settings["gradient"] = config.gradient
+    return (InvarianceObjective if config.objective == "invariance" else RobustObjective)(process, **settings)
+
+
+def build_pipeline(config: TrainConfig, data: ImageSet) -> tuple[DiffusionPipeline, str]:
+    """The pipeline to train (its ``unet`` and ``scheduler``), and the network's name for the plan.
+
+    Raises:
+        UsageError: If network and images do not fit, or ``--init-from`` cannot be used.
+    """
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    channels, size = data.channels, data.size
+    if config.init_from:
+        return _initial_pipeline(config.init_from, data), f"from {config.init_from}"
+    if config.model_config_name_or_path:
+        name = config.model_config_name_or_path
+        unet = _configured_unet(name, channels, size)
+    else:
+        name = config.network or network_for(size)
+        unet = build_unet(name, channels, size)
+    scheduler = DDPMScheduler(
+        num_train_timesteps=config.ddpm_num_steps or 1000,
+        beta_schedule=config.ddpm_beta_schedule or "linear",
+        prediction_type=config.prediction_type or "epsilon",
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        # Stock samplers then take even steps, and start in pure noise where the schedule ends in it.
+        timestep_spacing="trailing",
+    )
+    return DDPMPipeline(unet=unet, scheduler=scheduler), name
+
+
+def _initial_pipeline(source: str, data: ImageSet) -> DiffusionPipeline:
+    pipeline = load_pipeline(source)
+    unet = pipeline.unet
+    channels, classes = unet.config["in_channels"], unet.config["num_class_embeds"]
+    if channels != data.channels:
+        raise UsageError(
+            f"--init-from {source} has {channels} channels, DATA {data.channels}: add --channels {channels}"
+        )
+    if classes is not None and (data.labels is None or len(data.classes) > classes):
+        have = "none" if data.labels is None else str(len(data.classes))
+        raise UsageError(
+            f"--init-from {source} is conditional on {classes} classes, DATA has {have}: "
+            "put the images of each class in a folder"
+        )
+    check_size(data.size, size_multiple(unet), source)
+    side = data.size[0] if data.size[0] == data.size[1] else data.size
+    unet.register_to_config(sample_size=side)
+    return pipeline
+
+
+def _configured_unet(source: str, channels: int, size: tuple[int, int]) -> UNet2DModel:
+    flag = "--model-config-name-or-path"
+    path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+    try:
+        values = json.loads(path.read_text())
+        values.update(sample_size=size[0] if size[0] == size[1] else size, in_channels=channels, out_channels=channels)
+        unet = UNet2DModel.from_config(values)
+    except FileNotFoundError:
+        raise UsageError(f"{flag} {source}: no such file, nor a folder with config.json") from None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UsageError(f"{flag} {source}: not a UNet2DModel configuration ({str(error).splitlines()[0]})") from None
+    check_size(size, size_multiple(unet), source)
+    return unet
+
+
+# -- the plan ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, resolved: printed before it starts and saved as ``config.json``."""
+
+    images: int
+    batch: int
+    steps: int
+    warmup_steps: int
+    checkpointing_steps: int
+    learning_rate: float
+    objective: str
+    network: str
+    parameters: int
+
+    @classmethod
+    def resolve(
+        cls, config: TrainConfig, data: ImageSet, processes: int, unet: UNet2DModel, network: str, objective: str
+    ) -> Plan:
+        """Fill in every default that depends on the data, the network or the number of processes."""
+        total = parse_count(config.images, "--images")
+        total = total if config.num_epochs is None else config.num_epochs * len(data)
+        batch = config.train_batch_size * config.gradient_accumulation_steps * processes
+        steps = max(1, round(total / batch))
+        warmup = min(500, steps // 20) if config.lr_warmup_steps is None else config.lr_warmup_steps
+        rate = config.learning_rate
+        if rate is None and (config.init_from or config.model_config_name_or_path):
+            rate = 1e-4
+        return cls(
+            images=steps * batch,
+            batch=batch,
+            steps=steps,
+            warmup_steps=warmup,
+            checkpointing_steps=config.checkpointing_steps or max(1, math.ceil(steps / 10)),
+            learning_rate=rate or NETWORKS[config.network or network_for(data.size)].learning_rate,
+            objective=objective,
+            network=network,
+            parameters=sum(p.numel() for p in unet.parameters()),
+        )
+
+    def text(
+        self,
+        config: TrainConfig,
+        data: ImageSet,
+        dirt: tuple[str, ...],
+        folder: Path,
+        hardware: str,
+        seconds_per_step: float,
+    ) -> str:
+        """The plan as a person reads it, with the estimated time."""
+        height, width = data.size
+        colour = "grey" if data.channels == 1 else "RGB"
+        rows = {
+            "data": f"{config.data}: {len(data)} images, {width} x {height} {colour}, {data.bytes / 2**20:.1f} MiB",
+            "skipped": _counts(Counter(reason for _, reason in data.skipped)),
+            "converted": _counts(data.notes),
+            "dirt": "; ".join(dirt),
+            "network": f"UNet2DModel {self.network}, {self.parameters / 1e6:.2f} M parameters",
+            "objective": self.objective,
+            "length": f"{self.images:,} images = {self.steps:,} steps of {self.batch}",
+            "learning rate": f"{self.learning_rate:g}, {config.lr_scheduler}, {self.warmup_steps} warm-up steps",
+            "hardware": hardware,
+            "output": str(folder),
+            "estimated time": _duration(seconds_per_step * self.steps) + ", previews and checkpoints not counted",
+        }
+        return "\n".join(f"{name + ':':<16}{value}" for name, value in rows.items() if value)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in counts.items())
+
+
+def describe_objective(objective: PlainObjective) -> str:
+    """The objective and its settings in one line."""
+    fields = dataclasses.fields(objective)
+    values = {f.name: getattr(objective, f.name) for f in fields if f.name != "process"}
+    if values.get("perturbation", "") is None:
+        return "PlainObjective()"
+    return f"{type(objective).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+# -- the run folder ----------------------------------------------------------------------------------
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` holds a run of ours: only such a folder is ever deleted by ``--overwrite``."""
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(saved, dict) and {"settings", "plan", "versions"} <= saved.keys()
+
+
+def claim_output(config: TrainConfig, folder: Path) -> None:
+    """Check that ``folder`` may be written, without writing.
+
+    Raises:
+        UsageError: If it holds a run or other files, or has nothing to resume.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output-dir {folder} is a file: name a folder")
+    if config.resuming:
+        find_checkpoint(folder / "checkpoints", config.resume_from_checkpoint or "latest")
+        return
+    here, data = folder.resolve(), Path(config.data).resolve()
+    if data.exists() and (here == data or data in here.parents or here in data.parents):
+        raise UsageError(f"--output-dir {folder} and DATA {config.data} lie inside one another: name another folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not is_run(folder):
+        raise UsageError(f"--output-dir {folder} is not empty and holds no run of robustdiff: name another folder")
+    if not config.overwrite:
+        raise UsageError(f"--output-dir {folder} holds a run already: add --resume to go on, or --overwrite")
+
+
+# Flags that may differ between the parts of a resumed run: they do not change what is learned.
+_FREE = {
+    *("resume", "resume_from_checkpoint", "overwrite", "dry_run", "output_dir", "checkpointing_steps"),
+    *("checkpoints_total_limit", "logging_steps", "preview_images", "eval_batch_size", "ddpm_num_inference_steps"),
+    *("logger", "compile", "data", "max_bad_fraction"),
+}
+
+
+def check_resumable(config: TrainConfig, data: ImageSet, plan: Plan, folder: Path) -> None:
+    """Refuse to go on with other settings or other data than the run was started with.
+
+    Raises:
+        UsageError: Naming the flags that differ.
+    """
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        earlier, pixels = saved["settings"], json.loads((folder / "data.json").read_text())["data"]["sha256"]
+        batch = saved["plan"]["batch"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"--resume: {folder} has no readable config.json and data.json ({error})") from None
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    differing = sorted(name for name in now if name not in _FREE and now[name] != earlier.get(name))
+    if differing:
+        flags = ", ".join(f"--{n.replace('_', '-')} (was {earlier.get(n)!r}, now {now[n]!r})" for n in differing)
+        raise UsageError(f"--resume: these settings differ from those of {folder}: {flags}")
+    if batch != plan.batch:
+        raise UsageError(f"--resume: {batch} images per step before, {plan.batch} now: keep batch x processes the same")
+    if pixels != data.describe()["sha256"]:
+        raise UsageError(f"--resume: DATA {config.data} holds other images than those {folder} was trained on")

@@ -1,0 +1,352 @@
+"""Images from any pipeline built on ``UNet2DModel``, and the free baselines that only change how it is queried."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from robustdiff.config import SampleConfig, UsageError
+from robustdiff.images import save_png
+from robustdiff.objective import Model, call_model
+from robustdiff.process import NoiseProcess, draw_normal, expand_to
+
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
+    "dpm": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+}
+
+
+@dataclass(frozen=True)
+class SamplerStep:
+    """What a step callback sees before the network is called.
+
+    Attributes:
+        index: Number of the step, from 0.
+        t: Timestep, shape ().
+        x_t: State, shape (B, C, H, W).
+        images: Index of each image in the whole request, length B.
+    """
+
+    index: int
+    t: Tensor
+    x_t: Tensor
+    images: Sequence[int]
+
+
+StepCallback = Callable[[SamplerStep], Tensor | None]
+"""May return a new state, which the step then starts from."""
+
+
+@dataclass(frozen=True)
+class RelabelledModel:
+    """A model queried at a larger noise level than the state has; no training, any pipeline.
+
+    At noise level ``c = sigma/alpha`` the wrapped model is asked for the clean image at
+    ``max(relabel * c, label_floor)``, with the state rescaled to the signal scale of that level, and the answer is
+    expressed as the prediction the sampler expects.
+
+    Args:
+        model: ``callable(x_t, t, **kwargs)``.
+        process: Its noise process.
+        relabel: Factor >= 1 on the noise level. In a linear-Gaussian world ``sqrt(1 + m)`` gives exactly what the
+            equivariance regulariser of strength m gives.
+        label_floor: Least noise level sigma/alpha to query at, >= 0: details finer than this are not asked for.
+
+    Raises:
+        ValueError: If a setting is out of range.
+
+    The level is rounded to the nearest timestep, and clamped to the noisiest one.
+    """
+
+    model: Model
+    process: NoiseProcess
+    relabel: float = 1.0
+    label_floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not (self.relabel >= 1 and self.label_floor >= 0):
+            raise ValueError(f"need relabel >= 1 and label_floor >= 0, got {self.relabel} and {self.label_floor}")
+
+    def __call__(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> Tensor:  # noqa: ANN401 - passed through
+        """The prediction for state ``x_t``, (B, ...), at timesteps ``t``, (B,) or ()."""
+        t = t.to(x_t.device).round().long().reshape(-1).expand(x_t.shape[0])
+        level = self.process.noise_to_signal(t)
+        wanted = (self.relabel * level).clamp(min=self.label_floor)
+        changed = wanted > level
+        asked = torch.where(changed, self.process.timestep_at(wanted), t)
+        rescale = torch.where(changed, self.process.alpha(asked) / self.process.alpha(t), torch.ones_like(level))
+        state = x_t * expand_to(rescale.to(x_t.dtype), x_t)
+        output = call_model(self.model, state, asked, kwargs)
+        answer = self.process.output_from_x0(self.process.x0_hat(output, state, asked), x_t, t)
+        return torch.where(expand_to(asked != t, x_t), answer, output)
+
+
+def load_pipeline(source: str | Path) -> DiffusionPipeline:
+    """A pipeline with a ``UNet2DModel`` and a DDPM-type scheduler, from a folder or a hub id; safetensors only.
+
+    Raises:
+        UsageError: One line, if it cannot be found or read, or is built on something else.
+    """
+    folder = Path(source)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise UsageError(f"{source} holds no pipeline (no model_index.json): give a run folder or a hub id")
+    if not folder.exists() and (str(source).count("/") != 1 or str(source).startswith((".", "/", "~"))):
+        raise UsageError(f"{source} does not exist: give a run folder, or a hub id such as google/ddpm-cifar10-32")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(str(source), use_safetensors=True)
+    except Exception as error:  # whatever hub, network or file layer failed: the user needs the one reason
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kind = "cannot be read" if folder.exists() else "is no folder here, and could not be fetched from the hub"
+        raise UsageError(f"{source} {kind}: {reason}") from error
+    unet = getattr(pipeline, "unet", None)
+    if not isinstance(unet, UNet2DModel) or not hasattr(pipeline.scheduler, "alphas_cumprod"):
+        raise UsageError(
+            f"{source} is a {type(pipeline).__name__}; only pipelines of a UNet2DModel and a DDPM-type scheduler work"
+        )
+    return pipeline
+
+
+def make_scheduler(name: str, like: Any, steps: int) -> Any:  # noqa: ANN401 - schedulers share no typed base
+    """A sampler by name, configured as ``like`` (a scheduler), trailing spacing, set to ``steps`` steps.
+
+    Raises:
+        UsageError: If the name is unknown, or the sampler would mis-step: ``ddim`` and ``ddpm`` move by a fixed
+            stride, which is wrong unless ``steps`` divides the number of noise levels.
+    """
+    if name not in SCHEDULERS:
+        raise UsageError(f"--scheduler {name!r} is not one of {', '.join(SCHEDULERS)}")
+    total = like.config.num_train_timesteps
+    if steps > total or (name in ("ddim", "ddpm") and total % steps):
+        divisors = [d for d in range(1, total + 1) if total % d == 0]
+        nearest = min(divisors, key=lambda d: abs(d - steps))
+        raise UsageError(f"--steps {steps} does not divide the {total} noise levels of {name}: use --steps {nearest}")
+    scheduler = SCHEDULERS[name].from_config(like.config, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def largest_divisor(total: int, at_most: int) -> int:
+    """The largest divisor of ``total`` that is not above ``at_most`` >= 1: a step count without mis-steps."""
+    return max(d for d in range(1, min(at_most, total) + 1) if total % d == 0)
+
+
+def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
+    """One CPU generator per image, seeded with ``seed + index``."""
+    return [torch.Generator().manual_seed(seed + index) for index in indices]
+
+
+@torch.no_grad()
+def sample(
+    pipeline: DiffusionPipeline,
+    n: int | Sequence[int],
+    *,
+    seed: int = 0,
+    scheduler: str = "ddim",
+    steps: int = 50,
+    batch_size: int = 64,
+    relabel: float = 1.0,
+    label_floor: float = 0.0,
+    class_labels: Sequence[int] | None = None,
+    callback: StepCallback | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Draw images.
+
+    Args:
+        pipeline: Anything with a ``unet`` (``UNet2DModel``) and a DDPM-type ``scheduler``.
+        n: Number of images, or the indices of the images wanted of a larger set.
+        seed: Image i is drawn from a generator seeded with ``seed + i``, as stock pipelines do when given
+            ``generator=[torch.Generator().manual_seed(seed + i) for i in range(n)]``.
+        scheduler: One of :data:`SCHEDULERS`.
+        steps: Network calls per image.
+        batch_size: Images per call; does not change the images beyond rounding.
+        relabel: See :class:`RelabelledModel`.
+        label_floor: See :class:`RelabelledModel`.
+        class_labels: Class of each image, for class-conditional networks.
+        callback: Called before each network call.
+        progress: Called with the number of images of each finished batch.
+
+    Returns:
+        Images in [-1, 1], float32, on the CPU, shape (n, C, H, W).
+
+    Raises:
+        UsageError: If the scheduler or the steps do not fit.
+        ValueError: If classes are missing, or given to a network without any.
+    """
+    unet = pipeline.unet
+    indices = list(range(n)) if isinstance(n, int) else list(n)
+    conditional = getattr(unet.config, "num_class_embeds", None)
+    if (conditional is None) != (class_labels is None):
+        raise ValueError("class_labels are needed by a class-conditional network, and by no other")
+    if class_labels is not None and len(class_labels) != len(indices):
+        raise ValueError(f"got {len(class_labels)} class_labels for {len(indices)} images")
+    model: Model = unet
+    if relabel != 1.0 or label_floor > 0:
+        model = RelabelledModel(unet, NoiseProcess.from_scheduler(pipeline.scheduler), relabel, label_floor)
+    device, dtype = unet.device, unet.dtype
+    size = unet.config.sample_size
+    shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    images = []
+    was_training = unet.training
+    unet.eval()
+    for start in range(0, len(indices), batch_size):
+        batch = indices[start : start + batch_size]
+        generators = image_generators(seed, batch)
+        kwargs = {}
+        if class_labels is not None:
+            kwargs["class_labels"] = torch.tensor(class_labels[start : start + batch_size], device=device)
+        # A fresh scheduler per batch: multistep samplers keep a history.
+        sampler = make_scheduler(scheduler, pipeline.scheduler, steps)
+        step_takes = inspect.signature(sampler.step).parameters
+        step_kwargs = {"generator": generators} if "generator" in step_takes else {}
+        x_t = draw_normal(torch.empty(len(batch), *shape, device=device, dtype=dtype), generators)
+        x_t = x_t * sampler.init_noise_sigma
+        for index, t in enumerate(sampler.timesteps):
+            if callback is not None:
+                moved = callback(SamplerStep(index, t, x_t, batch))
+                x_t = x_t if moved is None else moved
+            output = call_model(model, sampler.scale_model_input(x_t, t), t, kwargs)
+            x_t = sampler.step(output, t, x_t, **step_kwargs).prev_sample
+        images.append(x_t.float().clamp(-1, 1).cpu())
+        if progress is not None:
+            progress(len(batch))
+    unet.train(was_training)
+    return torch.cat(images) if images else torch.empty(0, *shape)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as 8-bit values, rounded as diffusers' pipelines round them. Any shape."""
+    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
+    """One picture of many, with a one-pixel mid-grey line between them.
+
+    Args:
+        images: uint8, shape (N, C, H, W), N >= 1.
+        columns: Images per row. Default: about the square root of N.
+
+    Returns:
+        uint8, shape (C, rows * (H + 1) - 1, columns * (W + 1) - 1).
+    """
+    count, channels, height, width = images.shape
+    columns = columns or max(1, round(count**0.5))
+    rows = -(-count // columns)
+    grid = torch.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 128, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        grid[:, top : top + height, left : left + width] = image
+    return grid
+
+
+# -- the command -------------------------------------------------------------------------------------
+
+
+def sample_to_files(config: SampleConfig) -> str:
+    """Draw images as ``robustdiff sample`` does, on all processes under accelerate, and write them.
+
+    Returns:
+        One line that says what was written, on the main process; nothing on the others.
+
+    Raises:
+        UsageError: If the pipeline, a setting or the output cannot be used.
+    """
+    config.validate()
+    output = _output_path(config)
+    pipeline = load_pipeline(config.run)
+    labels = _class_labels(config, pipeline.unet.config["num_class_embeds"])
+    make_scheduler(config.scheduler, pipeline.scheduler, config.steps)
+    state = PartialState()
+    pipeline.unet.to(state.device)
+    with state.split_between_processes(list(range(config.n))) as mine:
+        bar = tqdm(total=len(mine), unit="image", disable=not (state.is_main_process and sys.stderr.isatty()))
+        images = sample(
+            pipeline,
+            mine,
+            seed=config.seed,
+            scheduler=config.scheduler,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            relabel=config.relabel,
+            label_floor=config.label_floor,
+            class_labels=None if labels is None else [labels[i] for i in mine],
+            progress=bar.update,
+        )
+        bar.close()
+    parts = gather_object([to_uint8(images)])
+    if not state.is_main_process:
+        return ""
+    everything = torch.cat(parts)
+    if output.suffix == ".npz":
+        output.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {"images": everything.permute(0, 2, 3, 1).numpy()}
+        staging = output.with_name(f".{output.name}.tmp.npz")
+        np.savez(staging, **(arrays if labels is None else {**arrays, "labels": np.array(labels)}))
+        staging.replace(output)
+        return f"{output}: {config.n} images, uint8, (N, H, W, C)"
+    staging = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    for i, image in enumerate(everything):
+        save_png(image, staging / f"{i:06d}.png")
+    save_png(image_grid(everything[:256]), staging / "grid.png")
+    shutil.rmtree(output, ignore_errors=True)
+    staging.rename(output)
+    return f"{output}: {config.n} images and grid.png"
+
+
+def _output_path(config: SampleConfig) -> Path:
+    """Where images go; refuses what is there already."""
+    changed = f"-relabel{config.relabel:g}" if config.relabel != 1 else ""
+    changed += f"-floor{config.label_floor:g}" if config.label_floor else ""
+    name = f"{config.scheduler}-{config.steps}-seed{config.seed}{changed}"
+    if config.output:
+        output = Path(config.output)
+    else:
+        output = Path(config.run) / "samples" / name if Path(config.run).is_dir() else Path("samples") / name
+    if output.suffix == ".npz":
+        occupied = output.exists()
+    else:
+        occupied = output.is_file() or (output.is_dir() and any(output.iterdir()))
+    if occupied and not config.overwrite:
+        raise UsageError(f"--output {output} exists: name another, or add --overwrite")
+    if occupied and output.is_dir() and not (output / "grid.png").is_file():
+        raise UsageError(f"--output {output} holds other files than samples: name another folder")
+    return output
+
+
+def _class_labels(config: SampleConfig, classes: int | None) -> list[int] | None:
+    if classes is None:
+        if config.class_label is not None:
+            raise UsageError(f"--class-label: {config.run} is not class-conditional")
+        return None
+    if config.class_label is None:
+        return [i % classes for i in range(config.n)]
+    if not 0 <= config.class_label < classes:
+        raise UsageError(f"--class-label {config.class_label} is not in 0 .. {classes - 1}")
+    return [config.class_label] * config.n

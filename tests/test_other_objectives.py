@@ -1,0 +1,233 @@
+"""The objectives that the robust one is compared with equal their formulas."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from helpers import PREDICTIONS, Calls, Given, SmallNet, Spy, ddpm_process, gradients, normal, process_at, seeded
+from torch import Tensor
+
+from robustdiff.baselines import InputPerturbationObjective, InvarianceObjective, PseudoHuberObjective
+from robustdiff.objective import Gate, PlainObjective, RobustObjective
+from robustdiff.perturbation import AdversarialPerturbation, Radius
+from robustdiff.process import NoiseProcess
+
+T = torch.tensor([0, 10, 200, 500, 800, 999])
+
+
+def images(dtype: torch.dtype = torch.float64) -> Tensor:
+    """Images in [-1, 1], shape (6, 2, 5, 5)."""
+    return (torch.rand(6, 2, 5, 5, generator=seeded(1), dtype=torch.float64) * 2 - 1).to(dtype)
+
+
+# -- invariance ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_invariance_penalises_the_shift_of_eps_hat(prediction: Any) -> None:
+    process, model, omega = ddpm_process(prediction), SmallNet(), 0.2 * normal(6, 2, 5, 5, seed=4)
+    x0, eps, t = images(), normal(6, 2, 5, 5, seed=2), T[:-1].repeat(2)[:6]
+    terms = InvarianceObjective(process, Given(omega), strength=0.4)(model, x0, eps=eps, t=t, generator=seeded())
+    x_t, moved = process.add_noise(x0, eps, t), process.add_noise(x0, eps + omega, t)
+    shift = process.eps_hat(model(moved, t), moved, t) - process.eps_hat(model(x_t, t), x_t, t)
+    torch.testing.assert_close(terms.equivariance, shift.square().mean((1, 2, 3)), rtol=1e-8, atol=1e-10)
+    plain = PlainObjective(process)(model, x0, eps=eps, t=t)
+    assert torch.equal(terms.denoising, plain.denoising)
+    torch.testing.assert_close(terms.total, plain.denoising + 0.4 * terms.equivariance)
+
+
+def test_invariance_and_equivariance_differ_by_omega_for_a_network_that_ignores_its_input() -> None:
+    """A constant network is perfectly invariant, and fails equivariance by exactly omega."""
+
+    def constant(x: Tensor, t: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    omega = 0.2 * normal(6, 2, 5, 5, seed=4)
+    for kind, wanted in ((InvarianceObjective, torch.zeros(6)), (RobustObjective, omega.square().mean((1, 2, 3)))):
+        terms = kind(ddpm_process(), Given(omega))(constant, images(), t=T, generator=seeded())
+        torch.testing.assert_close(terms.equivariance, wanted.double())
+
+
+@pytest.mark.parametrize(("gradient", "branch"), [("perturbed", "clean"), ("clean", "perturbed")])
+@pytest.mark.parametrize("kind", [RobustObjective, InvarianceObjective])
+def test_a_stopped_branch_carries_no_gradient(kind: type[RobustObjective], gradient: Any, branch: str) -> None:
+    weights = {name: torch.ones((), dtype=torch.float64, requires_grad=True) for name in ("clean", "perturbed")}
+    passes = iter(("clean", "perturbed"))
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return weights[next(passes)] * x.tanh()
+
+    objective = kind(ddpm_process(), Given(0.2 * normal(6, 2, 5, 5)), strength=1.0, gradient=gradient)
+    terms = objective(model, images(), t=T, generator=seeded())
+    got = torch.autograd.grad(terms.equivariance.sum(), list(weights.values()), allow_unused=True)
+    by_name = dict(zip(weights, got, strict=True))
+    assert by_name[branch] is None or by_name[branch] == 0
+    other = by_name[gradient]
+    assert other is not None
+    assert other.abs() > 1e-6
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_with_the_true_noise_as_target_the_perturbed_state_is_plainly_denoised(prediction: Any) -> None:
+    """``eps_hat(x')`` should be ``eps + omega``; in other units, the denoised image of x' should be x0."""
+    process, model, omega = ddpm_process(prediction), SmallNet(), 0.2 * normal(6, 2, 5, 5, seed=4)
+    x0, eps, t = images(), normal(6, 2, 5, 5, seed=2), T[1:].repeat(2)[:6]
+    terms = RobustObjective(process, Given(omega), target="noise")(model, x0, eps=eps, t=t, generator=seeded())
+    moved = process.add_noise(x0, eps + omega, t)
+    error = (process.x0_hat(model(moved, t), moved, t) - x0).square().mean((1, 2, 3))
+    snr = process.alphas_cumprod[t] / (1 - process.alphas_cumprod[t])
+    weight = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction]
+    torch.testing.assert_close(terms.equivariance, weight * error, rtol=1e-8, atol=1e-10)
+
+
+def test_invariance_is_switched_off_and_gated_like_the_robust_objective() -> None:
+    process, model = ddpm_process(), Calls(SmallNet())
+    plain = PlainObjective(process)(model, images(), t=T, generator=seeded(2))
+    off = InvarianceObjective(process, strength=0)(model, images(), t=T, generator=seeded(2))
+    assert torch.equal(off.total, plain.total)
+    assert len(model.seen) == 2
+    spy = Spy(AdversarialPerturbation())
+    gated = InvarianceObjective(process, spy, strength=Gate(0, 0.5, 1.0))(model, images(), t=T, generator=seeded(2))
+    assert (gated.strength > 0).tolist() == [True, True, False, False, False, False]
+    assert spy.omega.shape[0] == 2
+
+
+# -- input perturbation ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_input_perturbation_adds_noise_to_the_state_and_not_to_the_target(prediction: Any) -> None:
+    scheduler, model = DDPMScheduler(prediction_type=prediction), SmallNet(dtype=torch.float32)
+    x0, generator, gamma = images(torch.float32), seeded(5), 0.25
+    objective = InputPerturbationObjective(NoiseProcess.from_scheduler(scheduler), gamma=gamma)
+    terms = objective(model, x0, generator=seeded(5))
+    t = (torch.rand(6, generator=generator, dtype=torch.float64) * 1000).long()
+    eps, xi = (torch.randn(x0.shape, generator=generator) for _ in range(2))
+    target = {"epsilon": eps, "sample": x0, "v_prediction": scheduler.get_velocity(x0, eps, t)}[prediction]
+    output = model(scheduler.add_noise(x0, eps + gamma * xi, t), t)
+    torch.testing.assert_close(terms.total, (output - target).square().mean((1, 2, 3)))
+    plain = PlainObjective(objective.process)(model, x0, generator=seeded(5))
+    assert not torch.allclose(terms.total, plain.total, rtol=1e-2)
+
+
+def test_input_perturbation_with_gamma_zero_is_plain_and_its_default_is_the_source_s() -> None:
+    process, model, x0 = ddpm_process(), SmallNet(dtype=torch.float32), images(torch.float32)
+    none = InputPerturbationObjective(process, gamma=0)(model, x0, generator=seeded(5))
+    plain = PlainObjective(process)(model, x0, generator=seeded(5))
+    assert torch.equal(none.total, plain.total)
+    for got, wanted in zip(gradients(model, none.total.sum()), gradients(model, plain.total.sum()), strict=True):
+        assert torch.equal(got, wanted)
+    assert InputPerturbationObjective(process).gamma == 0.1
+
+
+def test_input_perturbation_with_one_generator_per_image_does_not_depend_on_the_batch() -> None:
+    objective, x0, model = InputPerturbationObjective(ddpm_process()), images(), SmallNet()
+    together = objective(model, x0, generator=[seeded(i) for i in range(6)])
+    alone = objective(model, x0[2:3], generator=[seeded(2)])
+    torch.testing.assert_close(alone.total[0], together.total[2], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("gamma", [-0.1, float("nan")])
+def test_a_bad_gamma_is_refused(gamma: float) -> None:
+    with pytest.raises(ValueError, match="gamma"):
+        InputPerturbationObjective(ddpm_process(), gamma=gamma)
+
+
+# -- pseudo-Huber ----------------------------------------------------------------------------------
+
+
+def huber(error: Tensor, width: Tensor | float) -> Tensor:
+    """The formula of diffusers' training scripts (``--loss_type huber``): ``2 c (sqrt(e^2 + c^2) - c)``."""
+    return 2 * width * (torch.sqrt(error**2 + width**2) - width)
+
+
+def error_of(process: NoiseProcess, model: Any, x0: Tensor, seed: int) -> Tensor:
+    """Output minus target, with the noise of ``generator=seeded(seed)`` and timesteps ``T``."""
+    eps = torch.randn(x0.shape, generator=seeded(seed), dtype=x0.dtype)
+    return model(process.add_noise(x0, eps, T), T) - process.target(x0, eps, T)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("width", [0.01, 0.1, 1.0, 30.0])
+def test_pseudo_huber_equals_diffusers_formula(width: float, prediction: Any) -> None:
+    process, model, x0 = ddpm_process(prediction), SmallNet(), images()
+    terms = PseudoHuberObjective(process, width=width)(model, x0, t=T, generator=seeded(3))
+    wanted = huber(error_of(process, model, x0, 3), width).mean((1, 2, 3))
+    torch.testing.assert_close(terms.denoising, wanted, rtol=1e-8, atol=0)
+    assert torch.equal(terms.total, terms.denoising)
+
+
+def test_pseudo_huber_of_a_large_width_is_the_mean_square() -> None:
+    process, model, x0 = ddpm_process(), SmallNet(), images()
+    terms = PseudoHuberObjective(process, width=1e3)(model, x0, t=T, generator=seeded(3))
+    plain = PlainObjective(process)(model, x0, t=T, generator=seeded(3))
+    torch.testing.assert_close(terms.total, plain.total, rtol=1e-5, atol=0)
+
+
+def test_pseudo_huber_of_a_small_width_is_twice_the_width_times_the_absolute_error() -> None:
+    process, model, x0, width = ddpm_process(), SmallNet(), images(), 1e-6
+    terms = PseudoHuberObjective(process, width=width)(model, x0, t=T, generator=seeded(3))
+    wanted = 2 * width * error_of(process, model, x0, 3).abs().mean((1, 2, 3))
+    torch.testing.assert_close(terms.total, wanted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_default_width_falls_from_one_to_a_tenth_with_the_noise_level(prediction: Any) -> None:
+    levels = torch.tensor([1e-4, 0.5, 1.0, 9.0, 1e3, 1e5])
+    widths = torch.tensor([1.0, 0.5, 0.325, 0.109, 0.1, 0.1], dtype=torch.float64)[:, None, None, None]
+    process, x0, eps = process_at(levels, prediction), images(), normal(6, 2, 5, 5, seed=2)
+    model, t = SmallNet(), torch.arange(6)
+    terms = PseudoHuberObjective(process)(model, x0, eps=eps, t=t)
+    error = model(process.add_noise(x0, eps, t), t) - process.target(x0, eps, t)
+    torch.testing.assert_close(terms.total, huber(error, widths).mean((1, 2, 3)), rtol=3e-4, atol=0)
+
+
+def test_a_width_function_sees_noise_levels() -> None:
+    process, model, x0 = ddpm_process(), SmallNet(), images()
+    terms = PseudoHuberObjective(process, width=lambda level: 0.2 + level / (1 + level))(
+        model, x0, t=T, generator=seeded(3)
+    )
+    level = (1 / process.alphas_cumprod[T] - 1).sqrt()
+    width = (0.2 + level / (1 + level))[:, None, None, None]
+    wanted = huber(error_of(process, model, x0, 3), width).mean((1, 2, 3))
+    torch.testing.assert_close(terms.total, wanted, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_pseudo_huber_is_finite_at_zero_terminal_snr(prediction: Any) -> None:
+    process, model = ddpm_process(prediction, zero_snr=True, dtype=torch.float32), SmallNet(dtype=torch.float32)
+    terms = PseudoHuberObjective(process)(model, images(torch.float32), t=torch.full((6,), 999), generator=seeded())
+    assert torch.isfinite(terms.total).all()
+    assert all(torch.isfinite(g).all() for g in gradients(model, terms.total.mean()))
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2])
+def test_pseudo_huber_of_small_errors_keeps_float32_precision(size: float) -> None:
+    """``sqrt(e^2 + c^2) - c`` cancels; ``e^2 / (sqrt(e^2 + c^2) + c)`` is the same number and does not."""
+    process, x0 = NoiseProcess(torch.tensor([0.9], dtype=torch.float64)), torch.zeros(3, 4)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return torch.full_like(x, size)
+
+    terms = PseudoHuberObjective(process, width=1.0)(model, x0, t=torch.zeros(3, dtype=torch.int64), eps=x0)
+    wanted = 2 * size**2 / (math.sqrt(size**2 + 1) + 1)
+    torch.testing.assert_close(terms.total, torch.full((3,), wanted), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("width", [0, 0.0, -1, float("nan")])
+def test_a_bad_width_is_refused(width: float) -> None:
+    with pytest.raises(ValueError, match="width"):
+        PseudoHuberObjective(ddpm_process(), width=width)
+
+
+def test_objectives_take_the_settings_of_the_robust_one() -> None:
+    changed = InvarianceObjective.preset("paper", ddpm_process(), strength=0.9, radius=Radius(scale=2))
+    assert isinstance(changed, InvarianceObjective)
+    assert changed.strength == 0.9
+    assert changed.radius == Radius(scale=2)
+    with pytest.raises(ValueError, match="strength"):
+        InvarianceObjective(ddpm_process(), strength=-1)

@@ -1,0 +1,282 @@
+"""Sampling: equal to stock diffusers, independent of the batch, exact on Gaussians, and the free baselines."""
+
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+
+from robustdiff import cli
+from robustdiff.config import SampleConfig, UsageError
+from robustdiff.process import NoiseProcess
+from robustdiff.sampling import (
+    SCHEDULERS,
+    RelabelledModel,
+    image_grid,
+    largest_divisor,
+    load_pipeline,
+    make_scheduler,
+    sample,
+    sample_to_files,
+    to_uint8,
+)
+
+
+def tiny_pipeline(prediction_type: str = "epsilon", classes: int | None = None) -> DDPMPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        num_class_embeds=classes,
+    )
+    return DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100, prediction_type=prediction_type))
+
+
+class GaussianDenoiser(torch.nn.Module):
+    """The exact network for N(0, variance) data in 8 x 8 pixels, in any parametrisation."""
+
+    def __init__(self, process: NoiseProcess, variance: float) -> None:
+        super().__init__()
+        self.process, self.variance = process, variance
+        self.config = SimpleNamespace(num_class_embeds=None, sample_size=8, in_channels=1)
+        self.device, self.dtype = torch.device("cpu"), torch.float64
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        t = t.reshape(-1).long().expand(len(x_t))
+        a, s = (f(t).double().reshape(-1, 1, 1, 1) for f in (self.process.alpha, self.process.sigma))
+        x0_hat = a * self.variance / (a**2 * self.variance + s**2) * x_t
+        return self.process.output_from_x0(x0_hat, x_t, t)
+
+
+def gaussian_pipeline(variance: float, prediction_type: str = "epsilon") -> SimpleNamespace:
+    scheduler = DDPMScheduler(clip_sample=False, prediction_type=prediction_type)
+    return SimpleNamespace(unet=GaussianDenoiser(NoiseProcess.from_scheduler(scheduler), variance), scheduler=scheduler)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("pipeline") / "run"
+    tiny_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+STOCK = """
+import sys
+sys.modules["robustdiff"] = None  # importing it is an error from here on
+import numpy, torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
+run, name, steps, seed, n, output = sys.argv[1:]
+pipeline = DiffusionPipeline.from_pretrained(run)
+assert type(pipeline) is DDPMPipeline
+kind = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}[name]
+pipeline.scheduler = kind.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+generators = [torch.Generator().manual_seed(int(seed) + i) for i in range(int(n))]
+images = pipeline(batch_size=int(n), generator=generators, num_inference_steps=int(steps)).images
+numpy.save(output, numpy.stack([numpy.array(image) for image in images]))
+"""
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_stock_diffusers_without_robustdiff_draws_the_same_images(run: str, tmp_path, name: str) -> None:
+    output = tmp_path / "stock.npy"
+    command = [sys.executable, "-c", STOCK, run, name, "20", "7", "3", str(output)]
+    subprocess.run(command, check=True, capture_output=True)
+    ours = to_uint8(sample(load_pipeline(run), 3, seed=7, scheduler=name, steps=20))
+    assert np.array_equal(np.load(output), ours[:, 0].numpy())
+
+
+def test_an_image_does_not_depend_on_its_batch() -> None:
+    pipeline = tiny_pipeline()
+    together = sample(pipeline, 5, steps=20, scheduler="ddpm")
+    alone = sample(pipeline, 5, steps=20, scheduler="ddpm", batch_size=2)
+    one = sample(pipeline, [3], steps=20, scheduler="ddpm")
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    torch.testing.assert_close(together[3:4], one, atol=1e-4, rtol=0)
+    assert (together[3] - together[2]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_every_scheduler_generates_the_variance_of_gaussian_data(name: str, prediction_type: str) -> None:
+    variance = 0.05
+    images = sample(gaussian_pipeline(variance, prediction_type), 128, scheduler=name, steps=500)
+    # 128 x 64 independent numbers: relative standard error of the variance 1.6 %; the samplers' own bias is below 5 %.
+    assert images.var().item() == pytest.approx(variance, rel=0.1)
+    assert abs(images.mean().item()) < 4 * math.sqrt(variance / images.numel())
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_T7_relabelling_by_sqrt_1_plus_m_is_the_regularised_linear_denoiser(prediction_type: str) -> None:
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    process = NoiseProcess.from_scheduler(scheduler)
+    t, asked = torch.tensor([300]), torch.tensor([380])
+    relabel = (process.noise_to_signal(asked) / process.noise_to_signal(t)).item()
+    m, variance = relabel**2 - 1, 0.3
+    x_t = torch.randn(1, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = GaussianDenoiser(process, variance)
+    output = RelabelledModel(plain, process, relabel=relabel)(x_t, t)
+    a, s = process.alpha(t).double(), process.sigma(t).double()
+    expected_eps = s * (1 + m) / (a**2 * variance + (1 + m) * s**2) * x_t  # theory T3
+    torch.testing.assert_close(process.eps_hat(output, x_t, t), expected_eps, rtol=1e-5, atol=0)
+
+
+def test_label_floor_queries_at_the_floor_below_it_and_changes_nothing_above() -> None:
+    process = NoiseProcess.from_scheduler(DDPMScheduler())
+    asked: list[int] = []
+
+    def model(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        asked.extend(t.tolist())
+        return torch.zeros_like(x_t)
+
+    floored = RelabelledModel(model, process, label_floor=process.noise_to_signal(torch.tensor(100)).item())
+    x_t = torch.ones(3, 1, 2, 2)
+    floored(x_t, torch.tensor([10, 100, 700]))
+    assert asked == [100, 100, 700]
+    plain = GaussianDenoiser(process, 0.3)
+    floored = RelabelledModel(plain, process, label_floor=0.1)
+    t = torch.tensor([999, 800, 500])
+    assert torch.equal(floored(x_t.double(), t), plain(x_t.double(), t))
+
+
+def test_relabelling_shrinks_the_generated_variance_as_theory_says() -> None:
+    # T7 with T3: the sampler with relabel c generates Sigma / c^2. Nearest-timestep rounding: 2 %; statistics: 1.6 %.
+    images = sample(gaussian_pipeline(0.05), 128, scheduler="ddim", steps=250, relabel=1.5)
+    assert images.var().item() == pytest.approx(0.05 / 1.5**2, rel=0.1)
+
+
+def test_the_callback_sees_every_step_and_may_move_the_state() -> None:
+    pipeline, seen = tiny_pipeline(), []
+    plain = sample(pipeline, 3, steps=10, batch_size=2, callback=lambda step: seen.append((step.index, step.images)))
+    assert [index for index, _ in seen] == list(range(10)) * 2
+    assert seen[0][1] == [0, 1]
+    assert seen[-1][1] == [2]
+    assert torch.equal(plain, sample(pipeline, 3, steps=10, batch_size=2))
+    moved = sample(pipeline, 3, steps=10, callback=lambda step: step.x_t + 0.1 if step.index == 5 else None)
+    assert not torch.allclose(plain, moved)
+
+
+def test_class_labels_reach_the_network_and_are_required_by_it() -> None:
+    pipeline = tiny_pipeline(classes=3)
+    zero, one = (sample(pipeline, 2, steps=5, class_labels=[label] * 2) for label in (0, 1))
+    assert not torch.allclose(zero, one)
+    with pytest.raises(ValueError, match="class_labels"):
+        sample(pipeline, 2, steps=5)
+    with pytest.raises(ValueError, match="class_labels"):
+        sample(tiny_pipeline(), 2, steps=5, class_labels=[0, 0])
+
+
+def test_the_network_is_left_in_the_mode_it_was_in() -> None:
+    pipeline = tiny_pipeline()
+    pipeline.unet.train()
+    sample(pipeline, 1, steps=5)
+    assert pipeline.unet.training
+
+
+def test_step_counts_that_would_mis_step_are_refused_with_the_nearest_good_one() -> None:
+    with pytest.raises(UsageError, match=r"--steps 30 .*use --steps 25"):
+        make_scheduler("ddim", DDPMScheduler(num_train_timesteps=100), 30)
+    with pytest.raises(UsageError, match="--scheduler 'dim'"):
+        make_scheduler("dim", DDPMScheduler(), 10)
+    trailing = make_scheduler("ddim", DDPMScheduler(), 4).timesteps.tolist()
+    assert trailing == [999, 749, 499, 249]
+    assert largest_divisor(300, at_most=49) == 30
+
+
+def test_relabelled_model_refuses_ranges_that_ask_for_more_detail() -> None:
+    process = NoiseProcess.from_scheduler(DDPMScheduler())
+    for settings in ({"relabel": 0.5}, {"label_floor": -1.0}, {"relabel": math.nan}):
+        with pytest.raises(ValueError, match="relabel"):
+            RelabelledModel(lambda x, t: x, process, **settings)
+
+
+def test_grid_places_every_image() -> None:
+    images = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 1, 2, 3)
+    grid = image_grid(images, columns=2)
+    assert grid.shape == (1, 3 * 3 - 1, 2 * 4 - 1)
+    assert [grid[0, 0, 0].item(), grid[0, 0, 4].item(), grid[0, 6, 0].item()] == [0, 1, 4]
+    assert grid[0, 7, 6] == 128  # the empty place
+
+
+# -- the command -------------------------------------------------------------------------------------
+
+
+def test_sample_command_writes_pngs_and_a_grid_that_equal_the_library(run: str, tmp_path, capsys) -> None:
+    output = tmp_path / "out"
+    arguments = ["sample", run, "-n", "3", "--steps", "10", "--seed", "5", "--batch-size", "2", "-o", str(output)]
+    assert cli.main(arguments) == 0
+    expected = to_uint8(sample(load_pipeline(run), 3, seed=5, steps=10, batch_size=2))
+    written = [np.array(Image.open(output / f"{i:06d}.png")) for i in range(3)]
+    assert np.array_equal(np.stack(written), expected[:, 0].numpy())
+    assert sorted(path.name for path in output.iterdir()) == [*(f"{i:06d}.png" for i in range(3)), "grid.png"]
+    assert cli.main(arguments) == 2  # nothing is replaced unasked
+    assert "--overwrite" in capsys.readouterr().err
+    assert cli.main([*arguments, "--overwrite"]) == 0
+
+
+def test_sample_command_writes_npz(run: str, tmp_path) -> None:
+    output = tmp_path / "deep" / "images.npz"
+    assert cli.main(["sample", run, "-n", "2", "--steps", "10", "-o", str(output)]) == 0
+    with np.load(output, allow_pickle=False) as arrays:
+        assert arrays["images"].shape == (2, 8, 8, 1)
+        assert arrays["images"].dtype == np.uint8
+    assert [path.name for path in output.parent.iterdir()] == ["images.npz"]
+
+
+def test_sample_command_writes_into_the_run_by_default_and_names_what_it_did(run: str) -> None:
+    message = sample_to_files(SampleConfig(run, n=1, steps=10, relabel=1.25, label_floor=0.1))
+    assert message.startswith(f"{run}/samples/ddim-10-seed0-relabel1.25-floor0.1: 1 images")
+
+
+def test_class_labels_in_turn_are_saved_beside_the_images(tmp_path) -> None:
+    tiny_pipeline(classes=2).save_pretrained(tmp_path / "run")
+    output = tmp_path / "x.npz"
+    sample_to_files(SampleConfig(str(tmp_path / "run"), n=3, steps=10, output=str(output)))
+    with np.load(output) as arrays:
+        assert arrays["labels"].tolist() == [0, 1, 0]
+    with pytest.raises(UsageError, match="--class-label 2"):
+        sample_to_files(SampleConfig(str(tmp_path / "run"), n=3, steps=10, output=str(tmp_path / "y"), class_label=2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["no/such/folder"], "no/such/folder"),
+        (["{tmp}"], "model_index.json"),
+        (["{run}", "-n", "0"], "-n"),
+        (["{run}", "--steps", "0"], "--steps"),
+        (["{run}", "--steps", "30"], "--steps"),
+        (["{run}", "--relabel", "0.5"], "--relabel"),
+        (["{run}", "--label-floor", "-1"], "--label-floor"),
+        (["{run}", "--batch-size", "0"], "--batch-size"),
+        (["{run}", "--class-label", "1"], "--class-label"),
+        (["{run}", "--scheduler", "dimm"], "--scheduler"),
+        (["{run}", "-o", "{tmp}"], "--output"),
+    ],
+)
+def test_bad_input_to_sample_is_one_line_that_names_the_flag(run, tmp_path, capsys, arguments, names) -> None:
+    (tmp_path / "something").write_text("of the user's")
+    filled = [argument.format(run=run, tmp=tmp_path) for argument in arguments]
+    assert cli.main(["sample", *filled, *(["--overwrite"] if "-o" in arguments else [])]) == 2
+    error = capsys.readouterr().err
+    assert names in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "something").exists()
+
+
+def test_a_hub_id_without_network_is_one_line(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert cli.main(["sample", "nobody/no-such-model-xyz"]) == 2
+    error = capsys.readouterr().err
+    assert "could not be fetched from the hub" in error
+    assert error.count("\n") == 1

@@ -1,0 +1,526 @@
+"""Training: the run folder, resume, accumulation, fine-tuning, interruption, and what bad input gets."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from robustdiff import TrainConfig, cli, train
+from robustdiff.baselines import InvarianceObjective
+from robustdiff.config import UsageError
+from robustdiff.corruption import Corruption, derive_seed
+from robustdiff.images import load_images
+from robustdiff.networks import build_unet
+from robustdiff.objective import Gate, PlainObjective, RobustObjective
+from robustdiff.planning import build_objective
+from robustdiff.process import NoiseProcess
+from robustdiff.recording import TrainingError
+from robustdiff.training import Batches
+
+UNET = {
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight 8 x 8 grey images in two folders."""
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    random = np.random.default_rng(0)
+    for i in range(8):
+        path = folder / ("odd" if i % 2 else "even") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unet_config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("config") / "unet.json"
+    path.write_text(json.dumps(UNET))
+    return str(path)
+
+
+@pytest.fixture
+def config(photos: Path, unet_config: str, tmp_path: Path) -> TrainConfig:
+    """A run of 12 steps of 4 images, with dropout-free network and previews."""
+    return TrainConfig(
+        str(photos),
+        output_dir=str(tmp_path / "run"),
+        images="48",
+        train_batch_size=4,
+        model_config_name_or_path=unet_config,
+        learning_rate=1e-3,
+        ddpm_num_steps=20,
+        ddpm_num_inference_steps=5,
+        preview_images=2,
+        checkpointing_steps=4,
+        logging_steps=4,
+    )
+
+
+def changed(config: TrainConfig, **changes: object) -> TrainConfig:
+    return dataclasses.replace(config, **changes)
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def metrics(folder: str | Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+# -- the run folder ----------------------------------------------------------------------------------
+
+
+def test_the_output_folder_is_a_stock_pipeline_and_what_the_design_lists(config: TrainConfig) -> None:
+    folder = train(changed(config, corrupt=("gaussian:sigma=0.2,fraction=0.5",), preset="paper"))
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert pipeline(batch_size=2, num_inference_steps=5).images[0].size == (8, 8)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        *("model_index.json", "unet", "scheduler", "README.md", "config.json", "data.json"),
+        *("metrics.jsonl", "samples", "checkpoints"),
+    }
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
+    assert len(list((folder / "samples").glob("*.png"))) == 3
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["settings"]["images"] == "48"
+    assert saved["plan"]["steps"] == 12
+    data = json.loads((folder / "data.json").read_text())
+    assert data["data"]["count"] == 8
+    assert data["corrupt"] == ["gaussian:sigma=0.2,fraction=0.5"]
+    assert "gaussian:sigma=0.2" in (folder / "README.md").read_text()
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    for line in lines:
+        assert line["regularised"] == 1
+        assert line["radius"] > 8 / 255
+        assert line["loss"] == pytest.approx(line["denoising"] + 0.3 * line["equivariance"], rel=1e-5)
+        assert line["gradient_norm"] > 0
+
+
+def test_the_pipeline_holds_the_moving_average_and_the_checkpoint_holds_both(config: TrainConfig) -> None:
+    folder = train(config)
+    last = folder / "checkpoints" / "step-00000012"
+    ema, raw = load_file(last / "ema.safetensors"), load_file(last / "model.safetensors")
+    assert same(weights(folder), ema)
+    assert not same(ema, raw)
+    plain = train(changed(config, use_ema=False, output_dir=config.output_dir + "-raw"))
+    assert same(weights(plain), raw)
+
+
+def test_dry_run_writes_nothing_and_prints_the_plan(config: TrainConfig, capsys) -> None:
+    folder = train(changed(config, dry_run=True))
+    assert not folder.exists()
+    plan = capsys.readouterr().out
+    for word in ("8 images, 8 x 8 grey", "parameters", "RobustObjective", "12 steps of 4", "estimated time"):
+        assert word in plan
+
+
+def test_with_no_flag_at_all_the_plan_is_complete(photos: Path, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", str(photos), "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "UNet2DModel tiny" in plan
+    assert "499,968 images" in plan
+    assert "runs/photos" in plan
+    assert not list(tmp_path.iterdir())
+
+
+# -- the same run, whatever the path to it -----------------------------------------------------------
+
+
+def test_the_seed_rules_everything(config: TrainConfig) -> None:
+    one = train(config)
+    torch.manual_seed(99)
+    two = train(changed(config, output_dir=config.output_dir + "2"))
+    other = train(changed(config, output_dir=config.output_dir + "3", seed=1))
+    assert same(weights(one), weights(two))
+    assert metrics(one) == metrics(two)
+    assert not same(weights(one), weights(other))
+
+
+@pytest.mark.parametrize("preset", ["paper", "gated"])
+def test_a_resumed_run_equals_an_uninterrupted_one(config: TrainConfig, preset: str, monkeypatch) -> None:
+    config = changed(config, preset=preset, random_flip=True, corrupt=("impulse:amount=0.1",))
+    whole = train(changed(config, output_dir=config.output_dir + "-whole"))
+
+    import robustdiff.training as training
+
+    original = training.save_pipeline
+    saves = []
+
+    def dies_after_the_second_checkpoint(*arguments: object) -> None:
+        saves.append(1)
+        if len(saves) == 2:
+            raise RuntimeError("power cut")
+        original(*arguments)
+
+    monkeypatch.setattr(training, "save_pipeline", dies_after_the_second_checkpoint)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(config)
+    monkeypatch.setattr(training, "save_pipeline", original)
+    resumed = train(changed(config, resume=True))
+    assert same(weights(whole), weights(resumed))
+    assert metrics(whole) == metrics(resumed)
+    for name in ("model", "ema", "optimizer"):
+        end = Path("checkpoints") / "step-00000012" / f"{name}.safetensors"
+        assert same(load_file(whole / end), load_file(resumed / end))
+
+
+def test_resuming_from_a_named_checkpoint(config: TrainConfig) -> None:
+    whole = train(changed(config, checkpoints_total_limit=5))
+    before = weights(whole)
+    assert same(before, weights(train(changed(config, resume_from_checkpoint="step-4"))))
+    with pytest.raises(UsageError, match=r"--resume-from-checkpoint 'step-5'.*step-00000012"):
+        train(changed(config, resume_from_checkpoint="step-5"))
+
+
+def test_four_accumulation_steps_follow_the_same_schedule_and_weights_as_one(config: TrainConfig) -> None:
+    one = train(changed(config, lr_warmup_steps=3, preset="paper"))
+    four = train(
+        changed(
+            config,
+            lr_warmup_steps=3,
+            preset="paper",
+            train_batch_size=1,
+            gradient_accumulation_steps=4,
+            output_dir=config.output_dir + "4",
+        )
+    )
+    rates = [[line["learning_rate"] for line in metrics(folder)] for folder in (one, four)]
+    assert rates[0] == rates[1]
+    assert rates[0][0] > rates[0][1] > rates[0][2] > 0
+    raw = Path("checkpoints") / "step-00000012" / "model.safetensors"
+    a, b = load_file(one / raw), load_file(four / raw)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=0)
+
+
+def test_the_learning_rate_warms_up_peaks_and_ends_near_zero(config: TrainConfig) -> None:
+    folder = train(changed(config, logging_steps=1, lr_warmup_steps=4))
+    rates = [line["learning_rate"] for line in metrics(folder)]
+    assert rates[:5] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3])
+    assert rates[-1] == pytest.approx(1e-3 * 0.5 * (1 + np.cos(np.pi * 7 / 8)), rel=1e-6)
+
+
+def test_plain_training_is_the_ddpm_loop_everybody_writes(config: TrainConfig) -> None:
+    """The losses of twelve steps equal those of a loop of a few lines on the same images and draws."""
+    config = changed(config, perturbation="none", lr_scheduler="constant", lr_warmup_steps=0, logging_steps=1)
+    folder = train(config)
+    torch.manual_seed(derive_seed(0, "weights"))
+    unet = UNet2DModel.from_config({**UNET, "sample_size": 8, "in_channels": 1, "out_channels": 1})
+    scheduler = DDPMScheduler(num_train_timesteps=20)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-6, eps=1e-8)
+    batches = Batches(load_images(config.data), (), 0, False)
+    losses = []
+    for step in range(12):
+        x0, generators, _ = batches(range(4 * step, 4 * step + 4))
+        t = torch.stack([(torch.rand((), generator=g, dtype=torch.float64) * 20).long() for g in generators])
+        eps = torch.stack([torch.randn(1, 8, 8, generator=g) for g in generators])
+        loss = torch.nn.functional.mse_loss(unet(scheduler.add_noise(x0, eps, t), t).sample, eps)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert [line["loss"] for line in metrics(folder)] == pytest.approx(losses, rel=1e-4)
+
+
+def test_batches_see_every_image_once_per_epoch_and_dirt_is_frozen(photos: Path) -> None:
+    dirt = (Corruption.parse("gaussian:sigma=0.5"),)
+    batches = Batches(load_images(str(photos)), dirt, seed=3, random_flip=False)
+    first, second = ([batches.index(k) for k in range(8 * e, 8 * e + 8)] for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(8))
+    assert first != second
+    x0, _, _ = batches(range(16))
+    for place, index in enumerate(first):
+        assert torch.equal(x0[place], x0[8 + second.index(index)])
+    again = batches(range(6, 10))[0]  # across the epoch's end, in another batch
+    assert torch.equal(again, x0[6:10])
+
+
+def test_flips_are_mirrored_half_of_the_time(photos: Path) -> None:
+    images = load_images(str(photos))
+    flipped = Batches(images, (), seed=0, random_flip=True)
+    x0, _, _ = flipped(range(400))
+    straight = torch.stack([images.x0(flipped.index(k)) for k in range(400)])
+    mirrored = [(a.flip(-1) == b).all().item() for a, b in zip(x0, straight, strict=True)]
+    kept = [(a == b).all().item() for a, b in zip(x0, straight, strict=True)]
+    assert all(m != k for m, k in zip(mirrored, kept, strict=True))
+    assert 150 < sum(mirrored) < 250  # five standard deviations
+
+
+# -- objectives by flag ------------------------------------------------------------------------------
+
+
+def test_objective_flags_reach_the_objective() -> None:
+    process = NoiseProcess(torch.linspace(0.99, 0.01, 10))
+    paper = build_objective(TrainConfig("x", preset="paper"), process)
+    assert paper == RobustObjective.preset("paper", process)
+    gated = build_objective(TrainConfig("x"), process)
+    assert gated == RobustObjective.preset("gated", process)
+    assert isinstance(gated.strength, Gate)
+    flags = TrainConfig(
+        "x",
+        preset="paper",
+        strength=2.0,
+        gate="0.1:0.5",
+        radius_exponent=1.0,
+        radius_scale=0.5,
+        radius_floor=0.0,
+        radius_factor="one",
+        attack_steps=3,
+        attack_step_size=0.7,
+        inner="residual",
+        gradient="perturbed",
+    )
+    flags.validate()
+    robust = build_objective(flags, process)
+    assert robust.strength == Gate(0.1, 0.5, 2.0)
+    assert dataclasses.astuple(robust.radius) == (1.0, 0.5, 0.0, False)
+    assert dataclasses.astuple(robust.perturbation) == (3, "residual", 0.7)
+    assert robust.gradient == "perturbed"
+    assert build_objective(TrainConfig("x", preset="plain"), process).perturbation is None
+    assert build_objective(TrainConfig("x", perturbation="none"), process).perturbation is None
+    assert build_objective(TrainConfig("x", gate="0:inf", strength=1.0), process).strength == 1.0
+    assert type(build_objective(TrainConfig("x", objective="invariance"), process)) is InvarianceObjective
+    for name in ("input-perturbation", "pseudo-huber"):
+        peer = build_objective(TrainConfig("x", objective=name), process)
+        assert isinstance(peer, PlainObjective)
+        assert not isinstance(peer, RobustObjective)
+
+
+@pytest.mark.parametrize("objective", ["invariance", "input-perturbation", "pseudo-huber"])
+def test_every_objective_trains(config: TrainConfig, objective: str) -> None:
+    config = changed(config, objective=objective, images="8", preview_images=0)
+    assert metrics(train(config))[-1]["denoising"] > 0
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_zero_terminal_snr_trains_in_both_parametrisations_that_allow_it(config, prediction_type) -> None:
+    config = changed(config, prediction_type=prediction_type, rescale_betas_zero_snr=True, preset="paper")
+    folder = train(config)
+    scheduler = DiffusionPipeline.from_pretrained(folder).scheduler
+    assert scheduler.alphas_cumprod[-1] == 0
+    assert scheduler.config.prediction_type == prediction_type
+    assert all(np.isfinite(line["loss"]) for line in metrics(folder))
+
+
+def test_bf16_trains(config: TrainConfig) -> None:
+    reference = metrics(train(config))
+    half = metrics(train(changed(config, mixed_precision="bf16", output_dir=config.output_dir + "-half")))
+    assert half[0]["loss"] == pytest.approx(reference[0]["loss"], rel=0.05)
+    assert half != reference
+
+
+# -- fine-tuning -------------------------------------------------------------------------------------
+
+
+def test_init_from_starts_at_the_weights_and_keeps_scheduler_and_pipeline_class(config, tmp_path) -> None:
+    torch.manual_seed(0)
+    source = tmp_path / "source"
+    scheduler = DDIMScheduler(num_train_timesteps=40, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    unet = UNet2DModel.from_config({**UNET, "sample_size": 8, "in_channels": 1, "out_channels": 1})
+    DDIMPipeline(unet, scheduler).save_pretrained(source)
+    own = {"model_config_name_or_path": None, "ddpm_num_steps": None, "init_from": str(source)}
+    folder = train(changed(config, **own, images="4", learning_rate=1e-12, use_ema=False))
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert type(pipeline) is DDIMPipeline
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert pipeline.scheduler.config.num_train_timesteps == 40
+    assert pipeline.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    for name, value in unet.state_dict().items():
+        torch.testing.assert_close(weights(folder)[name], value, atol=1e-9, rtol=0)
+    moved = train(changed(config, **own, output_dir=config.output_dir + "-moved"))
+    assert not same(weights(folder), weights(moved))
+
+
+def test_init_from_a_class_conditional_pipeline_uses_the_folder_names(config, tmp_path, photos) -> None:
+    source = tmp_path / "source"
+    shape = {**UNET, "sample_size": 8, "in_channels": 1, "out_channels": 1, "num_class_embeds": 2}
+    unet = UNet2DModel.from_config(shape)
+    with torch.no_grad():
+        unet.class_embedding.weight.zero_()
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=20)).save_pretrained(source)
+    own = {"model_config_name_or_path": None, "ddpm_num_steps": None, "init_from": str(source)}
+    folder = train(changed(config, **own))
+    trained = weights(folder)["class_embedding.weight"]
+    assert trained.abs().sum(1).min() > 0  # both classes were seen
+    assert not torch.equal(trained[0], trained[1])
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in photos.rglob("*.png"):
+        (flat / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UsageError, match="conditional on 2 classes"):
+        train(changed(config, **own, data=str(flat), output_dir=str(tmp_path / "other")))
+
+
+# -- stopping ----------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_saves_says_how_to_resume_and_exits_130(photos: Path, unet_config: str, tmp_path: Path) -> None:
+    flags = ["train", str(photos), "--output-dir", str(tmp_path / "run"), "--model-config-name-or-path", unet_config]
+    flags += ["--train-batch-size", "4", "--logging-steps", "1", "--preview-images", "0", "--images", "400k"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "robustdiff", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "--resume" in error
+    assert "Traceback" not in error
+    checkpoint = list((tmp_path / "run" / "checkpoints").iterdir())
+    assert len(checkpoint) == 1
+    steps = json.loads((checkpoint[0] / "state.json").read_text())["step"]
+    assert metrics(tmp_path / "run")[-1]["step"] == steps
+    DiffusionPipeline.from_pretrained(tmp_path / "run")
+
+
+def test_a_non_finite_loss_stops_with_step_noise_level_and_last_good_checkpoint(config: TrainConfig, capsys) -> None:
+    config = changed(config, learning_rate=1e30, lr_warmup_steps=6, lr_scheduler="constant_with_warmup")
+    config = changed(config, checkpointing_steps=1, max_grad_norm=1e9)
+    with pytest.raises(TrainingError, match=r"not finite at step \d+, at noise level .*step-0000000"):
+        train(config)
+    checkpoints = sorted(Path(config.output_dir, "checkpoints").iterdir())
+    assert all(torch.isfinite(v).all() for v in load_file(checkpoints[-1] / "model.safetensors").values())
+
+
+def test_no_space_left_is_one_line(config: TrainConfig, monkeypatch, capsys) -> None:
+    import robustdiff.training as training
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training, "save_checkpoint", full)
+    flags = ["--output-dir", config.output_dir, "--images", "4", "--train-batch-size", "4", "--preview-images", "0"]
+    assert cli.main(["train", config.data, *flags, "--network", "tiny"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "no space left" in error
+    assert "--output-dir" in error
+
+
+# -- bad input ---------------------------------------------------------------------------------------
+
+
+def test_an_output_folder_with_a_run_needs_resume_or_overwrite(config: TrainConfig, tmp_path: Path) -> None:
+    folder = train(changed(config, images="8"))
+    before = weights(folder)
+    with pytest.raises(UsageError, match=r"--resume.*--overwrite"):
+        train(changed(config, images="8"))
+    assert same(before, weights(folder))
+    train(changed(config, images="8", seed=5, overwrite=True))
+    assert not same(before, weights(folder))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds no run of robustdiff"):
+        train(changed(config, output_dir=str(tmp_path / "mine"), overwrite=True))
+    assert (tmp_path / "mine" / "config.json").exists()
+
+
+def test_resuming_with_other_settings_or_images_names_what_differs(config: TrainConfig, photos: Path, tmp_path) -> None:
+    train(config)
+    with pytest.raises(UsageError, match=r"--strength \(was None, now 2.0\)"):
+        train(changed(config, strength=2.0, resume=True))
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(other / "x.png")
+    with pytest.raises(UsageError, match="other images"):
+        train(changed(config, data=str(other), resume=True))
+    with pytest.raises(UsageError, match=r"--resume: no complete checkpoint"):
+        train(changed(config, output_dir=str(tmp_path / "new"), resume=True))
+
+
+def test_an_output_folder_inside_the_data_is_refused(config: TrainConfig, photos: Path) -> None:
+    with pytest.raises(UsageError, match="lie inside one another"):
+        train(changed(config, output_dir=str(photos / "run")))
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--images", "0"], "--images"),
+        (["--images", "many"], "--images"),
+        (["--train_batch_size", "0"], "--train-batch-size"),
+        (["--learning_rate", "-1"], "--learning-rate"),
+        (["--learning_rate", "nan"], "--learning-rate"),
+        (["--strength", "inf"], "--strength"),
+        (["--gate", "1"], "--gate"),
+        (["--gate", "2:1"], "--gate"),
+        (["--preset", "papr"], "--preset"),
+        (["--perturbation", "none", "--attack-steps", "3"], "--attack-steps"),
+        (["--perturbation", "random", "--attack-steps", "3"], "--attack-steps"),
+        (["--perturbation", "none", "--objective", "invariance"], "--objective"),
+        (["--objective", "pseudo-huber", "--strength", "1"], "--strength"),
+        (["--rescale-betas-zero-snr"], "--rescale-betas-zero-snr"),
+        (["--init-from", "x", "--network", "tiny"], "--network"),
+        (["--init-from", "no/such/model"], "no/such/model"),
+        (["--resume", "--overwrite"], "--overwrite"),
+        (["--corrupt", "gausian:sigma=0.2"], "gaussian"),
+        (["--corrupt", "gaussian:sigma=-1"], "sigma"),
+        (["--network", "base", "--resolution", "10"], "--resolution"),
+        (["--model-config-name-or-path", "nowhere.json"], "--model-config-name-or-path"),
+        (["--mixed_precision", "fp17"], "--mixed-precision"),
+        (["--mixed_precision", "fp16"], "--mixed-precision"),
+        (["--logger", "nonesuch"], "--logger"),
+        (["--ddpm-num-inference-steps", "30"], "--ddpm-num-inference-steps"),
+        (["--ema-max-decay", "2"], "--ema-max-decay"),
+        (["--trian-batch-size", "3"], "--train-batch-size"),
+        (["--output-dir", "{file}"], "--output-dir"),
+    ],
+)
+def test_bad_input_to_train_is_one_line_that_names_the_flag(photos, tmp_path, capsys, monkeypatch, flags, names):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert cli.main(["train", str(photos), "--dry-run", *(flag.format(file=file) for flag in flags)]) == 2
+    error = capsys.readouterr().err
+    assert names in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_diffusers_flag_names_are_accepted_with_underscores_and_dashes(photos, tmp_path, capsys) -> None:
+    flags = [
+        *("--train_data_dir", str(photos), "--output_dir", str(tmp_path / "run"), "--resolution", "8"),
+        *("--random_flip", "--train_batch_size", "2", "--eval-batch-size=4", "--num_epochs", "2", "--use_ema"),
+        *("--gradient_accumulation_steps", "2", "--learning_rate", "1e-4", "--lr_scheduler", "cosine"),
+        *("--lr_warmup_steps", "1", "--adam_beta1", "0.95", "--adam_weight_decay", "1e-6", "--adam_epsilon", "1e-8"),
+        *("--ema_max_decay", "0.999", "--mixed_precision", "no", "--prediction_type", "epsilon"),
+        *("--ddpm_num_steps", "100", "--ddpm_num_inference_steps", "50", "--ddpm_beta_schedule", "linear"),
+        *("--checkpointing_steps", "2", "--checkpoints_total_limit", "1", "--overwrite_output_dir", "--dry-run"),
+    ]
+    assert cli.main(["train", *flags]) == 0
+    assert "16 images = 4 steps of 4" in capsys.readouterr().out
+
+
+def test_sizes_that_do_not_fit_name_the_nearest_that_do() -> None:
+    with pytest.raises(UsageError, match=r"30 x 28 .*multiples of 8: use --resolution 24 or 32"):
+        build_unet("medium", 3, (28, 30))
