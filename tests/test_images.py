@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from robustdiff import dirty_copy
 from robustdiff import images as module
 from robustdiff.corruption import Corruption, corrupt
-from robustdiff.images import DataError, load_images, save_png, write_dirty_copy
+from robustdiff.dirty_copy import write_dirty_copy
+from robustdiff.images import DataError, load_images, save_png
 
 
 def pixels(height=6, width=8, channels=3, seed=0, low=0, high=256):
@@ -654,7 +656,7 @@ def test_an_interruption_leaves_nothing_half_done(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         save_png(image, path)
 
-    monkeypatch.setattr(module, "save_png", interrupted)
+    monkeypatch.setattr(dirty_copy, "save_png", interrupted)
     for name in ("dirty", "new"):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):

@@ -496,6 +496,20 @@ def test_a_strength_function_sees_noise_levels_and_must_return_one_number_per_im
         RobustObjective(process, "random", strength=lambda levels: levels[:1])(SmallNet(), images(dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("radius", "what"), [(lambda sigma, _: sigma[:1], "shape"), (lambda sigma, _: -sigma, "negative")]
+)
+def test_a_bad_radius_from_a_function_is_refused(radius: Any, what: str) -> None:
+    objective = RobustObjective(ddpm_process(), "random", radius=radius)
+    with pytest.raises(ValueError, match=f"radius.*{what}"):
+        objective(SmallNet(), images(dtype=torch.float64), generator=seeded())
+
+
+def test_an_infinite_strength_is_refused() -> None:
+    with pytest.raises(ValueError, match="strength must be a finite number"):
+        RobustObjective(ddpm_process(), "random", strength=float("inf"))
+
+
 def test_a_negative_strength_from_a_function_is_refused() -> None:
     objective = RobustObjective(ddpm_process(), "random", strength=lambda levels: -torch.ones_like(levels))
     with pytest.raises(ValueError, match="strength"):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from robustdiff.config import TrainConfig as TrainConfig
     from robustdiff.config import UsageError as UsageError
     from robustdiff.corruption import Corruption as Corruption
+    from robustdiff.dirty_copy import write_dirty_copy as write_dirty_copy
     from robustdiff.images import ImageSet as ImageSet
     from robustdiff.images import load_images as load_images
     from robustdiff.networks import PointDenoiser as PointDenoiser
@@ -41,6 +42,7 @@ _HOMES = {
     "config": ("CorruptConfig", "SampleConfig", "TrainConfig", "UsageError"),
     "corruption": ("Corruption",),
     "images": ("ImageSet", "load_images"),
+    "dirty_copy": ("write_dirty_copy",),
     "networks": ("PointDenoiser", "build_unet"),
     "objective": ("Gate", "LossTerms", "PlainObjective", "RobustObjective"),
     "baselines": ("InputPerturbationObjective", "InvarianceObjective", "PseudoHuberObjective"),

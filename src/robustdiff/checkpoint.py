@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -105,7 +106,7 @@ def find_checkpoint(folder: Path, name: str = "latest") -> Path:
         return found[-1]
     digits = Path(name).name.removeprefix("step-").removeprefix("checkpoint-")
     for path in found:
-        if digits.isdigit() and int(path.name.removeprefix("step-")) == int(digits):
+        if digits.isdecimal() and int(path.name.removeprefix("step-")) == int(digits):
             return path
     there = ", ".join(path.name for path in found) or "none"
     raise UsageError(f"--resume-from-checkpoint {name!r}: not in {folder} (there: {there})")
@@ -115,22 +116,27 @@ def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
     """Put a checkpoint back into ``state``, exactly; returns the counters it was saved with.
 
     Raises:
-        UsageError: If it was made with another network, or with a moving average where now there is none.
+        UsageError: If it is damaged, was made with another network, or with a moving average where now there is none.
     """
-    record = json.loads((path / "state.json").read_text())
+    try:  # everything is read before anything is changed
+        record = json.loads((path / "state.json").read_text())
+        weights, tensors = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+        shadow = {} if record["ema"] is None else load_file(path / "ema.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path} is damaged ({reason}): name another with --resume-from-checkpoint") from None
     if (record["ema"] is None) != (state.ema is None):
         raise UsageError(f"{path} and --use-ema disagree: resume with the flags the run was started with")
     try:
-        state.model.load_state_dict(load_file(path / "model.safetensors"))
+        state.model.load_state_dict(weights)
     except RuntimeError as error:
         raise UsageError(f"{path} was made with another network: {str(error).splitlines()[-1].strip()}") from None
     if state.ema is not None:
-        shadow = load_file(path / "ema.safetensors")
         for (name, _), value in zip(state.model.named_parameters(), state.ema.shadow_params, strict=True):
             value.copy_(shadow[name])
         state.ema.optimization_step = record["ema"]["optimization_step"]
     values: dict[int, dict[str, Any]] = {}
-    saved = {**load_file(path / "optimizer.safetensors"), **record["optimizer"]["numbers"]}
+    saved = {**tensors, **record["optimizer"]["numbers"]}
     for key, value in saved.items():
         index, name = key.split(".", 1)
         values.setdefault(int(index), {})[name] = value

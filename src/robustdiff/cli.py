@@ -27,15 +27,10 @@ DESCRIPTION = "Train diffusion models that stay clean when their training images
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 1 training failed, 2 wrong usage, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments in (["--version"], ["-V"]):
-        print(f"robustdiff {__version__}")
-        return 0
     try:
-        config = parse(arguments)
-        if config is None:
-            return 0
-        config.validate()
-        return _run(config)
+        status = _main(arguments)
+        sys.stdout.flush()  # a reader that has gone is noticed here, not at the interpreter's end
+        return status
     except UsageError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -45,10 +40,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-            return _fail("no space left on the device: free some, or name another --output-dir, then add --resume", 2)
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return _fail(
+                "no space left on the device: free some, or write elsewhere; a training run goes on with --resume", 2
+            )
+        unwritable = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+        if isinstance(error, OSError) and error.errno in unwritable:
             return _fail(f"cannot write {error.filename}: {error.strerror}; name another output folder", 2)
         raise
+
+
+def _main(arguments: list[str]) -> int:
+    if arguments in (["--version"], ["-V"]):
+        print(f"robustdiff {__version__}")
+        return 0
+    config = parse(arguments)
+    if config is None:
+        return 0
+    config.validate()
+    return _run(config)
 
 
 def _fail(message: str, status: int) -> int:
@@ -115,7 +124,7 @@ def _one_line(text: str, arguments: list[str]) -> str:
         if command is None:
             return f"name a command: {', '.join(COMMANDS)} (see robustdiff --help)"
         return f"{command!r} is no command{_nearest(command, list(COMMANDS))}; there are {', '.join(COMMANDS)}"
-    lines = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
+    lines = [line.strip("│╭╮╰╯─+|- ") for line in text.splitlines()]  # the last three where boxes are drawn in ASCII
     message = " ".join(line for line in lines[1:] if line).strip()
     title = lines[0] if lines else ""
     help_hint = f" (see robustdiff {command} --help)"
@@ -127,13 +136,31 @@ def _one_line(text: str, arguments: list[str]) -> str:
             if name.startswith("-") and name not in known:
                 return f"{command} has no flag {argument.split('=')[0]}{_nearest(name, flags)}{help_hint}"
         return f"{command}: {message.split('For full helptext')[0].strip()}{help_hint}"
-    if title.startswith(("Required", "Missing")):
+    value_missing = re.search(r"Missing value for argument '([^']+)'", message)
+    if value_missing:
+        return f"{command}: {value_missing[1]} needs a value{help_hint}"
+    wrong = re.search(r"invalid choice '(.*?)' for argument '([^']+)'", message)
+    if wrong:
+        choices = _choices(COMMANDS[command], wrong[2])
+        return f"{wrong[2]} {wrong[1]!r} is not one of {', '.join(choices)}{_nearest(wrong[1], choices)}{help_hint}"
+    wrong = re.search(r"Error parsing (\S+?):", message)
+    if wrong:
+        values = re.findall(r"'([^']*)'", message.split("Argument helptext")[0])
+        kind = "whole number" if "int()" in message else "number"
+        return f"{wrong[1]} {values[-1] if values else ''!r} is not a {kind}{help_hint}"
+    if title.startswith("Required"):
         field = dataclasses.fields(COMMANDS[command])
         needed = [re.search(r"metavar=['\"](\w+)['\"]", str(f.type)) for f in field if f.default is dataclasses.MISSING]
         names = " ".join(match.group(1) for match in needed if match)
         return f"{command} needs {names}{help_hint}"
     message = re.split(r"Argument helptext|For full helptext", message)[0].strip()
     return f"{command}: {message or title}{help_hint}"
+
+
+def _choices(command: type, flag: str) -> list[str]:
+    """What a flag takes, in the order of its declaration."""
+    (field,) = (f for f in dataclasses.fields(command) if "--" + f.name.replace("_", "-") in flag.split("/"))
+    return re.findall(r"[\w-]+", re.sub(r".*Literal\[(.*?)\].*", r"\1", str(field.type)))
 
 
 def _nearest(word: str, choices: list[str]) -> str:
@@ -178,7 +205,8 @@ def _sample(config: SampleConfig) -> int:
 
 def _corrupt(config: CorruptConfig) -> int:
     from robustdiff.config import check_corruptions
-    from robustdiff.images import load_images, write_dirty_copy
+    from robustdiff.dirty_copy import write_dirty_copy
+    from robustdiff.images import load_images
 
     corruptions = check_corruptions(config.corrupt)
     images = load_images(config.source, resolution=config.resolution)

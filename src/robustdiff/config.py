@@ -19,6 +19,8 @@ NETWORKS = ("tiny", "small", "medium", "base", "large")
 SCHEDULERS = ("ddim", "ddpm", "dpm", "unipc", "euler")
 
 
+MAX_SEED = 2**63 - 1
+"""Generators take 64 bits, and image i is drawn with seed + i."""
 OptionalText = Annotated[str | None, arg(metavar="TEXT")]
 OptionalInt = Annotated[int | None, arg(metavar="INT")]
 OptionalFloat = Annotated[float | None, arg(metavar="NUMBER")]
@@ -96,7 +98,7 @@ class TrainConfig:
     num_epochs: OptionalInt = None
     """Length of training, in passes over the data; instead of --images."""
     seed: int = 0
-    """Rules the order of data, the initial weights and every random draw."""
+    """Rules the order of data, the initial weights and every random draw; a whole number >= 0."""
 
     # -- data --
     resolution: OptionalInt = None
@@ -124,7 +126,7 @@ class TrainConfig:
     gate: OptionalText = None
     """Regularise only where LOW <= sigma/alpha <= HIGH, as LOW:HIGH; `0:inf` is everywhere. Default: the preset's."""
     radius_exponent: OptionalFloat = None
-    """Power of the noise scale in the radius of the perturbation. Default: the preset's."""
+    """Power of the noise scale sigma (0 to 1) in the radius of the perturbation. Default: the preset's."""
     radius_scale: OptionalFloat = None
     """Factor of the radius, in units of the unit-variance noise eps, >= 0. Default: the preset's."""
     radius_floor: OptionalFloat = None
@@ -162,7 +164,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Forward and backward passes per optimiser step."""
     learning_rate: OptionalFloat = None
-    """Peak learning rate of AdamW. Default: the network's (1e-3 tiny ... 1e-4 large), 1e-4 with --init-from."""
+    """Peak learning rate of AdamW, > 0. Default: the network's (1e-3 tiny ... 1e-4 large), 1e-4 with --init-from."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "cosine"
     """Learning-rate schedule, in optimiser steps, right under accumulation."""
     lr_warmup_steps: OptionalInt = None
@@ -180,7 +182,7 @@ class TrainConfig:
     use_ema: bool = True
     """Save and sample an exponential moving average of the weights."""
     ema_max_decay: float = 0.9999
-    """Cap of the moving average's decay per optimiser step; it warms up as (1 + step) / (10 + step)."""
+    """Cap of the moving average's decay per optimiser step, 0 to 1; it warms up as (1 + step) / (10 + step)."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the network's arithmetic; images, noise and loss stay float32."""
     compile: bool = False
@@ -232,11 +234,15 @@ class TrainConfig:
             value = getattr(self, name)
             good = value is None or (math.isfinite(value) and value > 0)
             _require(good, f"--{name.replace('_', '-')} {value} must be a finite number above 0")
-        for name in ("adam_beta1", "adam_beta2", "ema_max_decay", "max_bad_fraction"):
+        exponent = self.radius_exponent
+        _require(exponent is None or math.isfinite(exponent), f"--radius-exponent {exponent} must be finite")
+        for name in ("adam_beta1", "adam_beta2"):
+            _require(0 <= getattr(self, name) < 1, f"--{name.replace('_', '-')} must be at least 0 and below 1")
+        for name in ("ema_max_decay", "max_bad_fraction"):
             _require(0 <= getattr(self, name) <= 1, f"--{name.replace('_', '-')} must be between 0 and 1")
         _require(self.checkpoints_total_limit >= 1, "--checkpoints-total-limit must be at least 1")
         _require(self.preview_images >= 0, "--preview-images must be 0 or more")
-        _require(self.seed >= 0, "--seed must be 0 or more")
+        _require(0 <= self.seed <= MAX_SEED, f"--seed must be in 0 .. {MAX_SEED}")
         _require(not (self.overwrite and self.resuming), "--overwrite and --resume exclude each other: give one")
         self._validate_objective()
         if self.init_from:
@@ -299,7 +305,7 @@ class SampleConfig:
     steps: int = 50
     """Network calls per image, trailing spacing; ddim and ddpm need a divisor of the noise levels (1000)."""
     seed: int = 0
-    """Image i is drawn from its own generator, seeded with SEED + i, whatever the batch size."""
+    """Image i is drawn from its own generator, seeded with SEED + i (SEED >= 0), whatever the batch size."""
     batch_size: Annotated[int, arg(aliases=["--eval-batch-size"])] = 64
     """Images per forward pass."""
     relabel: float = 1.0
@@ -307,7 +313,7 @@ class SampleConfig:
     label_floor: float = 0.0
     """Never query the network below this noise level sigma/alpha (>= 0): ask for no detail finer than that."""
     class_label: OptionalInt = None
-    """Class to draw, for class-conditional pipelines. Default: classes in turn."""
+    """Class to draw, counted from 0, for class-conditional pipelines. Default: classes in turn."""
     overwrite: bool = False
     """Replace existing output."""
 
@@ -320,7 +326,7 @@ class SampleConfig:
         _require(self.n >= 1, f"-n {self.n} must be at least 1")
         _require(self.steps >= 1, f"--steps {self.steps} must be at least 1")
         _require(self.batch_size >= 1, f"--batch-size {self.batch_size} must be at least 1")
-        _require(self.seed >= 0, "--seed must be 0 or more")
+        _require(0 <= self.seed <= MAX_SEED, f"--seed must be in 0 .. {MAX_SEED}")
         _require(math.isfinite(self.relabel) and self.relabel >= 1, f"--relabel {self.relabel} must be 1 or more")
         floor = self.label_floor
         _require(math.isfinite(floor) and floor >= 0, f"--label-floor {floor} must be 0 or more")
@@ -337,7 +343,7 @@ class CorruptConfig:
     corrupt: Annotated[UseAppendAction[tuple[str, ...]], arg(aliases=["--with"])] = ()
     """KIND:NAME=VALUE,...,fraction=SHARE (repeatable, applied in order)."""
     seed: int = 0
-    """Rules which images are hit and every draw."""
+    """Rules which images are hit and every draw; a whole number >= 0."""
     resolution: OptionalInt = None
     """Resize the shorter side to this many pixels and crop the centre square first."""
     overwrite: bool = False

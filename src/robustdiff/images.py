@@ -1,4 +1,4 @@
-"""Image sets: a folder, an array file or the built-in digits -> 8-bit images in memory, and dirty copies on disk.
+"""Image sets: a folder, an array file or the built-in digits -> 8-bit images in memory.
 
 Nothing is dropped in silence: what cannot be read is skipped with its name and the reason, what was converted is
 counted, and too many bad files are an error.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import os
-import shutil
 import sys
 import warnings
 from collections import Counter
@@ -18,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,12 +28,11 @@ from tqdm import tqdm
 
 from robustdiff import decoding
 from robustdiff.config import UsageError
-from robustdiff.corruption import Corruption, corrupt, from_uint8, to_uint8
+from robustdiff.corruption import from_uint8
 from robustdiff.decoding import Pixels
 
 SIDE_CARS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".xml", ".yaml", ".yml", ".html", ".db", ".ini")
 """Suffixes of files that commonly lie beside images; they are counted, neither opened nor named."""
-MANIFEST_FORMAT = "robustdiff dirty copy 1"
 CHUNK = 256
 """Files decoded at a time: bounds what waits in memory beside the array that is being filled."""
 
@@ -269,10 +266,11 @@ def _in_chunks(
     """(name, work(name)) in order, computed by threads a chunk at a time."""
     starts = range(0, len(names), CHUNK)
     results = (result for start in starts for result in pool.map(work, names[start : start + CHUNK]))
-    yield from zip(names, _progress(results, len(names), what), strict=True)
+    yield from zip(names, progress_bar(results, len(names), what), strict=True)
 
 
-def _progress(items: Iterable[T], total: int, what: str) -> Iterable[T]:
+def progress_bar(items: Iterable[T], total: int, what: str) -> Iterable[T]:
+    """``items``, with a progress bar where it is worth one: many items, on a terminal."""
     return tqdm(items, what, total, unit="file") if total > 1000 and sys.stderr.isatty() else items
 
 
@@ -370,105 +368,10 @@ def _channels_last(array: NDArray[Any]) -> Pixels:
     raise DataError(f"shape {array.shape} is ambiguous or unknown; needs {layouts}")
 
 
-# -- dirty copies ------------------------------------------------------------------------------------
+# -- writing ----------------------------------------------------------------------------------------
 
 
 def save_png(image: Tensor, path: str | Path) -> None:
     """Write one image, uint8 of shape (C, H, W) with C = 1 or 3, as PNG."""
     pixels = np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy())
     Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(path, "PNG")
-
-
-def write_dirty_copy(
-    images: ImageSet,
-    destination: str | Path,
-    corruptions: Sequence[Corruption],
-    seed: int,
-    *,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Write every image as PNG with its dirt, and ``manifest.json`` with the truth about it.
-
-    Everything goes to a temporary folder beside the destination, renamed at the end: an interrupted call leaves no
-    half-written destination.
-
-    Args:
-        images: What to copy; an image's index in it is the index of its dirt.
-        destination: A new or empty folder.
-        corruptions: Applied in this order.
-        seed: Seed of the experiment.
-        overwrite: Replace the destination, if it is itself a dirty copy.
-
-    Returns:
-        The manifest. ``images[i]["corruptions"]`` lists the places (from 0) in ``corruptions`` of those that hit.
-
-    Raises:
-        DataError: If the destination is not empty, or a name points outside it.
-    """
-    folder = Path(destination).expanduser().absolute()
-    _check_destination(destination, folder, overwrite)
-    manifest: dict[str, Any] = {
-        "format": MANIFEST_FORMAT,
-        "seed": seed,
-        "corruptions": [str(corruption) for corruption in corruptions],
-        "range": "parameters refer to pixels in [-1, 1], v / 127.5 - 1 for v in 0..255",
-        "written": "clipped to [-1, 1] and rounded to 8 bit: noise beyond the range is cut off in these files",
-        "clean": images.describe(),
-        "images": [
-            {
-                "index": index,
-                "source": images.names[index],
-                "file": file,
-                "corruptions": [place for place, c in enumerate(corruptions) if c.hits(seed, index, place)],
-            }
-            for index, file in enumerate(_png_names(images.names))
-        ],
-    }
-    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-    try:
-        unfinished.mkdir(parents=True)
-        for entry in _progress(manifest["images"], len(images), "writing"):
-            dirty, _ = corrupt(images.x0(entry["index"]), corruptions, seed, entry["index"])
-            path = unfinished / entry["file"]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_png(to_uint8(dirty), path)
-        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)  # empty, or a dirty copy that may be replaced
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return manifest
-
-
-def _check_destination(destination: str | Path, folder: Path, overwrite: bool) -> None:
-    if not os.path.lexists(folder):
-        return
-    if folder.is_symlink() or not folder.is_dir():
-        raise DataError(f"{destination}: exists and is not a folder; choose another destination")
-    if any(folder.iterdir()):
-        if not overwrite:
-            raise DataError(f"{destination}: not empty; choose another, or replace a dirty copy with --overwrite")
-        try:
-            ours = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["format"] == MANIFEST_FORMAT
-        except (OSError, ValueError, KeyError, TypeError):
-            ours = False
-        if not ours:  # never delete somebody's photographs
-            raise DataError(f"{destination}: not a dirty copy, so --overwrite spares it; remove it yourself")
-
-
-def _png_names(names: Sequence[str]) -> list[str]:
-    """The same relative names with .png; one that is taken (a.jpg, then a.png) keeps its suffix: a.png.png."""
-    taken: set[str] = set()
-    files = []
-    for name in names:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            raise DataError(f"image name {name!r} points outside the destination")
-        file = path.with_suffix(".png")
-        while str(file).casefold() in taken:  # file systems may ignore case
-            path = path.with_name(f"{path.name}.png")
-            file = path
-        taken.add(str(file).casefold())
-        files.append(str(file))
-    return files

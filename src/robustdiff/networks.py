@@ -19,7 +19,7 @@ class NetworkPreset:
     Args:
         widths: Channels per level; each level but the last halves the image.
         layers: Residual blocks per level.
-        attention: Levels with self-attention, counted from 0 at full size.
+        attention: Levels with self-attention, counted from 0 at full size; none here means none in the middle either.
         groups: Groups of the group normalisation.
         dropout: Dropout probability.
         learning_rate: Peak AdamW rate it is usually trained at.
@@ -34,7 +34,7 @@ class NetworkPreset:
 
 
 NETWORKS: dict[str, NetworkPreset] = {
-    "tiny": NetworkPreset((32, 64), layers=2, groups=8, learning_rate=1e-3),
+    "tiny": NetworkPreset((32, 64), layers=1, groups=8, learning_rate=1e-3),
     "small": NetworkPreset((32, 64, 64), layers=1, attention=(2,), groups=16, learning_rate=8e-4),
     "medium": NetworkPreset((64, 128, 192, 192), attention=(1, 2), learning_rate=3e-4),
     "base": NetworkPreset((128, 256, 256, 256), attention=(1,), dropout=0.1, learning_rate=2e-4),
@@ -71,6 +71,7 @@ def build_unet(preset: str, channels: int, size: tuple[int, int]) -> UNet2DModel
         layers_per_block=shape.layers,
         down_block_types=tuple("AttnDownBlock2D" if i in shape.attention else "DownBlock2D" for i in levels),
         up_block_types=tuple("AttnUpBlock2D" if i in shape.attention else "UpBlock2D" for i in reversed(levels)),
+        add_attention=bool(shape.attention),
         attention_head_dim=None,
         norm_num_groups=shape.groups,
         dropout=shape.dropout,

@@ -251,8 +251,8 @@ class RobustObjective(PlainObjective):
         """Check the settings and resolve a perturbation given by name."""
         if isinstance(self.perturbation, str):
             object.__setattr__(self, "perturbation", named_perturbation(self.perturbation))
-        if not callable(self.strength) and not self.strength >= 0:
-            raise ValueError(f"strength must be >= 0, got {self.strength}")
+        if not callable(self.strength) and not 0 <= self.strength < float("inf"):
+            raise ValueError(f"strength must be a finite number >= 0, got {self.strength}")
         if self.gradient not in ("both", "perturbed", "clean"):
             raise ValueError(f"gradient {self.gradient!r} is not one of both, perturbed, clean")
         if self.target not in ("output", "noise"):
@@ -288,7 +288,7 @@ class RobustObjective(PlainObjective):
             part_output, part_kwargs = output[here], _select(kwargs, index, x0.shape[0])
             if isinstance(generator, Sequence):
                 part_generator = [generator[i] for i in index.tolist()]
-        radius = self.radius(self.process.sigma(part.t).to(x0.dtype), part_generator)
+        radius = self._radius(part.t, x0.dtype, part_generator)
         equivariance = self._regulariser(model, part, part_output, radius.to(x0.device), part_generator, part_kwargs)
         radius = radius.to(x0.device)
         if part is not noised:
@@ -313,6 +313,15 @@ class RobustObjective(PlainObjective):
         if not bool((strength >= 0).all()):
             raise ValueError("the strength function returned a value that is negative or not a number")
         return strength
+
+    def _radius(self, t: Tensor, dtype: torch.dtype, generator: Generators) -> Tensor:
+        """The bound on omega per image, shape (B,), where ``t`` lies."""
+        radius = self.radius(self.process.sigma(t).to(dtype), generator)
+        if radius.shape != t.shape:
+            raise ValueError(f"the radius function returned shape {tuple(radius.shape)}, not {tuple(t.shape)}")
+        if not isinstance(self.radius, Radius) and not bool((radius >= 0).all()):
+            raise ValueError("the radius function returned a value that is negative or not a number")
+        return radius
 
     def _regulariser(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -120,7 +121,7 @@ def load_pipeline(source: str | Path) -> DiffusionPipeline:
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(source), use_safetensors=True)
     except Exception as error:  # whatever hub, network or file layer failed: the user needs the one reason
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = textwrap.shorten(str(error) or type(error).__name__, 160)
         kind = "cannot be read" if folder.exists() else "is no folder here, and could not be fetched from the hub"
         raise UsageError(f"{source} {kind}: {reason}") from error
     unet = getattr(pipeline, "unet", None)
@@ -281,7 +282,7 @@ def sample_to_files(config: SampleConfig) -> str:
     pipeline = load_pipeline(config.run)
     labels = _class_labels(config, pipeline.unet.config["num_class_embeds"])
     make_scheduler(config.scheduler, pipeline.scheduler, config.steps)
-    state = PartialState()
+    state = PartialState(cpu=without_accelerator())
     pipeline.unet.to(state.device)
     with state.split_between_processes(list(range(config.n))) as mine:
         bar = tqdm(total=len(mine), unit="image", disable=not (state.is_main_process and sys.stderr.isatty()))
@@ -318,6 +319,11 @@ def sample_to_files(config: SampleConfig) -> str:
     shutil.rmtree(output, ignore_errors=True)
     staging.rename(output)
     return f"{output}: {config.n} images and grid.png"
+
+
+def without_accelerator() -> bool:
+    """Whether to run on the CPU: only if told so does accelerate join the processes of a launcher there."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def _output_path(config: SampleConfig) -> Path:

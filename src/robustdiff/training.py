@@ -38,7 +38,7 @@ from robustdiff.planning import (
 )
 from robustdiff.process import NoiseProcess
 from robustdiff.recording import Metrics, Progress, TrainingError, save_pipeline, write_json, write_model_card
-from robustdiff.sampling import image_grid, largest_divisor, sample, to_uint8
+from robustdiff.sampling import image_grid, largest_divisor, sample, to_uint8, without_accelerator
 
 
 class Interrupted(Exception):
@@ -166,7 +166,7 @@ def train(config: TrainConfig) -> Path:
     if accelerator.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
     unet.to(accelerator.device)
-    ema = EMAModel(unet.parameters(), decay=config.ema_max_decay) if config.use_ema else None
+    ema = EMAModel(unet.parameters(), decay=config.ema_max_decay, foreach=True) if config.use_ema else None
     optimizer = torch.optim.AdamW(
         unet.parameters(),
         lr=plan.learning_rate,
@@ -179,7 +179,10 @@ def train(config: TrainConfig) -> Path:
     schedule = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=plan.warmup_steps, num_training_steps=plan.steps
     )
-    model, optimizer = accelerator.prepare(torch.compile(unet) if config.compile else unet, optimizer)
+    # A gate's second pass has another batch size at every step: compile once for any, not once per size.
+    gated = callable(getattr(objective, "strength", None))
+    compiled = torch.compile(unet, dynamic=True if gated else None) if config.compile else unet
+    model, optimizer = accelerator.prepare(compiled, optimizer)
     extra = {"schedule": schedule}
     if accelerator.scaler is not None:
         extra["scaler"] = accelerator.scaler
@@ -329,6 +332,7 @@ def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     # Accelerate keeps one precision per process; a second call of train() may ask for another.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
+        cpu=without_accelerator(),
         mixed_precision=config.mixed_precision,
         log_with=config.logger,
         project_dir=str(folder),

@@ -1,0 +1,113 @@
+"""A dirty copy of an image set on disk, with the truth about it: what ``robustdiff corrupt`` writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from robustdiff.corruption import Corruption, corrupt, to_uint8
+from robustdiff.images import DataError, ImageSet, progress_bar, save_png
+
+MANIFEST_FORMAT = "robustdiff dirty copy 1"
+
+
+def write_dirty_copy(
+    images: ImageSet,
+    destination: str | Path,
+    corruptions: Sequence[Corruption],
+    seed: int,
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write every image as PNG with its dirt, and ``manifest.json`` with the truth about it.
+
+    Everything goes to a temporary folder beside the destination, renamed at the end: an interrupted call leaves no
+    half-written destination.
+
+    Args:
+        images: What to copy; an image's index in it is the index of its dirt.
+        destination: A new or empty folder.
+        corruptions: Applied in this order.
+        seed: Seed of the experiment.
+        overwrite: Replace the destination, if it is itself a dirty copy.
+
+    Returns:
+        The manifest. ``images[i]["corruptions"]`` lists the places (from 0) in ``corruptions`` of those that hit.
+
+    Raises:
+        DataError: If the destination is not empty, or a name points outside it.
+    """
+    folder = Path(destination).expanduser().absolute()
+    _check_destination(images.source, destination, folder, overwrite)
+    manifest: dict[str, Any] = {
+        "format": MANIFEST_FORMAT,
+        "seed": seed,
+        "corruptions": [str(corruption) for corruption in corruptions],
+        "range": "parameters refer to pixels in [-1, 1], v / 127.5 - 1 for v in 0..255",
+        "written": "clipped to [-1, 1] and rounded to 8 bit: noise beyond the range is cut off in these files",
+        "clean": images.describe(),
+        "images": [
+            {
+                "index": index,
+                "source": images.names[index],
+                "file": file,
+                "corruptions": [place for place, c in enumerate(corruptions) if c.hits(seed, index, place)],
+            }
+            for index, file in enumerate(_png_names(images.names))
+        ],
+    }
+    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        for entry in progress_bar(manifest["images"], len(images), "writing"):
+            dirty, _ = corrupt(images.x0(entry["index"]), corruptions, seed, entry["index"])
+            path = unfinished / entry["file"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_png(to_uint8(dirty), path)
+        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)  # empty, or a dirty copy that may be replaced
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return manifest
+
+
+def _check_destination(source: str, destination: str | Path, folder: Path, overwrite: bool) -> None:
+    clean = Path(source).expanduser()
+    if source != "digits" and clean.is_dir() and clean.resolve() in folder.resolve().parents:
+        raise DataError(f"{destination}: lies inside {source}, whose images it would join; choose another destination")
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise DataError(f"{destination}: exists and is not a folder; choose another destination")
+    if any(folder.iterdir()):
+        if not overwrite:
+            raise DataError(f"{destination}: not empty; choose another, or replace a dirty copy with --overwrite")
+        try:
+            ours = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["format"] == MANIFEST_FORMAT
+        except (OSError, ValueError, KeyError, TypeError):
+            ours = False
+        if not ours:  # never delete somebody's photographs
+            raise DataError(f"{destination}: not a dirty copy, so --overwrite spares it; remove it yourself")
+
+
+def _png_names(names: Sequence[str]) -> list[str]:
+    """The same relative names with .png; one that is taken (a.jpg, then a.png) keeps its suffix: a.png.png."""
+    taken: set[str] = set()
+    files = []
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise DataError(f"image name {name!r} points outside the destination")
+        file = path.with_suffix(".png")
+        while str(file).casefold() in taken:  # file systems may ignore case
+            path = path.with_name(f"{path.name}.png")
+            file = path
+        taken.add(str(file).casefold())
+        files.append(str(file))
+    return files

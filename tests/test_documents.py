@@ -1,0 +1,109 @@
+"""What the documents show is run: the README's snippets, the examples, the demo; links and names exist."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers import DiffusionPipeline
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def python(*arguments: str, cwd: Path) -> str:
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("code", blocks(README, "python"))
+def test_the_python_of_the_readme_runs(code: str, tmp_path: Path) -> None:
+    python("-W", "error::FutureWarning", "-c", code + "\nassert terms.total.shape == (16,)", cwd=tmp_path)
+
+
+def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
+    commands = [shlex.split(line) for block in blocks(README, "bash") for line in block.splitlines()]
+    ours = [command for command in commands if command[0] == "robustdiff"]
+    assert [command[1] for command in ours] == ["corrupt", "train", "sample"]
+    for command in ours:
+        shorter = [{"100k": "640", "64": "4"}.get(word, word) for word in command[1:]]
+        python("-m", "robustdiff", *shorter, cwd=tmp_path)
+    assert len(list((tmp_path / "samples").glob("0*.png"))) == 4
+    DiffusionPipeline.from_pretrained(tmp_path / "model")
+
+
+def test_every_make_target_of_the_readme_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+def test_the_file_tree_of_the_readme_is_the_file_tree() -> None:
+    tree = README.split("## What is here")[1].split("```")[1]
+    listed = set(re.findall(r"^  (\w+\.py)", tree, flags=re.MULTILINE))
+    there = {path.name for path in (ROOT / "src" / "robustdiff").glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert listed == there
+    for folder in re.findall(r"^(\w+)/ ", tree, flags=re.MULTILINE):
+        assert (ROOT / folder).is_dir()
+
+
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+def test_links_between_files_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+def test_drop_in_example_trains_a_stock_pipeline(tmp_path: Path) -> None:
+    output = python(str(ROOT / "examples" / "drop_in.py"), "--images", "256", "--output", "out", cwd=tmp_path)
+    assert "256 images, loss" in output
+    DiffusionPipeline.from_pretrained(tmp_path / "out")
+
+
+def test_text_conditional_example_runs(tmp_path: Path) -> None:
+    output = python(str(ROOT / "examples" / "text_conditional.py"), cwd=tmp_path)
+    assert "step 19" in output
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_use_public_names_only_and_stay_short(example: Path) -> None:
+    import robustdiff
+
+    text = example.read_text()
+    assert 35 <= len(text.splitlines()) <= 80
+    for names in re.findall(r"^from robustdiff import (.*)$", text, flags=re.MULTILINE):
+        assert set(names.split(", ")) <= set(robustdiff.__all__)
+    assert "from robustdiff." not in text
+
+
+def test_every_public_name_can_be_imported_and_is_documented() -> None:
+    import robustdiff
+
+    for name in robustdiff.__all__:
+        assert getattr(robustdiff, name).__doc__, name
+
+
+@pytest.mark.slow
+def test_the_demo_runs_and_writes_what_it_promises(tmp_path: Path) -> None:
+    script = ROOT / "experiments" / "digits_demo.py"
+    python(str(script), "--output", str(tmp_path / "demo"), "--images", "256", "--samples", "82", cwd=tmp_path)
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    names = [row["row"] for row in results["rows"]]
+    assert names[-1] == "robust"
+    assert len(names) == 8
+    rows = {row["row"]: row for row in results["rows"]}
+    floor, dirty = rows["clean training digits (the floor)"], rows["dirty training digits"]
+    assert 0 < floor["frechet"] < dirty["frechet"]
+    # sigma 0.2 on 90 % of the images, before clipping: 0.19
+    assert floor["noise"] < 0.06 < dirty["noise"] < 0.19
+    assert (tmp_path / "demo" / "figure.png").stat().st_size > 10_000
+    table = (tmp_path / "demo" / "table.md").read_text().splitlines()
+    assert len(table) == 10

@@ -1,0 +1,184 @@
+"""Networks: every preset builds and keeps the shape, stated sizes, and the small denoiser for points."""
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from helpers import normal, process_at, seed_parameters, seeded
+
+from robustdiff import PointDenoiser, RobustObjective
+from robustdiff.config import NETWORKS as NAMES
+from robustdiff.config import UsageError
+from robustdiff.networks import NETWORKS, build_unet, check_size, network_for, size_multiple
+
+SIDE = {"tiny": 8, "small": 16, "medium": 32, "base": 32, "large": 32}
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# -- image networks ----------------------------------------------------------------------------------
+
+
+def test_the_names_the_command_offers_are_the_presets() -> None:
+    assert tuple(NETWORKS) == NAMES
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_preset_builds_and_keeps_the_shape(name: str, channels: int) -> None:
+    side = SIDE[name]
+    unet = build_unet(name, channels, (side, side)).eval()
+    x_t = normal(2, channels, side, side, dtype=torch.float32)
+    with torch.no_grad():
+        output = unet(x_t, torch.tensor([0, 999])).sample
+    assert output.shape == x_t.shape
+    assert torch.isfinite(output).all()
+    assert unet.config.sample_size == side
+    assert size_multiple(unet) == 2 ** (len(NETWORKS[name].widths) - 1)
+
+
+def test_parameter_counts() -> None:
+    """``base`` is the CIFAR-10 network of Ho et al. (2020), 35.7 M; ``large`` that of diffusers' script, 113.7 M."""
+    with torch.device("meta"):
+        millions = {name: parameters(build_unet(name, 3, (32, 32))) / 1e6 for name in NETWORKS}
+    assert millions["base"] == pytest.approx(35.7, abs=0.1)
+    assert millions["large"] == pytest.approx(113.7, abs=0.1)
+    assert millions["medium"] == pytest.approx(16.2, abs=0.1)
+    assert millions["small"] == pytest.approx(1.11, abs=0.02)
+    assert millions["tiny"] < 1
+    assert list(millions.values()) == sorted(millions.values())
+
+
+def test_base_has_the_published_shape() -> None:
+    with torch.device("meta"):
+        unet = build_unet("base", 3, (32, 32))
+    assert unet.config.block_out_channels == (128, 256, 256, 256)
+    assert unet.config.layers_per_block == 2
+    assert unet.config.down_block_types == ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
+    assert unet.config.up_block_types == ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    dropouts = {module.p for module in unet.modules() if isinstance(module, torch.nn.Dropout)}
+    assert 0.1 in dropouts
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        ((8, 8), "tiny"),
+        ((12, 12), "tiny"),
+        ((13, 13), "small"),
+        ((24, 24), "small"),
+        ((25, 25), "medium"),
+        ((64, 64), "medium"),
+        ((65, 65), "large"),
+        ((256, 256), "large"),
+        ((8, 64), "tiny"),
+        ((64, 16), "small"),
+    ],
+)
+def test_the_network_picked_follows_the_shorter_side(size: tuple[int, int], name: str) -> None:
+    assert network_for(size) == name
+
+
+@pytest.mark.parametrize(("name", "size"), [("tiny", (6, 10)), ("small", (16, 24)), ("medium", (16, 40))])
+def test_images_need_not_be_square(name: str, size: tuple[int, int]) -> None:
+    unet = build_unet(name, 1, size)
+    assert tuple(unet.config.sample_size) == size
+    with torch.no_grad():
+        assert unet(torch.zeros(1, 1, *size), torch.tensor([5])).sample.shape == (1, 1, *size)
+
+
+def test_the_weights_follow_the_global_seed() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return torch.cat([p.detach().flatten() for p in build_unet("tiny", 1, (8, 8)).parameters()])
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+@pytest.mark.parametrize(
+    ("size", "multiple", "words"),
+    [
+        ((7, 9), 2, ("9 x 7", "'net'", "multiples of 2", "--resolution 6 or 8", "another --network")),
+        ((32, 28), 8, ("28 x 32", "--resolution 24 or 32")),
+        ((3, 16), 8, ("16 x 3", "--resolution 8,")),  # nothing smaller is left
+    ],
+)
+def test_sizes_that_do_not_halve_are_refused_in_one_line(size, multiple, words) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_size(size, multiple, "net")
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_sizes_that_are_accepted_are_those_the_network_can_run(name: str) -> None:
+    multiple = 2 ** (len(NETWORKS[name].widths) - 1)
+    check_size((multiple, 3 * multiple), multiple, name)
+    for bad in ((multiple + 1, multiple), (multiple, multiple + 1), (multiple // 2, multiple)):
+        with pytest.raises(UsageError, match=f"multiples of {multiple}"):
+            build_unet(name, 1, bad)
+    unet = UNet2DModel(block_out_channels=(8, 8, 8), norm_num_groups=4, down_block_types=("DownBlock2D",) * 3,
+                       up_block_types=("UpBlock2D",) * 3)  # fmt: skip
+    assert size_multiple(unet) == 4
+
+
+# -- points ------------------------------------------------------------------------------------------
+
+
+def points(dimension: int = 3) -> PointDenoiser:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return PointDenoiser(dimension, width=32, depth=2).double()
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 5])
+def test_points_keep_their_shape_for_every_form_of_the_timestep(dimension: int) -> None:
+    model, x_t = points(dimension), normal(4, dimension)
+    one_each = model(x_t, torch.full((4,), 7))
+    assert one_each.shape == (4, dimension)
+    torch.testing.assert_close(model(x_t, torch.tensor(7)), one_each, rtol=0, atol=1e-12)
+
+
+def test_points_are_treated_alone_and_each_at_its_own_noise_level() -> None:
+    model, x_t = points(), normal(4, 3)
+    t = torch.tensor([0, 10, 500, 999])
+    together = model(x_t, t)
+    alone = torch.cat([model(x_t[i : i + 1], t[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+    same_points = model(x_t[:1].expand(4, 3), t)
+    for i in range(4):
+        for j in range(i):
+            assert not torch.allclose(same_points[i], same_points[j], rtol=0, atol=1e-4)
+
+
+def test_neighbouring_timesteps_are_told_apart_but_give_similar_answers() -> None:
+    model, x_t = points(), normal(1, 3)
+    a, b, far = (model(x_t, torch.tensor([t])) for t in (500, 501, 900))
+    assert 0 < (a - b).norm() < (a - far).norm()
+
+
+@pytest.mark.parametrize("perturbation", ["random", "adversarial"])
+def test_points_train_under_the_robust_objective(perturbation: str) -> None:
+    """Two clusters in the plane: 150 steps of AdamW more than halve the loss of a fresh network."""
+    model = points(2)
+    seed_parameters(model.last, 1)
+    process = process_at(torch.logspace(-1.5, 1, 1000))
+    objective = RobustObjective(process, perturbation=perturbation, strength=0.3)
+    generator = seeded(2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(150):
+        x0 = (torch.randint(0, 2, (128, 1), generator=generator) * 2 - 1).double().expand(128, 2)
+        terms = objective(model, x0, generator=generator)
+        assert terms.total.shape == (128,)
+        assert (terms.equivariance > 0).any()
+        optimizer.zero_grad()
+        terms.total.mean().backward()
+        optimizer.step()
+        losses.append(terms.total.mean().item())
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
