@@ -627,11 +627,14 @@ def test_a_name_cannot_lead_out_of_the_destination(tmp_path):
 
 def test_nothing_that_is_there_is_overwritten_unasked(tmp_path):
     clean = source_folder(tmp_path)
+    (tmp_path / "file").write_bytes(b"x")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     for overwrite, words in ((False, "--overwrite"), (True, "not a dirty copy")):
         with pytest.raises(DataError, match=words):
             write_dirty_copy(clean, tmp_path / "clean", CORRUPTIONS, 0, overwrite=overwrite)
     with pytest.raises(DataError, match="not a folder"):
+        write_dirty_copy(clean, tmp_path / "file", CORRUPTIONS, 0, overwrite=True)
+    with pytest.raises(DataError, match="lies inside"):
         write_dirty_copy(clean, tmp_path / "clean" / "0" / "00.png", CORRUPTIONS, 0, overwrite=True)
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 

@@ -424,7 +424,7 @@ def test_no_space_left_is_one_line(config: TrainConfig, monkeypatch, capsys) -> 
     assert cli.main(["train", config.data, *flags, "--network", "tiny"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "no space left" in error
-    assert "--output-dir" in error
+    assert "--resume" in error
 
 
 # -- bad input ---------------------------------------------------------------------------------------
