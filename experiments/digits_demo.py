@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +84,7 @@ def train_all(folder: Path, data: Path, images: str, seed: int) -> dict[str, flo
     def one(name: str) -> float:
         flags = [str(data), "--output-dir", str(folder / name), "--images", images, "--seed", str(seed)]
         flags += [*COMMON, *runs[name], "--overwrite"]
-        print("robustdiff train", *flags, flush=True)
+        print(f"robustdiff train {' '.join(flags)}", flush=True)
         started = time.perf_counter()
         with (folder / f"{name}.log").open("w") as log:
             command = [sys.executable, "-m", "robustdiff", "train", *flags]
@@ -96,6 +96,11 @@ def train_all(folder: Path, data: Path, images: str, seed: int) -> dict[str, flo
     with ThreadPoolExecutor(2) as pool:
         robust = pool.submit(one, "robust")
         plain = pool.submit(lambda: [one("plain"), one("plain-on-clean")])
+        while wait([robust, plain], timeout=30).not_done:
+            for name in runs:
+                log = folder / f"{name}.log"
+                if log.exists() and (lines := log.read_text().splitlines()):
+                    print(f"  {name}: {lines[-1]}", flush=True)
         return {"robust": robust.result(), **dict(zip(("plain", "plain-on-clean"), plain.result(), strict=True))}
 
 
@@ -118,6 +123,8 @@ def main() -> None:
     held_out, training = digits[:500], digits[500:]
     validation, test = held_out[:250], held_out[250:]
     (folder / "data").mkdir(parents=True, exist_ok=True)
+    for log in folder.glob("*.log"):
+        log.unlink()
     np.save(folder / "data" / "train.npy", training[:, 0].numpy())
     dirt = Corruption.parse(DIRT)
     clean = training.float() / 127.5 - 1
@@ -194,7 +201,7 @@ def main() -> None:
     print(f"== {folder}/figure.png, table.md, results.json after {(time.perf_counter() - started) / 60:.1f} minutes")
 
 
-def draw_figure(path: Path, panels: dict[str, torch.Tensor], side: int = 9) -> None:
+def draw_figure(path: Path, panels: dict[str, torch.Tensor], side: int = 7) -> None:
     """One picture: the first ``side`` x ``side`` images of each panel, unselected."""
     import matplotlib
 
@@ -203,7 +210,7 @@ def draw_figure(path: Path, panels: dict[str, torch.Tensor], side: int = 9) -> N
 
     from robustdiff.sampling import image_grid
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4.35), layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.8), layout="constrained")
     for axis, (title, images) in zip(axes, panels.items(), strict=True):
         axis.imshow(image_grid(images[: side * side], columns=side)[0], cmap="gray", vmin=0, vmax=255)
         axis.set_title(title, fontsize=15)

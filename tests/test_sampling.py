@@ -262,10 +262,13 @@ def test_class_labels_in_turn_are_saved_beside_the_images(tmp_path) -> None:
         (["{run}", "--class-label", "1"], "--class-label"),
         (["{run}", "--scheduler", "dimm"], "--scheduler"),
         (["{run}", "-o", "{tmp}"], "--output"),
+        (["{run}", "-o", ""], "--output"),
+        ([""], "RUN"),
     ],
 )
 def test_bad_input_to_sample_is_one_line_that_names_the_flag(run, tmp_path, capsys, arguments, names) -> None:
     (tmp_path / "something").write_text("of the user's")
+    (tmp_path / "grid.png").write_text("also of the user's")
     filled = [argument.format(run=run, tmp=tmp_path) for argument in arguments]
     assert cli.main(["sample", *filled, *(["--overwrite"] if "-o" in arguments else [])]) == 2
     error = capsys.readouterr().err

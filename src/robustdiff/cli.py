@@ -43,9 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(
                 "no space left on the device: free some, or write elsewhere; a training run goes on with --resume", 2
             )
-        unwritable = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
-        if isinstance(error, OSError) and error.errno in unwritable:
-            return _fail(f"cannot write {error.filename}: {error.strerror}; name another output folder", 2)
+        if isinstance(error, OSError) and error.filename is not None:
+            return _fail(f"cannot read or write {error.filename}: {error.strerror}; name another file or folder", 2)
         raise
 
 

@@ -21,6 +21,8 @@ SCHEDULERS = ("ddim", "ddpm", "dpm", "unipc", "euler")
 
 MAX_SEED = 2**63 - 1
 """Generators take 64 bits, and image i is drawn with seed + i."""
+MAX_SIDE, MAX_BATCH = 2**16, 2**20
+"""Larger numbers are slips of the pen that would only be noticed when memory is gone."""
 OptionalText = Annotated[str | None, arg(metavar="TEXT")]
 OptionalInt = Annotated[int | None, arg(metavar="INT")]
 OptionalFloat = Annotated[float | None, arg(metavar="NUMBER")]
@@ -126,7 +128,7 @@ class TrainConfig:
     gate: OptionalText = None
     """Regularise only where LOW <= sigma/alpha <= HIGH, as LOW:HIGH; `0:inf` is everywhere. Default: the preset's."""
     radius_exponent: OptionalFloat = None
-    """Power of the noise scale sigma (0 to 1) in the radius of the perturbation. Default: the preset's."""
+    """Power, >= 0, of the noise scale sigma (0 to 1) in the radius of the perturbation. Default: the preset's."""
     radius_scale: OptionalFloat = None
     """Factor of the radius, in units of the unit-variance noise eps, >= 0. Default: the preset's."""
     radius_floor: OptionalFloat = None
@@ -218,12 +220,24 @@ class TrainConfig:
         Raises:
             UsageError: One line that names the flag and the remedy.
         """
+        for name in (
+            "data",
+            "output_dir",
+            "init_from",
+            "model_config_name_or_path",
+            "resume_from_checkpoint",
+            "logger",
+        ):
+            flag = "DATA" if name == "data" else "--" + name.replace("_", "-")
+            _require(getattr(self, name) != "", f"{flag} is empty: name a file or folder, or leave the flag out")
         parse_count(self.images, "--images")
         check_corruptions(self.corrupt)
         counts = ("num_epochs", "resolution", "attack_steps", "ddpm_num_steps", "checkpointing_steps")
         for name in (*counts, "ddpm_num_inference_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
+        _require((self.resolution or 1) <= MAX_SIDE, f"--resolution must be at most {MAX_SIDE} pixels")
+        _require(self.train_batch_size <= MAX_BATCH, f"--train-batch-size must be at most {MAX_BATCH}")
         for name in ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_batch_size"):
             _require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
         for name in ("strength", "radius_scale", "radius_floor", "lr_warmup_steps", "adam_weight_decay"):
@@ -235,7 +249,8 @@ class TrainConfig:
             good = value is None or (math.isfinite(value) and value > 0)
             _require(good, f"--{name.replace('_', '-')} {value} must be a finite number above 0")
         exponent = self.radius_exponent
-        _require(exponent is None or math.isfinite(exponent), f"--radius-exponent {exponent} must be finite")
+        good = exponent is None or (math.isfinite(exponent) and exponent >= 0)
+        _require(good, f"--radius-exponent {exponent} must be a finite number, 0 or more")
         for name in ("adam_beta1", "adam_beta2"):
             _require(0 <= getattr(self, name) < 1, f"--{name.replace('_', '-')} must be at least 0 and below 1")
         for name in ("ema_max_decay", "max_bad_fraction"):
@@ -323,6 +338,8 @@ class SampleConfig:
         Raises:
             UsageError: One line that names the flag and the remedy.
         """
+        _require(self.run != "", "RUN is empty: name a pipeline folder or a hub id")
+        _require(self.output != "", "--output is empty: name a folder, or a file ending in .npz")
         _require(self.n >= 1, f"-n {self.n} must be at least 1")
         _require(self.steps >= 1, f"--steps {self.steps} must be at least 1")
         _require(self.batch_size >= 1, f"--batch-size {self.batch_size} must be at least 1")
@@ -355,7 +372,9 @@ class CorruptConfig:
         Raises:
             UsageError: One line that names the flag and the remedy.
         """
+        _require(self.source != "" and self.destination != "", "SRC and DST must not be empty: name two folders")
         _require(bool(self.corrupt), "--corrupt is missing: give at least one, e.g. --corrupt gaussian:sigma=0.2")
         check_corruptions(self.corrupt)
         _require(self.seed >= 0, "--seed must be 0 or more")
-        _require(self.resolution is None or self.resolution >= 1, "--resolution must be at least 1")
+        good = self.resolution is None or 1 <= self.resolution <= MAX_SIDE
+        _require(good, f"--resolution must be in 1 .. {MAX_SIDE} pixels")

@@ -150,6 +150,10 @@ class Plan:
         batch = config.train_batch_size * config.gradient_accumulation_steps * processes
         steps = max(1, round(total / batch))
         warmup = min(500, steps // 20) if config.lr_warmup_steps is None else config.lr_warmup_steps
+        if warmup > steps:
+            raise UsageError(
+                f"--lr-warmup-steps {warmup} is longer than the run of {steps} steps: make one fit the other"
+            )
         rate = config.learning_rate
         if rate is None and (config.init_from or config.model_config_name_or_path):
             rate = 1e-4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shutil
 import sys
 import textwrap
@@ -321,6 +322,10 @@ def sample_to_files(config: SampleConfig) -> str:
     return f"{output}: {config.n} images and grid.png"
 
 
+_SAMPLE = re.compile(r"\d{6,}\.png|grid\.png")
+"""What ``sample`` writes into a folder, and all that ``--overwrite`` may delete."""
+
+
 def without_accelerator() -> bool:
     """Whether to run on the CPU: only if told so does accelerate join the processes of a launcher there."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -341,7 +346,7 @@ def _output_path(config: SampleConfig) -> Path:
         occupied = output.is_file() or (output.is_dir() and any(output.iterdir()))
     if occupied and not config.overwrite:
         raise UsageError(f"--output {output} exists: name another, or add --overwrite")
-    if occupied and output.is_dir() and not (output / "grid.png").is_file():
+    if occupied and output.is_dir() and not all(_SAMPLE.fullmatch(path.name) for path in output.iterdir()):
         raise UsageError(f"--output {output} holds other files than samples: name another folder")
     return output
 

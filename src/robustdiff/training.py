@@ -313,6 +313,10 @@ def train(config: TrainConfig) -> Path:
             if finished:
                 break
     progress.close()
+    # Processes part together, and the wrapper goes before its process group: freed after it, gloo may never return.
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    model = unet
     accelerator.end_training()
     if step < plan.steps:
         raise Interrupted(f"stopped at step {step} of {plan.steps}, saved; go on with the same command and --resume")
