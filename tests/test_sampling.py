@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from robustdiff import cli
+from robustdiff import TrainConfig, cli, train
 from robustdiff.config import SampleConfig, UsageError
 from robustdiff.process import NoiseProcess
 from robustdiff.sampling import (
@@ -66,9 +66,21 @@ def gaussian_pipeline(variance: float, prediction_type: str = "epsilon") -> Simp
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("pipeline") / "run"
-    tiny_pipeline().save_pretrained(folder)
-    return str(folder)
+    """A run of ``train``: two steps on noise, moving-average weights."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    random = np.random.default_rng(0)
+    np.save(folder / "images.npy", random.integers(0, 256, (8, 8, 8), dtype=np.uint8))
+    tiny_pipeline().unet.save_config(folder / "unet")
+    config = TrainConfig(
+        str(folder / "images.npy"),
+        output_dir=str(folder / "run"),
+        images="16",
+        train_batch_size=8,
+        ddpm_num_steps=100,
+        model_config_name_or_path=str(folder / "unet"),
+        preview_images=0,
+    )
+    return str(train(config))
 
 
 STOCK = """

@@ -381,27 +381,46 @@ def test_init_from_a_class_conditional_pipeline_uses_the_folder_names(config, tm
 # -- stopping ----------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_saves_says_how_to_resume_and_exits_130(photos: Path, unet_config: str, tmp_path: Path) -> None:
-    flags = ["train", str(photos), "--output-dir", str(tmp_path / "run"), "--model-config-name-or-path", unet_config]
-    flags += ["--train-batch-size", "4", "--logging-steps", "1", "--preview-images", "0", "--images", "400k"]
+def test_ctrl_c_saves_says_how_to_resume_and_exits_130(config: TrainConfig, tmp_path: Path) -> None:
+    config = changed(config, images="1200", preview_images=0, logging_steps=1, checkpointing_steps=1000)
+    flags = [
+        "--output-dir",
+        config.output_dir,
+        "--images",
+        "1200",
+        "--train-batch-size",
+        "4",
+        "--learning-rate",
+        "1e-3",
+    ]
+    flags += ["--model-config-name-or-path", config.model_config_name_or_path, "--preview-images", "0"]
+    flags += ["--ddpm-num-steps", "20", "--logging-steps", "1", "--checkpointing-steps", "1000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "robustdiff", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "robustdiff", "train", config.data, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
+    run, deadline = Path(config.output_dir), time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "--resume" in error
     assert "Traceback" not in error
-    checkpoint = list((tmp_path / "run" / "checkpoints").iterdir())
-    assert len(checkpoint) == 1
-    steps = json.loads((checkpoint[0] / "state.json").read_text())["step"]
-    assert metrics(tmp_path / "run")[-1]["step"] == steps
-    DiffusionPipeline.from_pretrained(tmp_path / "run")
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    step = json.loads((checkpoint / "state.json").read_text())["step"]
+    assert 0 < step < 300
+    assert metrics(run)[-1]["step"] == step
+    DiffusionPipeline.from_pretrained(run)  # what was saved is a pipeline already
+
+    assert cli.main(["train", config.data, *flags, "--resume"]) == 0
+    whole = train(changed(config, output_dir=str(tmp_path / "whole")))
+    assert same(weights(run), weights(whole))
+    assert metrics(run) == metrics(whole)
 
 
 def test_a_non_finite_loss_stops_with_step_noise_level_and_last_good_checkpoint(config: TrainConfig, capsys) -> None:
