@@ -99,7 +99,8 @@ def train_all(folder: Path, data: Path, images: str, seed: int) -> dict[str, flo
         while wait([robust, plain], timeout=30).not_done:
             for name in runs:
                 log = folder / f"{name}.log"
-                if log.exists() and (lines := log.read_text().splitlines()):
+                lines = log.read_text().splitlines() if log.exists() else []
+                if lines and not lines[-1].startswith("done"):
                     print(f"  {name}: {lines[-1]}", flush=True)
         return {"robust": robust.result(), **dict(zip(("plain", "plain-on-clean"), plain.result(), strict=True))}
 

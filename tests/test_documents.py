@@ -91,6 +91,13 @@ def test_every_public_name_can_be_imported_and_is_documented() -> None:
         assert getattr(robustdiff, name).__doc__, name
 
 
+def test_the_table_of_the_readme_is_the_committed_result() -> None:
+    rows = json.loads((ROOT / "experiments" / "results" / "digits_demo.json").read_text())["rows"]
+    for row in rows:
+        numbers = f"{row['frechet']:.3f} | {row['noise']:.3f} | {row['spread']:.3f}"
+        assert f"| {row['row']} | {row['told']} | {numbers} |" in README
+
+
 @pytest.mark.slow
 def test_the_demo_runs_and_writes_what_it_promises(tmp_path: Path) -> None:
     script = ROOT / "experiments" / "digits_demo.py"

@@ -289,6 +289,17 @@ def test_bad_input_to_sample_is_one_line_that_names_the_flag(run, tmp_path, caps
     assert (tmp_path / "something").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "word"), [({"out_channels": 2}, "variances"), ({"class_embed_type": "timestep"}, "class numbers")]
+)
+def test_pipelines_that_cannot_be_sampled_are_refused_when_loaded(tmp_path, changes, word) -> None:
+    pipeline = tiny_pipeline()
+    unet = UNet2DModel.from_config({**pipeline.unet.config, **changes})
+    DDPMPipeline(unet, pipeline.scheduler).save_pretrained(tmp_path / "run")
+    with pytest.raises(UsageError, match=word):
+        load_pipeline(tmp_path / "run")
+
+
 def test_a_hub_id_without_network_is_one_line(monkeypatch, capsys) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert cli.main(["sample", "nobody/no-such-model-xyz"]) == 2

@@ -498,6 +498,7 @@ def test_an_output_folder_inside_the_data_is_refused(config: TrainConfig, photos
         (["--perturbation", "random", "--attack-steps", "3"], "--attack-steps"),
         (["--perturbation", "none", "--objective", "invariance"], "--objective"),
         (["--objective", "pseudo-huber", "--strength", "1"], "--strength"),
+        (["--preset", "plain", "--perturbation", "random"], "--strength"),
         (["--rescale-betas-zero-snr"], "--rescale-betas-zero-snr"),
         (["--init-from", "x", "--network", "tiny"], "--network"),
         (["--init-from", "no/such/model"], "no/such/model"),

@@ -13,12 +13,6 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from robustdiff.corruption import Corruption
 
-PRESETS = ("paper", "gated", "plain")
-"""Names of complete objective settings; ``training.py`` and ``objective.py`` hold their values."""
-NETWORKS = ("tiny", "small", "medium", "base", "large")
-SCHEDULERS = ("ddim", "ddpm", "dpm", "unipc", "euler")
-
-
 MAX_SEED = 2**63 - 1
 """Generators take 64 bits, and image i is drawn with seed + i."""
 MAX_SIDE, MAX_BATCH = 2**16, 2**20
@@ -291,6 +285,8 @@ class TrainConfig:
             idle = [name for name in given if name != "perturbation"]
             _require(not idle, f"without a perturbation {_flags(idle)} would do nothing: add --perturbation random")
             _require(self.objective == "robust", "--objective invariance needs --perturbation random or adversarial")
+        idle = self.preset == "plain" and perturbation != "none" and self.strength is None
+        _require(not idle, f"--preset plain has no strength for --perturbation {perturbation}: add --strength")
         if perturbation != "adversarial":
             idle = [name for name in attack if getattr(self, name) is not None]
             _require(not idle, f"{_flags(idle)} needs --perturbation adversarial")

@@ -130,6 +130,10 @@ def load_pipeline(source: str | Path) -> DiffusionPipeline:
         raise UsageError(
             f"{source} is a {type(pipeline).__name__}; only pipelines of a UNet2DModel and a DDPM-type scheduler work"
         )
+    if unet.config["out_channels"] != unet.config["in_channels"]:
+        raise UsageError(f"{source} also predicts variances (learned_range): only fixed variances work")
+    if unet.config["class_embed_type"] is not None and unet.config["num_class_embeds"] is None:
+        raise UsageError(f"{source} is conditional on something else than class numbers: only those work")
     return pipeline
 
 

@@ -133,7 +133,8 @@ def train(config: TrainConfig) -> Path:
     """
     config.validate()
     corruptions = check_corruptions(config.corrupt)
-    folder = Path(config.output_dir or f"runs/{Path(config.data).resolve().stem}")
+    source = Path(config.data).resolve()
+    folder = Path(config.output_dir or f"runs/{source.name if source.is_dir() else source.stem}")
     claim_output(config, folder)
     accelerator = _accelerator(config, folder)
     say = accelerator.print
