@@ -17,9 +17,12 @@ import pytest
 from PIL import Image
 
 import robustdiff
-from robustdiff import cli, config
+from robustdiff import cli
 from robustdiff.corruption import KINDS, Corruption, corrupt, to_uint8
 from robustdiff.images import load_images
+from robustdiff.networks import NETWORKS
+from robustdiff.objective import PRESETS
+from robustdiff.sampling import SCHEDULERS
 
 HEAVY = ("torch", "diffusers", "numpy", "PIL", "accelerate", "scipy", "sklearn")
 COMMANDS = [(), ("train",), ("sample",), ("corrupt",)]
@@ -229,10 +232,10 @@ def test_what_cannot_be_parsed_is_one_line_with_the_nearest_name(here: Path, cap
 @pytest.mark.parametrize(
     ("arguments", "flag", "choices", "nearest"),
     [
-        (("train", "x", "--preset", "papr"), "--preset", config.PRESETS, "paper"),
-        (("train", "x", "--network", "smal"), "--network", config.NETWORKS, "small"),
+        (("train", "x", "--preset", "papr"), "--preset", tuple(PRESETS), "paper"),
+        (("train", "x", "--network", "smal"), "--network", tuple(NETWORKS), "small"),
         (("train", "x", "--channels", "2"), "--channels", ("1", "3"), None),
-        (("sample", "x", "--scheduler=dddim"), "--scheduler", config.SCHEDULERS, "ddim"),
+        (("sample", "x", "--scheduler=dddim"), "--scheduler", tuple(SCHEDULERS), "ddim"),
         (("train", "x", "--mixed_precision", "fp17"), "--mixed-precision", ("no", "fp16", "bf16"), "fp16"),
     ],
 )

@@ -336,6 +336,12 @@ def test_bf16_trains(config: TrainConfig) -> None:
     assert half != reference
 
 
+def test_a_saved_network_configuration_takes_the_channels_of_the_data(config: TrainConfig, tmp_path: Path) -> None:
+    UNet2DModel(**{**UNET, "sample_size": 32}).save_config(tmp_path / "unet")  # 3 channels, by default
+    folder = train(changed(config, model_config_name_or_path=str(tmp_path / "unet"), images="4"))
+    assert DiffusionPipeline.from_pretrained(folder).unet.config.in_channels == 1
+
+
 # -- fine-tuning -------------------------------------------------------------------------------------
 
 
@@ -400,6 +406,8 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_130(config: TrainConfig, tmp_
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # As many threads as this process: bitwise equality holds for equal arithmetic only.
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
     run, deadline = Path(config.output_dir), time.monotonic() + 120
     while not (run / "metrics.jsonl").exists():

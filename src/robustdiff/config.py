@@ -285,8 +285,8 @@ class TrainConfig:
             idle = [name for name in given if name != "perturbation"]
             _require(not idle, f"without a perturbation {_flags(idle)} would do nothing: add --perturbation random")
             _require(self.objective == "robust", "--objective invariance needs --perturbation random or adversarial")
-        idle = self.preset == "plain" and perturbation != "none" and self.strength is None
-        _require(not idle, f"--preset plain has no strength for --perturbation {perturbation}: add --strength")
+        powerless = self.preset == "plain" and perturbation != "none" and self.strength is None
+        _require(not powerless, f"--preset plain has no strength for --perturbation {perturbation}: add --strength")
         if perturbation != "adversarial":
             idle = [name for name in attack if getattr(self, name) is not None]
             _require(not idle, f"{_flags(idle)} needs --perturbation adversarial")
