@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	@echo "== demo: two diffusion models on dirty digits, plain and robust (about 6 minutes on 2 cores)"
+	@echo "== demo: diffusion models of dirty digits, plain and robust, and a clean yardstick (about 7 minutes on 2 cores)"
 	$(BIN)/python experiments/digits_demo.py --output demo
 
 test: $(STAMP)

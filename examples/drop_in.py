@@ -8,6 +8,7 @@ import argparse
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from robustdiff import NoiseProcess, RobustObjective, load_images
@@ -19,8 +20,8 @@ parser.add_argument("--batch-size", type=int, default=64)
 parser.add_argument("--output", default="runs/drop_in", help="folder for the pipeline")
 arguments = parser.parse_args()
 
-torch.manual_seed(0)
 accelerator = Accelerator(gradient_accumulation_steps=1)
+set_seed(0, device_specific=True)  # each process draws its own noise
 images = load_images(arguments.data)
 unet = UNet2DModel(
     sample_size=images.size[0],
@@ -33,7 +34,7 @@ unet = UNet2DModel(
 )
 noise_scheduler = DDPMScheduler(num_train_timesteps=1000)
 optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
-loader = torch.utils.data.DataLoader(range(len(images)), arguments.batch_size, shuffle=True, drop_last=True)
+loader = torch.utils.data.DataLoader(range(len(images)), arguments.batch_size, shuffle=True)
 model, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
 
 objective = RobustObjective.preset("gated", NoiseProcess.from_scheduler(noise_scheduler))  # line 1

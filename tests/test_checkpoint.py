@@ -244,3 +244,18 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, name: str, 
     else:
         (path / name).write_bytes((path / name).read_bytes()[:20])
     assert "--resume-from-checkpoint" in refused(path, fresh())
+
+
+def test_loaded_moments_have_the_memory_layout_of_their_parameters(tmp_path: Path) -> None:
+    """Fused AdamW on a GPU refuses anything else; saved files are contiguous, networks there are channels_last."""
+    first = fresh()
+    first.model.to(memory_format=torch.channels_last)
+    advance(first, range(2))
+    path = save_checkpoint(tmp_path, 2, first, {}, keep=1)
+    second = fresh(seed=1)
+    second.model.to(memory_format=torch.channels_last)
+    load_checkpoint(path, second)
+    moments = [(p, state["exp_avg"]) for p, state in second.optimizer.state.items()]
+    assert any(not parameter.is_contiguous() for parameter, _ in moments)
+    assert all(parameter.stride() == moment.stride() for parameter, moment in moments)
+    assert same(everything(first), everything(second))

@@ -59,8 +59,14 @@ def test_base_has_the_published_shape() -> None:
     assert unet.config.layers_per_block == 2
     assert unet.config.down_block_types == ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
     assert unet.config.up_block_types == ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-    dropouts = {module.p for module in unet.modules() if isinstance(module, torch.nn.Dropout)}
-    assert 0.1 in dropouts
+    # unlike the source's: dropout would differ between the two branches of the regulariser
+    assert not any(module.p for module in unet.modules() if isinstance(module, torch.nn.Dropout))
+
+
+def test_sizes_that_do_not_halve_often_enough_get_the_next_smaller_preset_that_fits() -> None:
+    assert network_for((28, 28)) == "small"  # MNIST and its kin
+    assert network_for((30, 30)) == "tiny"
+    assert network_for((31, 31)) == "medium"  # nothing fits: the message names sizes that do
 
 
 @pytest.mark.parametrize(

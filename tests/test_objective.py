@@ -505,6 +505,19 @@ def test_a_bad_radius_from_a_function_is_refused(radius: Any, what: str) -> None
         objective(SmallNet(), images(dtype=torch.float64), generator=seeded())
 
 
+@pytest.mark.parametrize(
+    ("x0", "draws", "what"),
+    [
+        (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), {}, "floating point"),
+        (torch.zeros(2, 1, 4, 4), {"t": torch.tensor(3)}, "t must have shape"),
+        (torch.zeros(2, 1, 4, 4), {"eps": torch.zeros(1, 1, 4, 4)}, "eps must have the shape"),
+    ],
+)
+def test_inputs_that_would_be_broadcast_or_misread_are_refused(x0: Tensor, draws: dict[str, Tensor], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        RobustObjective(ddpm_process(), "random")(SmallNet(), x0, **draws)
+
+
 def test_an_infinite_strength_is_refused() -> None:
     with pytest.raises(ValueError, match="strength must be a finite number"):
         RobustObjective(ddpm_process(), "random", strength=float("inf"))

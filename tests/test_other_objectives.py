@@ -84,6 +84,12 @@ def test_with_the_true_noise_as_target_the_perturbed_state_is_plainly_denoised(p
     torch.testing.assert_close(terms.equivariance, weight * error, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("settings", [{"target": "noise"}, {"perturbation": AdversarialPerturbation(inner="residual")}])
+def test_invariance_refuses_what_has_no_meaning_for_it(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="InvarianceObjective penalises the shift"):
+        InvarianceObjective(ddpm_process(), **settings)
+
+
 def test_invariance_is_switched_off_and_gated_like_the_robust_objective() -> None:
     process, model = ddpm_process(), Calls(SmallNet())
     plain = PlainObjective(process)(model, images(), t=T, generator=seeded(2))

@@ -142,8 +142,7 @@ def test_two_processes_train_as_one_and_only_the_first_writes(base: TrainConfig,
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7), (name, a["step"])
     share = [line["regularised"] for line in theirs]
     if preset == "gated":  # a single image regularised: one of the two processes had no perturbed pass
-        assert {0.25, 0.0} & set(share)
-        assert max(share) > 0
+        assert 0.25 in share
     else:
         assert set(share) == {1.0}
     for name in ("model", "ema"):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, UNet2DModel, VQModel
 from PIL import Image
 
 from robustdiff import TrainConfig, cli, train
@@ -300,6 +300,14 @@ def test_pipelines_that_cannot_be_sampled_are_refused_when_loaded(tmp_path, chan
     unet = UNet2DModel(**{**kept, **changes})
     DDPMPipeline(unet, pipeline.scheduler).save_pretrained(tmp_path / "run")
     with pytest.raises(UsageError, match=word):
+        load_pipeline(tmp_path / "run")
+
+
+def test_a_latent_pipeline_is_refused_rather_than_sampled_without_its_decoder(tmp_path) -> None:
+    scheduler = DDIMScheduler()
+    vae = VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=1, sample_size=8)
+    LDMPipeline(vae, tiny_pipeline().unet, scheduler).save_pretrained(tmp_path / "run")
+    with pytest.raises(UsageError, match="also needs vqvae"):
         load_pipeline(tmp_path / "run")
 
 

@@ -485,6 +485,67 @@ def test_resuming_with_other_settings_or_images_names_what_differs(config: Train
         train(changed(config, output_dir=str(tmp_path / "new"), resume=True))
 
 
+def test_a_resumed_run_may_split_its_batch_otherwise(config: TrainConfig) -> None:
+    whole = train(changed(config, output_dir=config.output_dir + "-whole", checkpoints_total_limit=5))
+    train(changed(config, checkpoints_total_limit=5))
+    halves = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+    resumed = train(changed(config, resume_from_checkpoint="step-8", **halves))
+    a, b = weights(whole), weights(resumed)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=0)
+    with pytest.raises(UsageError, match="4 images per step before, 2 now"):
+        train(changed(config, resume=True, train_batch_size=2))
+
+
+def test_a_cut_off_line_of_metrics_does_not_stop_a_resume(config: TrainConfig) -> None:
+    folder = train(config)
+    before = metrics(folder)
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text[:-20])
+    train(changed(config, resume_from_checkpoint="step-8"))
+    assert metrics(folder) == before
+
+
+def test_the_model_that_is_fine_tuned_is_never_overwritten(config: TrainConfig) -> None:
+    folder = train(config)
+    own = {"model_config_name_or_path": None, "ddpm_num_steps": None}
+    with pytest.raises(UsageError, match=r"--init-from .* lies in --output-dir"):
+        train(changed(config, **own, init_from=str(folder), overwrite=True))
+    DiffusionPipeline.from_pretrained(folder)
+
+
+def test_a_class_conditional_configuration_needs_classes(config: TrainConfig, tmp_path: Path, photos: Path) -> None:
+    (tmp_path / "conditional.json").write_text(json.dumps({**UNET, "num_class_embeds": 1}))
+    with pytest.raises(UsageError, match="conditional on 1 classes, DATA has 2"):
+        train(changed(config, model_config_name_or_path=str(tmp_path / "conditional.json")))
+
+
+def test_a_non_finite_gradient_is_never_saved(config: TrainConfig, monkeypatch) -> None:
+    import robustdiff.training as training
+
+    original = training.build_objective
+
+    def poisoned(*arguments: object):
+        objective, calls = original(*arguments), []
+
+        def call(model, x0, **draws):
+            terms = objective(model, x0, **draws)
+            calls.append(1)
+            if len(calls) == 2 + 8:  # two timed steps, then the eighth: a saving one
+                terms = dataclasses.replace(terms, total=terms.total * (1 + 0 * (terms.total - terms.total).sqrt()))
+            return terms
+
+        return call
+
+    monkeypatch.setattr(training, "build_objective", poisoned)
+    monkeypatch.setattr(training, "describe_objective", lambda _: "poisoned")
+    with pytest.raises(TrainingError, match=r"gradient is not finite at step 7.*step-00000004"):
+        train(config)
+    for name in ("model", "ema"):
+        (path,) = Path(config.output_dir, "checkpoints").glob(f"*/{name}.safetensors")
+        assert all(torch.isfinite(value).all() for value in load_file(path).values())
+
+
 def test_an_output_folder_inside_the_data_is_refused(config: TrainConfig, photos: Path) -> None:
     with pytest.raises(UsageError, match="lie inside one another"):
         train(changed(config, output_dir=str(photos / "run")))
@@ -506,6 +567,11 @@ def test_an_output_folder_inside_the_data_is_refused(config: TrainConfig, photos
         (["--perturbation", "random", "--attack-steps", "3"], "--attack-steps"),
         (["--perturbation", "none", "--objective", "invariance"], "--objective"),
         (["--objective", "pseudo-huber", "--strength", "1"], "--strength"),
+        (["--objective", "pseudo-huber", "--preset", "paper"], "--preset"),
+        (["--objective", "invariance", "--perturbation", "adversarial", "--inner", "residual"], "--inner"),
+        (["--num-epochs", "1", "--images", "24"], "--num-epochs"),
+        (["--no-use-ema", "--ema-max-decay", "0.5"], "--ema-max-decay"),
+        (["--lr-scheduler", "constant", "--lr-warmup-steps", "3"], "--lr-warmup-steps"),
         (["--preset", "plain", "--perturbation", "random"], "--strength"),
         (["--rescale-betas-zero-snr"], "--rescale-betas-zero-snr"),
         (["--init-from", "x", "--network", "tiny"], "--network"),

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from robustdiff.objective import Noised, PlainObjective, RobustObjective, Schedule
-from robustdiff.process import Generators, draw_normal
+from robustdiff.perturbation import AdversarialPerturbation
+from robustdiff.process import Generators, draw_normal, to_device
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,17 @@ class InvarianceObjective(RobustObjective):
     Source: the contrast row of Briglia et al. (2025); the form is Zhang et al.'s (2019, TRADES) for regression.
     """
 
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning here."""
+        super().__post_init__()
+        other = isinstance(self.perturbation, AdversarialPerturbation) and self.perturbation.inner != "shift"
+        if self.target != "output" or other:
+            raise ValueError(
+                "InvarianceObjective penalises the shift of the model's own output: target='output', inner='shift'"
+            )
+
     def _penalised(self, noised: Noised, output: Tensor, perturbed: Tensor, omega: Tensor, t: Tensor) -> Tensor:
-        if self.gradient == "perturbed":
-            output = output.detach()
-        elif self.gradient == "clean":
-            perturbed = perturbed.detach()
+        output, perturbed = self._branches(output, perturbed)
         return self.process.eps_shift(perturbed - output, omega, t)
 
 
@@ -84,5 +91,5 @@ class PseudoHuberObjective(PlainObjective):
         else:
             width = self.width(level) if callable(self.width) else torch.full_like(level, self.width)
         error = (output - noised.target).flatten(1)
-        width = width.to(device=error.device, dtype=error.dtype).unsqueeze(1)
+        width = to_device(width, error.device).to(error.dtype).unsqueeze(1)
         return (2 * width * error.square() / (torch.sqrt(error.square() + width.square()) + width)).mean(1)

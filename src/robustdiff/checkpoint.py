@@ -140,7 +140,14 @@ def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
     for key, value in saved.items():
         index, name = key.split(".", 1)
         values.setdefault(int(index), {})[name] = value
-    state.optimizer.load_state_dict({"state": values, "param_groups": record["optimizer"]["param_groups"]})
+    groups = record["optimizer"]["param_groups"]
+    for group in groups:
+        group["betas"] = tuple(group["betas"])  # JSON has lists only
+    state.optimizer.load_state_dict({"state": values, "param_groups": groups})
+    for parameter, moments in state.optimizer.state.items():
+        for key, value in moments.items():  # fused AdamW on CUDA wants the strides of the parameter (channels_last)
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                moments[key] = torch.empty_like(parameter).copy_(value)
     for name, part in state.extra.items():
         part.load_state_dict(record["extra"][name])
     return record

@@ -39,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        short = re.search(r"out of memory|can't allocate memory", str(error), re.IGNORECASE)
+        if short or isinstance(error, MemoryError):
+            remedy = "lower --train-batch-size or --batch-size, or take a smaller --network or --resolution"
+            return _fail(f"out of memory: {remedy}", 2)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
             return _fail(
                 "no space left on the device: free some, or write elsewhere; a training run goes on with --resume", 2

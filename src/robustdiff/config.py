@@ -13,8 +13,8 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from robustdiff.corruption import Corruption
 
-MAX_SEED = 2**63 - 1
-"""Generators take 64 bits, and image i is drawn with seed + i."""
+MAX_SEED = 2**32 - 1
+"""torch's CPU generators use the low 32 bits only: a larger seed would repeat a smaller one."""
 MAX_SIDE, MAX_BATCH = 2**16, 2**20
 """Larger numbers are slips of the pen that would only be noticed when memory is gone."""
 OptionalText = Annotated[str | None, arg(metavar="TEXT")]
@@ -82,7 +82,7 @@ def check_corruptions(specs: tuple[str, ...]) -> tuple[Corruption, ...]:
 class TrainConfig:
     """Train a diffusion model on a folder of images; the output folder is an ordinary diffusers pipeline.
 
-    Flag names of diffusers' train_unconditional.py work here too, with dashes or underscores.
+    Those flag names of diffusers' train_unconditional.py that have a meaning here work too, with dashes or underscores.
     """
 
     data: Annotated[Positional[str], arg(metavar="DATA")]
@@ -225,6 +225,12 @@ class TrainConfig:
             flag = "DATA" if name == "data" else "--" + name.replace("_", "-")
             _require(getattr(self, name) != "", f"{flag} is empty: name a file or folder, or leave the flag out")
         parse_count(self.images, "--images")
+        idle = self.num_epochs is not None and self.images != "500k"
+        _require(not idle, "--num-epochs and --images exclude each other: give one")
+        idle = not self.use_ema and self.ema_max_decay != 0.9999
+        _require(not idle, "--ema-max-decay does nothing with --no-use-ema: leave one out")
+        idle = self.lr_scheduler == "constant" and bool(self.lr_warmup_steps)
+        _require(not idle, "--lr-warmup-steps does nothing with --lr-scheduler constant: use constant_with_warmup")
         check_corruptions(self.corrupt)
         counts = ("num_epochs", "resolution", "attack_steps", "ddpm_num_steps", "checkpointing_steps")
         for name in (*counts, "ddpm_num_inference_steps"):
@@ -279,12 +285,15 @@ class TrainConfig:
         attack = ("attack_steps", "attack_step_size", "inner")
         given = [name for name in (*regulariser, *attack, "perturbation") if getattr(self, name) is not None]
         if self.objective in ("input-perturbation", "pseudo-huber"):
+            given += [] if self.preset == "gated" else ["preset"]
             _require(not given, f"--objective {self.objective} has no perturbation: leave out {_flags(given)}")
         perturbation = self.perturbation or {"paper": "adversarial", "gated": "random", "plain": "none"}[self.preset]
         if perturbation == "none" and self.objective in ("robust", "invariance"):
             idle = [name for name in given if name != "perturbation"]
             _require(not idle, f"without a perturbation {_flags(idle)} would do nothing: add --perturbation random")
             _require(self.objective == "robust", "--objective invariance needs --perturbation random or adversarial")
+        unmatched = self.objective == "invariance" and self.inner == "residual"
+        _require(not unmatched, "--inner residual is not what --objective invariance penalises: use shift")
         powerless = self.preset == "plain" and perturbation != "none" and self.strength is None
         _require(not powerless, f"--preset plain has no strength for --perturbation {perturbation}: add --strength")
         if perturbation != "adversarial":

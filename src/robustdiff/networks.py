@@ -21,7 +21,6 @@ class NetworkPreset:
         layers: Residual blocks per level.
         attention: Levels with self-attention, counted from 0 at full size; none here means none in the middle either.
         groups: Groups of the group normalisation.
-        dropout: Dropout probability.
         learning_rate: Peak AdamW rate it is usually trained at.
     """
 
@@ -29,7 +28,6 @@ class NetworkPreset:
     layers: int = 2
     attention: tuple[int, ...] = ()
     groups: int = 32
-    dropout: float = 0.0
     learning_rate: float = 2e-4
 
 
@@ -37,16 +35,22 @@ NETWORKS: dict[str, NetworkPreset] = {
     "tiny": NetworkPreset((32, 64), layers=1, groups=8, learning_rate=1e-3),
     "small": NetworkPreset((32, 64, 64), layers=1, attention=(2,), groups=16, learning_rate=8e-4),
     "medium": NetworkPreset((64, 128, 192, 192), attention=(1, 2), learning_rate=3e-4),
-    "base": NetworkPreset((128, 256, 256, 256), attention=(1,), dropout=0.1, learning_rate=2e-4),
+    "base": NetworkPreset((128, 256, 256, 256), attention=(1,), learning_rate=2e-4),
     "large": NetworkPreset((128, 128, 256, 256, 512, 512), attention=(4,), learning_rate=1e-4),
 }
-"""``base``: the CIFAR-10 network of Ho et al. (2020), 35.7 M parameters; ``large``: that of diffusers' script."""
+"""``base``: the CIFAR-10 network of Ho et al. (2020), 35.7 M parameters, without its dropout, whose masks would differ
+between the two branches of the regulariser; ``large``: that of diffusers' script."""
 
 
 def network_for(size: tuple[int, int]) -> str:
-    """The preset picked for images of ``size`` = (height, width) in pixels."""
+    """The preset picked for images of ``size`` = (height, width) in pixels: by size, then one that fits."""
     side = min(size)
-    return "tiny" if side <= 12 else "small" if side <= 24 else "medium" if side <= 64 else "large"
+    first = "tiny" if side <= 12 else "small" if side <= 24 else "medium" if side <= 64 else "large"
+    order = ("large", "medium", "small", "tiny")
+    for name in order[order.index(first) :]:  # 28 x 28 does not halve three times: take the next smaller one
+        if not any(pixels % 2 ** (len(NETWORKS[name].widths) - 1) for pixels in size):
+            return name
+    return first
 
 
 def build_unet(preset: str, channels: int, size: tuple[int, int]) -> UNet2DModel:
@@ -74,7 +78,6 @@ def build_unet(preset: str, channels: int, size: tuple[int, int]) -> UNet2DModel
         add_attention=bool(shape.attention),
         attention_head_dim=None,
         norm_num_groups=shape.groups,
-        dropout=shape.dropout,
     )
 
 

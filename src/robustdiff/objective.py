@@ -28,7 +28,7 @@ from robustdiff.perturbation import (
     Response,
     named_perturbation,
 )
-from robustdiff.process import Generators, NoiseProcess, check_generators, draw_normal
+from robustdiff.process import Generators, NoiseProcess, check_generators, draw_normal, to_device
 
 Model = Callable[..., Any]
 """``model(x_t, t, **kwargs)`` returning a tensor, or an object with ``.sample``, of the shape of ``x_t``."""
@@ -62,7 +62,7 @@ class Gate:
     """A strength that is ``value`` where ``low <= sigma/alpha <= high`` and 0 elsewhere.
 
     Images drawn outside the gate take no perturbed forward pass at all, so a gate is also a saving: a gate of
-    probability q costs ``1 + 1.67 q`` plain steps instead of 2.67.
+    probability q costs ``1 + q`` plain steps with a random and ``1 + 1.67 q`` with an adversarial perturbation.
 
     Args:
         low: Lower noise level sigma/alpha, >= 0.
@@ -117,7 +117,7 @@ def mean_square(x: Tensor) -> Tensor:
 def _select(value: Any, index: Tensor, batch: int) -> Any:  # noqa: ANN401 - whatever a model takes
     """The rows ``index`` of every batched tensor in a (possibly nested) model argument."""
     if isinstance(value, Tensor):
-        return value[index.to(value.device)] if value.ndim and value.shape[0] == batch else value
+        return value[to_device(index, value.device)] if value.ndim and value.shape[0] == batch else value
     if isinstance(value, dict):
         return {key: _select(item, index, batch) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -187,12 +187,18 @@ class PlainObjective:
             **model_kwargs: Passed to the model (``class_labels``, ``encoder_hidden_states`` ...).
 
         Raises:
-            ValueError: If the model's output does not have the shape of ``x0``.
+            ValueError: If ``x0`` is not floating point, or ``t``, ``eps`` or the model's output do not fit its shape.
         """
         check_generators(generator, x0.shape[0])
+        if not x0.is_floating_point():
+            raise ValueError(f"x0 must be floating point in [-1, 1], got {x0.dtype}")
+        if t is not None and t.shape != x0.shape[:1]:
+            raise ValueError(f"t must have shape ({x0.shape[0]},), got {tuple(t.shape)}")
+        if eps is not None and eps.shape != x0.shape:
+            raise ValueError(f"eps must have the shape of x0, {tuple(x0.shape)}, got {tuple(eps.shape)}")
         x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
         noised = self._noise(x0, generator, t, eps)
-        output = call_model(model, noised.x_t, noised.t.to(x0.device), model_kwargs)
+        output = call_model(model, noised.x_t, to_device(noised.t, x0.device), model_kwargs)
         return self._terms(model, x0, noised, output, generator, model_kwargs)
 
     def _noise(self, x0: Tensor, generator: Generators, t: Tensor | None, eps: Tensor | None) -> Noised:
@@ -283,18 +289,17 @@ class RobustObjective(PlainObjective):
             return plain
         part, part_output, part_kwargs, part_generator = noised, output, kwargs, generator
         if index is not None and len(index) < x0.shape[0]:
-            here = index.to(x0.device)
+            here = to_device(index, x0.device)
             part = Noised(noised.t[index], noised.eps[here], noised.x_t[here], noised.target[here])
             part_output, part_kwargs = output[here], _select(kwargs, index, x0.shape[0])
             if isinstance(generator, Sequence):
                 part_generator = [generator[i] for i in index.tolist()]
-        radius = self._radius(part.t, x0.dtype, part_generator)
-        equivariance = self._regulariser(model, part, part_output, radius.to(x0.device), part_generator, part_kwargs)
-        radius = radius.to(x0.device)
+        radius = to_device(self._radius(part.t, x0.dtype, part_generator), x0.device)
+        equivariance = self._regulariser(model, part, part_output, radius, part_generator, part_kwargs)
         if part is not noised:
             nothing = torch.zeros_like(plain.denoising)
             equivariance, radius = nothing.index_put((here,), equivariance), nothing.index_put((here,), radius)
-        strength = strength.to(x0.device)
+        strength = to_device(strength, x0.device)
         return replace(
             plain,
             total=plain.denoising + strength * equivariance,
@@ -335,7 +340,7 @@ class RobustObjective(PlainObjective):
         """The per-image regulariser, shape (B,), at an omega chosen by the perturbation."""
         assert self.perturbation is not None
         assert not isinstance(self.perturbation, str)  # resolved when made
-        t = noised.t.to(noised.x_t.device)
+        t = to_device(noised.t, noised.x_t.device)
         clean = output.detach()
 
         def perturbed_output(omega: Tensor) -> Tensor:
@@ -357,11 +362,14 @@ class RobustObjective(PlainObjective):
         if self.target == "noise":
             # The state x_t' holds the noise eps + omega; its target is that of the clean state, moved alike.
             return self.process.equivariance_residual(perturbed - noised.target, omega, t)
-        if self.gradient == "perturbed":
-            output = output.detach()
-        elif self.gradient == "clean":
-            perturbed = perturbed.detach()
+        output, perturbed = self._branches(output, perturbed)
         return self.process.equivariance_residual(perturbed - output, omega, t)
+
+    def _branches(self, output: Tensor, perturbed: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean and the perturbed output, one of them a fixed target if ``gradient`` says so."""
+        if self.gradient == "perturbed":
+            return output.detach(), perturbed
+        return (output, perturbed.detach()) if self.gradient == "clean" else (output, perturbed)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

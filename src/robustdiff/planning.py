@@ -68,15 +68,14 @@ def build_pipeline(config: TrainConfig, data: ImageSet) -> tuple[DiffusionPipeli
         UsageError: If network and images do not fit, or ``--init-from`` cannot be used.
     """
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    channels, size = data.channels, data.size
     if config.init_from:
         return _initial_pipeline(config.init_from, data), f"from {config.init_from}"
     if config.model_config_name_or_path:
         name = config.model_config_name_or_path
-        unet = _configured_unet(name, channels, size)
+        unet = _configured_unet(name, data)
     else:
-        name = config.network or network_for(size)
-        unet = build_unet(name, channels, size)
+        name = config.network or network_for(data.size)
+        unet = build_unet(name, data.channels, data.size)
     scheduler = DDPMScheduler(
         num_train_timesteps=config.ddpm_num_steps or 1000,
         beta_schedule=config.ddpm_beta_schedule or "linear",
@@ -96,19 +95,23 @@ def _initial_pipeline(source: str, data: ImageSet) -> DiffusionPipeline:
         raise UsageError(
             f"--init-from {source} has {channels} channels, DATA {data.channels}: add --channels {channels}"
         )
-    if classes is not None and (data.labels is None or len(data.classes) > classes):
-        have = "none" if data.labels is None else str(len(data.classes))
-        raise UsageError(
-            f"--init-from {source} is conditional on {classes} classes, DATA has {have}: "
-            "put the images of each class in a folder"
-        )
+    _check_classes(f"--init-from {source}", classes, data)
     check_size(data.size, size_multiple(unet), source)
     side = data.size[0] if data.size[0] == data.size[1] else data.size
     unet.register_to_config(sample_size=side)
     return pipeline
 
 
-def _configured_unet(source: str, channels: int, size: tuple[int, int]) -> UNet2DModel:
+def _check_classes(what: str, classes: int | None, data: ImageSet) -> None:
+    if classes is not None and (data.labels is None or len(data.classes) > classes):
+        have = "none" if data.labels is None else str(len(data.classes))
+        raise UsageError(
+            f"{what} is conditional on {classes} classes, DATA has {have}: put the images of each class in a folder"
+        )
+
+
+def _configured_unet(source: str, data: ImageSet) -> UNet2DModel:
+    channels, size = data.channels, data.size
     flag = "--model-config-name-or-path"
     path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
     try:
@@ -121,6 +124,7 @@ def _configured_unet(source: str, channels: int, size: tuple[int, int]) -> UNet2
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UsageError(f"{flag} {source}: not a UNet2DModel configuration ({str(error).splitlines()[0]})") from None
     check_size(size, size_multiple(unet), source)
+    _check_classes(f"{flag} {source}", unet.config["num_class_embeds"], data)
     return unet
 
 
@@ -151,6 +155,7 @@ class Plan:
         batch = config.train_batch_size * config.gradient_accumulation_steps * processes
         steps = max(1, round(total / batch))
         warmup = min(500, steps // 20) if config.lr_warmup_steps is None else config.lr_warmup_steps
+        warmup = 0 if config.lr_scheduler == "constant" else warmup
         if warmup > steps:
             raise UsageError(
                 f"--lr-warmup-steps {warmup} is longer than the run of {steps} steps: make one fit the other"
@@ -244,6 +249,11 @@ def claim_output(config: TrainConfig, folder: Path) -> None:
     here, data = folder.resolve(), Path(config.data).resolve()
     if data.exists() and (here == data or data in here.parents or here in data.parents):
         raise UsageError(f"--output-dir {folder} and DATA {config.data} lie inside one another: name another folder")
+    sources = {"--init-from": config.init_from, "--model-config-name-or-path": config.model_config_name_or_path}
+    for flag, value in sources.items():
+        place = Path(value).resolve() if value else None
+        if place is not None and place.exists() and (here == place or here in place.parents):
+            raise UsageError(f"{flag} {value} lies in --output-dir {folder}: name another output folder")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not is_run(folder):
@@ -257,6 +267,7 @@ _FREE = {
     *("resume", "resume_from_checkpoint", "overwrite", "dry_run", "output_dir", "checkpointing_steps"),
     *("checkpoints_total_limit", "logging_steps", "preview_images", "eval_batch_size", "ddpm_num_inference_steps"),
     *("logger", "compile", "data", "max_bad_fraction"),
+    *("train_batch_size", "gradient_accumulation_steps"),  # only their product with the processes counts: plan.batch
 }
 
 
@@ -278,6 +289,9 @@ def check_resumable(config: TrainConfig, data: ImageSet, plan: Plan, folder: Pat
         flags = ", ".join(f"--{n.replace('_', '-')} (was {earlier.get(n)!r}, now {now[n]!r})" for n in differing)
         raise UsageError(f"--resume: these settings differ from those of {folder}: {flags}")
     if batch != plan.batch:
-        raise UsageError(f"--resume: {batch} images per step before, {plan.batch} now: keep batch x processes the same")
+        raise UsageError(
+            f"--resume: {batch} images per step before, {plan.batch} now: keep --train-batch-size x "
+            "--gradient-accumulation-steps x processes the same"
+        )
     if pixels != data.describe()["sha256"]:
         raise UsageError(f"--resume: DATA {config.data} holds other images than those {folder} was trained on")

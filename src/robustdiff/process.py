@@ -23,6 +23,11 @@ def expand_to(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(values.shape[:1] + (1,) * (x.ndim - 1))
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on ``device``. From the CPU the host does not wait; back to it, it must."""
+    return x.to(device, non_blocking=x.device.type == "cpu")
+
+
 def check_generators(generator: Generators, count: int) -> None:
     """Refuse a sequence of generators that is not one per image.
 
@@ -37,10 +42,12 @@ def _draw(function: Callable[..., Tensor], shape: tuple[int, ...], generator: Ge
     """Draw on the generators' own device, then move: a CPU generator gives the same numbers on any device."""
     if generator is None or isinstance(generator, torch.Generator):
         device = like.device if generator is None else generator.device
-        return function(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+        return to_device(function(shape, generator=generator, device=device, dtype=like.dtype), like.device)
     check_generators(generator, shape[0])
     rows = [function(shape[1:], generator=g, device=g.device, dtype=like.dtype) for g in generator]
-    return torch.stack(rows).to(like.device) if rows else torch.empty(shape, device=like.device, dtype=like.dtype)
+    if not rows:
+        return torch.empty(shape, device=like.device, dtype=like.dtype)
+    return to_device(torch.stack(rows), like.device)
 
 
 def draw_normal(like: Tensor, generator: Generators = None) -> Tensor:
@@ -109,7 +116,7 @@ class NoiseProcess:
     def _alpha_bar(self, t: Tensor) -> Tensor:
         table = self._tables.get(t.device)
         if table is None:
-            table = self._tables.setdefault(t.device, self.alphas_cumprod.to(t.device))
+            table = self._tables.setdefault(t.device, to_device(self.alphas_cumprod, t.device))
         return table[t]
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -140,7 +147,7 @@ class NoiseProcess:
     def _scales(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) shaped to broadcast against x; in x's dtype, and at least float32 before the square root."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        alpha_bar = self._alpha_bar(t).to(device=x.device, dtype=dtype)
+        alpha_bar = to_device(self._alpha_bar(t), x.device).to(dtype)
         alpha_bar = expand_to(alpha_bar.reshape(-1), x)
         return alpha_bar.sqrt().to(x.dtype), (1 - alpha_bar).sqrt().to(x.dtype)
 

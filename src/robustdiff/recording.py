@@ -35,8 +35,14 @@ class Metrics:
         """Keep the lines up to ``step`` of an earlier part of the run; later ones will be written again."""
         self.path = path
         self._window: list[tuple[int, Tensor, Tensor, Tensor]] = []
-        kept = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        self._kept = [line for line in kept if json.loads(line)["step"] <= step]
+        self._kept: list[str] | None = []
+        for line in path.read_text().splitlines(keepends=True) if path.is_file() else []:
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):  # cut off by a crash: it is later than the checkpoint
+                break
+            self._kept.append(line)
 
     def add(self, step: int, terms: LossTerms) -> None:
         """Add a batch; no device sync."""

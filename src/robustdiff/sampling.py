@@ -130,6 +130,10 @@ def load_pipeline(source: str | Path) -> DiffusionPipeline:
         raise UsageError(
             f"{source} is a {type(pipeline).__name__}; only pipelines of a UNet2DModel and a DDPM-type scheduler work"
         )
+    others = sorted(pipeline.components.keys() - {"unet", "scheduler"})
+    if others:
+        names = ", ".join(others)
+        raise UsageError(f"{source} also needs {names} (latent diffusion?): only pixel-space pipelines work")
     if unet.config["out_channels"] != unet.config["in_channels"]:
         raise UsageError(f"{source} also predicts variances (learned_range): only fixed variances work")
     if unet.config["class_embed_type"] is not None and unet.config["num_class_embeds"] is None:
@@ -341,7 +345,7 @@ def _output_path(config: SampleConfig) -> Path:
     changed += f"-floor{config.label_floor:g}" if config.label_floor else ""
     name = f"{config.scheduler}-{config.steps}-seed{config.seed}{changed}"
     if config.output:
-        output = Path(config.output)
+        output = Path(config.output).expanduser().resolve()
     else:
         output = Path(config.run) / "samples" / name if Path(config.run).is_dir() else Path("samples") / name
     if output.suffix == ".npz":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import signal
 import sys
@@ -36,7 +37,7 @@ from robustdiff.planning import (
     claim_output,
     describe_objective,
 )
-from robustdiff.process import NoiseProcess
+from robustdiff.process import NoiseProcess, to_device
 from robustdiff.recording import Metrics, Progress, TrainingError, save_pipeline, write_json, write_model_card
 from robustdiff.sampling import image_grid, largest_divisor, sample, to_uint8, without_accelerator
 
@@ -194,10 +195,10 @@ def train(config: TrainConfig) -> Path:
         size = config.train_batch_size
         first = step * plan.batch + (part * accelerator.num_processes + accelerator.process_index) * size
         x0, generators, labels = batches(range(first, first + size))
-        x0 = x0.to(accelerator.device, non_blocking=True)
+        x0 = to_device(x0, accelerator.device)
         if accelerator.device.type == "cuda":
             x0 = x0.contiguous(memory_format=torch.channels_last)
-        kwargs = {"class_labels": labels.to(accelerator.device)} if conditional and labels is not None else {}
+        kwargs = {"class_labels": to_device(labels, accelerator.device)} if conditional and labels is not None else {}
         torch.manual_seed(derive_seed(config.seed, "dropout", first))
         with accelerator.autocast():
             return objective(model, x0, generator=generators, **kwargs)
@@ -238,6 +239,7 @@ def train(config: TrainConfig) -> Path:
         )
     if config.logger:
         accelerator.init_trackers("robustdiff", config={"settings": json.dumps(dataclasses.asdict(config))})
+    accelerator.wait_for_everyone()
     metrics = Metrics(folder / "metrics.jsonl", step)
 
     def save() -> None:
@@ -286,11 +288,19 @@ def train(config: TrainConfig) -> Path:
                 ema.step(unet.parameters())
             step += 1
 
-            finished = step == plan.steps or stopped()
+            logging = step % config.logging_steps == 0
+            stopping = stopped()
+            if accelerator.num_processes > 1:  # all stop at the same step, agreed where they meet anyway
+                votes = torch.tensor(float(stopping), device=accelerator.device)
+                stopping = logging and bool(accelerator.reduce(votes, "sum") > 0)
+            finished = step == plan.steps or stopping
             saving = finished or step % plan.checkpointing_steps == 0
-            if saving or step % config.logging_steps == 0:
+            if saving or logging:
                 try:
                     record = metrics.collect(accelerator, process)
+                    norm = float(gradient_norm)
+                    if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler skips such steps itself
+                        raise TrainingError(f"the gradient is not finite at step {step - 1}")
                 except TrainingError as error:
                     good = list_checkpoints(folder / "checkpoints")
                     safe = f"last good checkpoint: {good[-1]}" if good else "no checkpoint was written yet"
@@ -298,7 +308,7 @@ def train(config: TrainConfig) -> Path:
                 per_second = (step - since_step) * plan.batch / (time.perf_counter() - since)
                 record = {"step": step, "images": step * plan.batch, **record}
                 record |= {
-                    "gradient_norm": float(gradient_norm),
+                    "gradient_norm": norm if math.isfinite(norm) else None,
                     "learning_rate": rate,
                     "images_per_second": per_second,
                 }
