@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.utils import logging
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from robustdiff import Corruption, __version__, load_images, load_pipeline, sample
@@ -130,6 +131,7 @@ def main() -> None:
     # Training
     print(f"== training three models of {arguments.images} images each, two at a time", flush=True)
     seconds = train_all(folder, folder / "data" / "train.npy", arguments.images, seed)
+    logging.disable_progress_bar()
     pipelines = {name: load_pipeline(folder / name) for name in seconds}
 
     # Rows
