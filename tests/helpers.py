@@ -17,6 +17,16 @@ torch.set_num_threads(1)
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "sample", "v_prediction")
 
 
+TINY_UNET = {
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+}
+"""A UNet2DModel configuration that trains in milliseconds; size and channels come from the data."""
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     """A CPU generator with a stated seed."""
     return torch.Generator().manual_seed(seed)

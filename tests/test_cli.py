@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import TINY_UNET as UNET
 from PIL import Image
 
 import robustdiff
@@ -424,15 +425,6 @@ def tiny_run(data: Path, *flags: str) -> list[str]:
     settings = ["--output-dir", "run", "--images", "2", "--train-batch-size", "2", "--preview-images", "0"]
     Path("unet.json").write_text(json.dumps(UNET))
     return ["train", str(data), *settings, "--model-config-name-or-path", "unet.json", *flags]
-
-
-UNET = {
-    "block_out_channels": [8, 8],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-}
 
 
 def test_unreadable_images_below_the_limit_are_skipped_named_and_counted(photos: Path, here: Path, capsys) -> None:

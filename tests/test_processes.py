@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import TINY_UNET as UNET
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -17,13 +18,6 @@ from robustdiff import TrainConfig, cli, train
 from robustdiff.images import load_images
 from robustdiff.training import Batches
 
-UNET = {
-    "block_out_channels": [8, 8],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-}
 # `accelerate launch` starts several CPU processes only through MPI; this is what it calls on GPUs.
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "robustdiff"]
 STEPS = 6

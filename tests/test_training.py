@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from helpers import TINY_UNET as UNET
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -27,14 +28,6 @@ from robustdiff.planning import build_objective
 from robustdiff.process import NoiseProcess
 from robustdiff.recording import TrainingError
 from robustdiff.training import Batches
-
-UNET = {
-    "block_out_channels": [8, 8],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-}
 
 
 @pytest.fixture(scope="module")
