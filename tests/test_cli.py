@@ -1,4 +1,7 @@
-"""The command line: what it costs to ask for help, what mistakes get, ``corrupt``, and what bad data get."""
+"""The command line: what it costs to ask for help, what mistakes get, ``corrupt``, and what bad data get.
+
+Long, because it mirrors cli.py and config.py: one section per claim.
+"""
 
 import ast
 import dataclasses

@@ -1,4 +1,7 @@
-"""The robust objective: plain training bit for bit where it is off, no side effects where it is on."""
+"""The robust objective: plain training bit for bit where it is off, no side effects where it is on.
+
+Long, because it mirrors objective.py: one section per claim.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 Loss gradients are taken from the objectives themselves. Where the model is linear the loss depends on the data only
 through second moments, so samples whose moments are exact (``helpers.uncorrelated``) give expectations without error.
+
+Long, because it mirrors docs/theory.md: one section per claim.
 """
 
 from __future__ import annotations
@@ -74,8 +76,11 @@ def test_T1_the_regulariser_is_the_weighted_shift_of_the_denoised_image(
     snr = process.alphas_cumprod[t] / (1 - process.alphas_cumprod[t])
     weight = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction]
     close(process.x0_weight(t), weight)
-    # the right-hand side subtracts two images that agree to about 1e-4 at the ends of the table: 1e-9, not 1e-10
-    close(terms.equivariance, weight * (denoised_moved - denoised).square().flatten(1).mean(1), rtol=1e-9)
+    expected = weight * (denoised_moved - denoised).square().flatten(1).mean(1)
+    middle = (t >= 20) & (t <= 700)
+    close(terms.equivariance[middle], expected[middle])  # to 1e-10
+    # at the ends of the table the right-hand side subtracts two images that agree to about 1e-4, and loses a digit
+    close(terms.equivariance, expected, rtol=1e-9)
     assert (terms.equivariance > 0).all()
 
 

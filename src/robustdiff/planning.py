@@ -116,7 +116,6 @@ def _configured_unet(source: str, data: ImageSet) -> UNet2DModel:
     path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
     try:
         values = json.loads(path.read_text())
-        values.pop("_use_default_values", None)  # diffusers ignores what is listed there, also what is set below
         values.update(sample_size=size[0] if size[0] == size[1] else size, in_channels=channels, out_channels=channels)
         unet = UNet2DModel.from_config(values)
     except FileNotFoundError:
