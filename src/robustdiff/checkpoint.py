@@ -1,14 +1,25 @@
-"""Checkpoints: written aside and renamed, pruned after, read without pickle.
+"""Checkpoints: written aside and renamed, checked by hash, pruned after, read without pickle.
 
 A checkpoint is a folder ``step-00001000`` holding ``model.safetensors``, ``ema.safetensors``,
-``optimizer.safetensors`` and ``state.json``, which is written last.
+``optimizer.safetensors``, ``state.json``, and ``manifest.json``: the size and SHA-256 of each, written last. A folder
+without a manifest is not complete. Every file is on the disk before the manifest is, the manifest before the
+folder has its name, and that before anything older is deleted, so that a kill or a power cut at any instant leaves
+a checkpoint to go on from. What a kill leaves beside it has a name that starts with a dot:
+
+* ``.step-00001000.tmp`` is being written, or, with a manifest, waits to be renamed;
+* ``.step-00001000.old`` is about to be replaced by one of the same step (see ``durable.replace_folder``);
+* ``.step-00001000.trash`` is being deleted, and never read.
+
+The first two count as checkpoints if they have a manifest and nothing better is there of their step. The next save
+gives such a one its name and deletes the rest.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +28,21 @@ import torch
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from robustdiff import durable
 from robustdiff.config import UsageError
 
-_NAME = re.compile(r"step-\d{8,}")
+FORMAT = 1
+"""Version of the layout, in the manifest; any other is refused."""
+_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_EMA = "ema.safetensors"
+_NAME = re.compile(r"step-(\d{8,18})", re.ASCII)
+_LEFTOVER = re.compile(r"\.step-(\d{8,18})\.(tmp|old|trash)", re.ASCII)
+_ASKED = re.compile(r"\.?(?:step-|checkpoint-)?(\d{1,18})(?:\.tmp|\.old)?", re.ASCII)
+_RANK = {"old": 0, "tmp": 1}
+_verified: dict[Path, tuple[tuple[object, ...], ...]] = {}
+"""Checkpoints this process has written or hashed, with the marks (:func:`_marks`) their files had then."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +51,8 @@ class TrainingState:
 
     Args:
         model: The network, unwrapped.
-        optimizer: Its optimiser, holding the network's parameters in their order.
+        optimizer: Its optimiser, holding the network's parameters in their order; keeps per parameter tensors of the
+            parameter's shape and a scalar ``step``, as AdamW does.
         ema: The moving average, or None.
         extra: Objects with ``state_dict``/``load_state_dict`` that fit into JSON (learning-rate schedule, scaler).
     """
@@ -41,113 +63,362 @@ class TrainingState:
     extra: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, step: int, state: TrainingState, counters: dict[str, int], keep: int) -> Path:
-    """Write ``folder/step-...`` as a whole or not at all, then delete all but the ``keep`` newest.
+def save_checkpoint(folder: Path, step: int, state: TrainingState, counters: dict[str, Any], keep: int) -> Path:
+    """Write ``folder/step-...`` as a whole or not at all, then delete what it makes superfluous.
+
+    What is kept: this one and the ``keep`` - 1 newest others that are undamaged; nothing is deleted if there are fewer.
+    One that has the same step already is replaced, and stays until this one is complete.
 
     Args:
         folder: The run's ``checkpoints`` folder; made if missing.
-        step: Optimiser steps done.
+        step: Optimiser steps done, >= 0.
         state: What to save.
-        counters: Numbers to find again on loading (images seen ...).
+        counters: Values to find again on loading (images seen ...); anything strict JSON can hold, by names other than
+            step, optimizer, ema and extra.
         keep: Checkpoints to keep, >= 1.
+
+    Returns:
+        The checkpoint's folder; it is on the disk.
+
+    Raises:
+        OSError: If the disk is full, read-only, or broken; the earlier checkpoints are then as they were.
+        ValueError: If the counters or the state do not fit into strict JSON; nothing is written then.
     """
-    final = folder / f"step-{step:08d}"
-    staging = folder / f".{final.name}.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    names = [name for name, _ in state.model.named_parameters()]
-    weights = {name: value.contiguous() for name, value in state.model.state_dict().items()}
-    save_file(weights, staging / "model.safetensors")
-    if state.ema is not None:
-        shadow = {name: value.contiguous() for name, value in zip(names, state.ema.shadow_params, strict=True)}
-        save_file(shadow, staging / "ema.safetensors")
-    tensors, numbers = {}, {}
     optimizer = state.optimizer.state_dict()
-    for index, values in optimizer["state"].items():
-        for key, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = value.contiguous()
-            else:
-                numbers[f"{index}.{key}"] = value
-    save_file(tensors, staging / "optimizer.safetensors")
+    flat = {f"{index}.{key}": v for index, values in optimizer["state"].items() for key, v in values.items()}
     record = {
-        **counters,
         "step": step,
-        "optimizer": {"param_groups": optimizer["param_groups"], "numbers": numbers},
+        "optimizer": {
+            "param_groups": optimizer["param_groups"],
+            "numbers": {key: value for key, value in flat.items() if not isinstance(value, Tensor)},
+        },
         "ema": None if state.ema is None else {"optimization_step": state.ema.optimization_step},
         "extra": {name: part.state_dict() for name, part in state.extra.items()},
     }
-    (staging / "state.json").write_text(json.dumps(record, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
-    staging.rename(final)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    if taken := counters.keys() & record.keys():
+        raise ValueError(f"counters may not be called {', '.join(sorted(taken))}")
+    record = {**counters, **record}
+    json.dumps(record, allow_nan=False)  # what does not fit is known before the first byte is written
+    tensors = {
+        "model.safetensors": state.model.state_dict(),
+        "optimizer.safetensors": {key: value for key, value in flat.items() if isinstance(value, Tensor)},
+    }
+    if state.ema is not None:
+        names = [name for name, _ in state.model.named_parameters()]
+        tensors[_EMA] = dict(zip(names, state.ema.shadow_params, strict=True))
+
+    final = folder / f"step-{step:08d}"
+    staging = folder / f".{final.name}.tmp"
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        durable.fsync_folder(folder.parent)
+    _tidy(folder)
+    try:
+        os.mkdir(staging)
+        for name, values in tensors.items():
+            _save_tensors(values, staging / name)
+        durable.write_json(staging / "state.json", record)
+        durable.write_manifest(staging, format=FORMAT, step=step)
+    except OSError:
+        durable.remove(staging)  # a full disk needs the room
+        raise
+    durable.replace_folder(staging, final)
+    _verified[final] = _marks(final)
+    _prune(folder, final, keep)
     return final
 
 
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file and wait until it is on the disk; the library's I/O errors become OSErrors."""
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+    path.chmod(path.parent.stat().st_mode & 0o666)  # the library's own mode shuts other users out
+    durable.fsync_file(path)
+
+
+def _tidy(folder: Path) -> None:
+    """Finish what a killed save left: a good leftover of a step without a good one gets its name, others go."""
+    left = {path: match for path in folder.iterdir() if (match := _LEFTOVER.fullmatch(path.name))}
+    found = _candidates(folder)
+    for step in {step for step, _, path in found if path in left}:
+        choices = [path for number, _, path in reversed(found) if number == step]
+        best = next((path for path in choices if not verify(path)), None)
+        if best in left:
+            final = folder / f"step-{step:08d}"
+            if os.path.lexists(final):
+                _discard(final)
+            os.rename(best, final)
+            durable.fsync_folder(folder)
+    for path in left:
+        durable.remove(path)
+
+
+def _prune(folder: Path, written: Path, keep: int) -> None:
+    """Delete all but ``written`` and the newest ``keep`` - 1 good others; nothing if there are not so many."""
+    others = [path for path in list_checkpoints(folder) if path != written]
+    if len(others) < keep:
+        return
+    kept = list(itertools.islice((path for path in reversed(others) if _unharmed(path)), keep - 1))
+    if len(kept) == keep - 1:
+        for path in others:
+            if path not in kept:
+                _discard(path)
+
+
+def _unharmed(path: Path) -> bool:
+    """Whether ``path`` verifies; what this process hashed before, and nobody has touched since, is not read again."""
+    marks = _marks(path)
+    if _verified.get(path) != marks:
+        if verify(path):
+            return False
+        _verified[path] = marks
+    return True
+
+
+def _marks(path: Path) -> tuple[tuple[object, ...], ...]:
+    """What changes when a file in ``path`` is touched."""
+    stats = [(file.name, file.stat()) for file in sorted(path.iterdir())]
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats)
+
+
+def _discard(path: Path) -> None:
+    """Delete a checkpoint: in one instant it is none any more, then its files go."""
+    trash = path.with_name(f".{path.name.strip('.').split('.')[0]}.trash")
+    durable.remove(trash)
+    os.rename(path, trash)
+    _verified.pop(path, None)
+    durable.remove(trash)  # the next save tries again
+
+
+def _candidates(folder: Path) -> list[tuple[int, int, Path]]:
+    """(step, rank, path) of what may be a checkpoint, worst first: by step, complete leftovers before the real one."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match, left = _NAME.fullmatch(path.name), _LEFTOVER.fullmatch(path.name)
+        if match:
+            found.append((int(match[1]), len(_RANK), path))
+        elif left and left[2] in _RANK:
+            found.append((int(left[1]), _RANK[left[2]], path))
+    return sorted(item for item in found if item[1] == len(_RANK) or _is_complete(item[2]))
+
+
+def _is_complete(path: Path) -> bool:
+    return (path / durable.MANIFEST).is_file()
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in ``folder``, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / "state.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    """Complete checkpoints in ``folder``, one per step, oldest first.
+
+    Complete means that there is a manifest; :func:`verify` says whether it is undamaged. One of a save that was killed
+    just before the last rename is listed under its hidden name.
+    """
+    return list({step: path for step, _, path in _candidates(folder) if _is_complete(path)}.values())
 
 
-def find_checkpoint(folder: Path, name: str = "latest") -> Path:
-    """The newest checkpoint, or the one called ``name`` (``step-1000`` and ``step-00001000`` alike).
+def verify(path: Path) -> str:
+    """Read a whole checkpoint and compare it with its manifest.
+
+    Args:
+        path: The checkpoint's folder.
+
+    Returns:
+        "" if it is undamaged, else what is wrong with which file, in one line.
+    """
+    match = _NAME.fullmatch(path.name) or _LEFTOVER.fullmatch(path.name)
+    about = {"step": int(match[1])} if match else {}
+    return durable.check_manifest(path, _FILES, (_EMA,), format=FORMAT, **about)
+
+
+def find_checkpoint(folder: Path, name: str = "latest", damaged: list[tuple[Path, str]] | None = None) -> Path:
+    """The newest undamaged checkpoint, or the one called ``name`` (``step-1000`` and ``step-00001000`` alike).
+
+    Changes nothing on the disk. Every file of the checkpoint is read once, to compare hashes.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        name: ``latest``, or which one.
+        damaged: Takes (path, reason) of each newer one that was passed over; the caller should warn of them.
 
     Raises:
-        UsageError: If there is none; names the flag and lists what there is.
+        UsageError: If there is none, or none undamaged; names the flag and lists what there is.
     """
-    found = list_checkpoints(folder)
+    found = _candidates(folder)
     if name == "latest":
         if not found:
             raise UsageError(f"--resume: no complete checkpoint in {folder}; start anew with --overwrite")
-        return found[-1]
-    digits = Path(name).name.removeprefix("step-").removeprefix("checkpoint-")
-    for path in found:
-        if digits.isdecimal() and int(path.name.removeprefix("step-")) == int(digits):
+        chosen = found
+    else:
+        asked = _ASKED.fullmatch(Path(name).name)
+        chosen = [item for item in found if asked and item[0] == int(asked[1])]
+        if not chosen:
+            there = ", ".join(path.name for path in list_checkpoints(folder)) or "none"
+            raise UsageError(f"--resume-from-checkpoint {name!r}: not in {folder} (there: {there})")
+    bad: list[tuple[Path, str]] = []
+    for _, _, path in reversed(chosen):
+        reason = verify(path)
+        if not reason:
+            if damaged is not None:
+                damaged += bad
             return path
-    there = ", ".join(path.name for path in found) or "none"
-    raise UsageError(f"--resume-from-checkpoint {name!r}: not in {folder} (there: {there})")
+        bad.append((path, reason))
+    reasons = "; ".join(f"{path.name}: {reason}" for path, reason in bad)
+    if name == "latest":
+        raise UsageError(
+            f"--resume: no checkpoint in {folder} is undamaged ({reasons}): bring one back from a backup, "
+            "or start anew with --overwrite"
+        )
+    good = next((path.name for step, _, path in reversed(found) if step != chosen[0][0] and not verify(path)), None)
+    remedy = f"the newest good one is {good}" if good else "no other is good: start anew with --overwrite"
+    raise UsageError(f"--resume-from-checkpoint {name!r}: damaged ({reasons}); {remedy}")
 
 
 def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
-    """Put a checkpoint back into ``state``, exactly; returns the counters it was saved with.
+    """Put a checkpoint back into ``state``, exactly; returns what it was saved with: ``step`` and the counters.
+
+    Everything is read and compared with ``state`` before anything is changed. Hashes are not: :func:`find_checkpoint`
+    has done that.
 
     Raises:
         UsageError: If it is damaged, was made with another network, or with a moving average where now there is none.
     """
-    try:  # everything is read before anything is changed
-        record = json.loads((path / "state.json").read_text())
-        weights, tensors = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
-        shadow = {} if record["ema"] is None else load_file(path / "ema.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path} is damaged ({reason}): name another with --resume-from-checkpoint") from None
-    if (record["ema"] is None) != (state.ema is None):
-        raise UsageError(f"{path} and --use-ema disagree: resume with the flags the run was started with")
     try:
-        state.model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UsageError(f"{path} was made with another network: {str(error).splitlines()[-1].strip()}") from None
+        record = durable.read_json(path / "state.json")
+        average: Any = record.get("ema")
+        weights, tensors = load_file(path / _FILES[0]), load_file(path / _FILES[1])
+        if (average is None) != (state.ema is None):
+            raise UsageError(f"{path} and --use-ema disagree: resume with the flags the run was started with")
+        if misfit := _misfit(state.model.state_dict(), weights):
+            raise UsageError(f"{path} was made with another network: {misfit}")
+        _check_record(record, state)
+        shadow = {}
+        if state.ema is not None:
+            shadow = load_file(path / _EMA)
+            names = [name for name, _ in state.model.named_parameters()]
+            misfit = _misfit(dict(zip(names, state.ema.shadow_params, strict=True)), shadow)
+            _require(not misfit, f"{_EMA}: {misfit}")
+        moments = _moments(state.optimizer, {**tensors, **record["optimizer"]["numbers"]})
+    except UsageError:
+        raise
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        reason = durable.one_line(error)
+        raise UsageError(f"{path} is damaged ({reason}): name another with --resume-from-checkpoint") from None
+
+    state.model.load_state_dict(weights)
     if state.ema is not None:
         for (name, _), value in zip(state.model.named_parameters(), state.ema.shadow_params, strict=True):
             value.copy_(shadow[name])
-        state.ema.optimization_step = record["ema"]["optimization_step"]
-    values: dict[int, dict[str, Any]] = {}
-    saved = {**tensors, **record["optimizer"]["numbers"]}
-    for key, value in saved.items():
-        index, name = key.split(".", 1)
-        values.setdefault(int(index), {})[name] = value
-    groups = record["optimizer"]["param_groups"]
-    for group in groups:
-        group["betas"] = tuple(group["betas"])  # JSON has lists only
-    state.optimizer.load_state_dict({"state": values, "param_groups": groups})
-    for parameter, moments in state.optimizer.state.items():
-        for key, value in moments.items():  # fused AdamW on CUDA wants the strides of the parameter (channels_last)
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                moments[key] = torch.empty_like(parameter).copy_(value)
+        state.ema.optimization_step = average["optimization_step"]
+    groups = []
+    for group in record["optimizer"]["param_groups"]:
+        betas = {"betas": tuple(group["betas"])} if "betas" in group else {}  # JSON has lists only
+        groups.append({**group, **betas})
+    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    for parameter, values in state.optimizer.state.items():
+        for key, value in values.items():  # fused AdamW on CUDA wants the strides of the parameter (channels_last)
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[key] = torch.empty_like(parameter).copy_(value)
     for name, part in state.extra.items():
-        part.load_state_dict(record["extra"][name])
+        known = part.state_dict().keys()  # a schedule would take any other name for an attribute of its own
+        part.load_state_dict({key: value for key, value in record["extra"][name].items() if key in known})
     return record
+
+
+def _check_record(record: dict[str, Any], state: TrainingState) -> None:
+    """Refuse a ``state.json`` that ``state`` could not take.
+
+    Raises:
+        ValueError: With what is wrong.
+    """
+    _require(_count(record.get("step")), "state.json: no step")
+    average = record.get("ema")
+    good = average is None or (isinstance(average, dict) and _count(average.get("optimization_step")))
+    _require("ema" in record and good, "state.json: ema")
+    _require(_alike({"numbers": {}}, record.get("optimizer")), "state.json: optimizer")
+    optimizer = record["optimizer"]
+    numbers, groups = optimizer["numbers"], optimizer.get("param_groups")
+    for key, value in numbers.items():
+        _require(isinstance(value, int | float), f"state.json: {key!r:.80} is no number")
+    here = state.optimizer.state_dict()["param_groups"]
+    _require(_alike(here, groups), "state.json: param_groups")
+    same = [group["params"] for group in here] == [group["params"] for group in groups]
+    _require(same, "state.json: other parameters in the optimizer")
+    parts = {name: part.state_dict() for name, part in state.extra.items()}
+    _require(_alike(parts, record.get("extra")), f"state.json: {' or '.join(parts) or 'extra'}")
+
+
+def _alike(here: object, there: object) -> bool:
+    """Whether ``there`` has the form of ``here``: the same kinds of value at the same places.
+
+    Names that start with an underscore, and options (None or a flag), come and go with torch's version.
+    """
+    if isinstance(here, dict):
+        optional = {key for key, value in here.items() if str(key).startswith("_") or isinstance(value, bool | None)}
+        return (
+            isinstance(there, dict)
+            and here.keys() - optional <= there.keys()
+            and all(_alike(here[key], there[key]) for key in here.keys() & there.keys())
+        )
+    if isinstance(here, list | tuple):
+        if not isinstance(there, list | tuple) or len(here) != len(there):
+            return False
+        return all(_alike(a, b) for a, b in zip(here, there, strict=True))
+    if isinstance(here, bool | None):
+        return isinstance(there, bool | None)
+    if isinstance(here, int | float):
+        return isinstance(there, int | float) and not isinstance(there, bool)
+    return isinstance(there, type(here))
+
+
+def _misfit(here: dict[str, Tensor], there: dict[str, Tensor]) -> str:
+    """How ``there`` differs from ``here`` in names, shapes, or types; "" if it does not."""
+    for name in sorted(here.keys() | there.keys()):
+        if name not in there:
+            return f"it lacks {name}"
+        if name not in here:
+            return f"it has {name!r:.80}, which is unknown here"
+        a, b = here[name], there[name]
+        if a.shape != b.shape:
+            return f"{name} has shape {list(b.shape)} there, {list(a.shape)} here"
+        if a.dtype != b.dtype:
+            return f"{name} is {b.dtype} there, {a.dtype} here"
+    return ""
+
+
+def _moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The optimiser's state by parameter, checked.
+
+    Raises:
+        ValueError: With what is wrong.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    values: dict[int, dict[str, Any]] = {}
+    for key, value in saved.items():
+        place, _, name = key.partition(".")
+        index = int(place) if re.fullmatch(r"\d{1,9}", place, re.ASCII) else len(parameters)
+        known = index < len(parameters) and name
+        _require(bool(known), f"{_FILES[1]}: {key!r:.80} is unknown here")
+        shape = value.shape if isinstance(value, Tensor) else torch.Size()
+        wanted = torch.Size() if name == "step" else parameters[index].shape
+        _require(shape == wanted, f"{_FILES[1]}: {key} has shape {list(shape)} there, {list(wanted)} here")
+        good = not isinstance(value, Tensor) or value.is_floating_point()
+        _require(good, f"{_FILES[1]}: {key} holds no floating-point numbers")
+        values.setdefault(index, {})[name] = value
+    adam = {"step", "exp_avg", "exp_avg_sq"} if "betas" in optimizer.defaults else set()
+    for index, part in values.items():
+        lacking = (adam | next(iter(values.values())).keys()) - part.keys()
+        _require(not lacking, f"{_FILES[1]}: it lacks {', '.join(sorted(lacking))} of parameter {index}")
+    return values
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

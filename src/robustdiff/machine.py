@@ -1,0 +1,83 @@
+"""What this machine has free, and what a launcher made of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import psutil
+
+from robustdiff.config import UsageError
+
+GROUPS = Path("/sys/fs/cgroup")
+"""Where Linux shows its control groups (version 2)."""
+OWN_GROUP = Path("/proc/self/cgroup")
+
+
+def free_memory() -> int:
+    """Bytes that can be had: of the machine, or of the tightest control group (container, job) around this process."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        own = re.search(r"^0::/(.*)$", OWN_GROUP.read_text(), re.MULTILINE)
+    except OSError:  # not Linux
+        return free
+    group = GROUPS / (own[1] if own else "")
+    for place in (group, *group.parents):
+        if not place.is_relative_to(GROUPS):
+            break
+        try:
+            limit, used, stat = ((place / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
+        except OSError:  # the root group has no limit, and other groups may be hidden
+            continue
+        cache = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # given back when it is needed
+        if limit.strip() != "max":
+            free = min(free, int(limit) - int(used) + (int(cache[1]) if cache else 0))
+    return max(0, free)
+
+
+def cores() -> int:
+    """Processor cores that each process of this machine can have to itself, at least 1."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, mine // processes_here())
+
+
+def processes_here() -> int:
+    """Processes that a launcher started on this machine; 1 without one."""
+    value = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(value)) if value.isdecimal() else 1
+
+
+def processes() -> int:
+    """Processes that a launcher started on all machines; 1 without one."""
+    value = os.environ.get("WORLD_SIZE", "1")
+    return max(1, int(value)) if value.isdecimal() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    value = os.environ.get("RANK", "0")
+    return int(value) if value.isdecimal() else 0
+
+
+def check_launcher() -> None:
+    """Notice a launcher that was asked for several processes and started one.
+
+    Raises:
+        UsageError: Under ``accelerate launch --cpu --num_processes N``, which starts several only through MPI.
+    """
+    through_mpi = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
+    alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if alone and "WORLD_SIZE" not in os.environ and not through_mpi:
+        raise UsageError(
+            "accelerate launch was asked for several processes but started one: on CPUs too it needs --multi_gpu "
+            "(without --cpu) --num_processes N"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, here or in a worker process that the system killed for it."""
+    text = r"out of memory|can't allocate memory|worker.*is killed by signal: (Killed|Bus error)"
+    if isinstance(error, MemoryError) or re.search(text, str(error), re.IGNORECASE | re.DOTALL):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)  # the loader says "exited unexpectedly"
