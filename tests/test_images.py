@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from robustdiff import dirty_copy
+from robustdiff import decoding, dirty_copy, parallel
 from robustdiff import images as module
 from robustdiff.corruption import Corruption, corrupt
 from robustdiff.dirty_copy import write_dirty_copy
@@ -84,9 +84,12 @@ def test_the_description_is_json_and_its_digest_is_that_of_the_pixels(tmp_path):
     described = json.loads(json.dumps(load_images(tmp_path).describe()))
     assert described == {
         "source": str(tmp_path),
+        "kind": "folder",
         "count": 1,
         "size": [6, 8],
         "channels": 3,
+        "classes": {},
+        "labels_sha256": None,
         "skipped": [{"name": "b.png", "reason": "empty file"}],
         "conversions": {},
         "sha256": hashlib.sha256(pixels().transpose(2, 0, 1).tobytes()).hexdigest(),
@@ -104,7 +107,7 @@ def test_classes_are_the_folders_of_the_first_level(tmp_path):
 
 
 def test_more_files_than_a_chunk_keep_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 3)
+    monkeypatch.setattr(parallel, "CHUNK", 3)
     for number in range(10):
         save(tmp_path / f"{number}.png", np.full((2, 2), number, np.uint8))
     (tmp_path / "4.png").write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -383,6 +386,16 @@ def test_a_bomb_neither_warns_nor_loads(tmp_path, monkeypatch, recwarn):
     assert loaded.names == ("good.png",)
     assert "bomb" in dict(loaded.skipped)["bomb.png"]
     assert len(recwarn) == 0
+
+
+def test_formats_that_take_much_memory_have_a_limit_of_their_own(tmp_path, monkeypatch):
+    save(tmp_path / "good.png", pixels(40, 40))
+    Image.fromarray(pixels(40, 40)).save(tmp_path / "small.jp2")
+    assert load_images(tmp_path).names == ("good.png", "small.jp2")
+    monkeypatch.setitem(decoding.LIMITS, "JPEG2000", 1000)
+    loaded = load_images(tmp_path)
+    assert loaded.names == ("good.png",)
+    assert loaded.skipped == (("small.jp2", "more than 1000 pixels: may be a decompression bomb"),)
 
 
 def test_side_cars_are_counted_and_not_named(tmp_path):

@@ -1,18 +1,24 @@
-"""One image file -> 8-bit pixels: guarded opening, and every conversion remarked upon.
+"""One image, a file or bytes or an array -> 8-bit pixels: guarded opening, and every conversion remarked upon.
 
-Reading order: ``images.py`` decides which files to read and what must agree between them.
+Reading order: ``sources.py`` says where images come from, ``images.py`` what must agree between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import ctypes
+import io
+import logging
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.ImageFile import ImageFile
+
+from robustdiff.config import UsageError
 
 NOT_DECODED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 """Pillow formats left out: EPS starts an external interpreter, the others have no decoder of their own."""
@@ -21,33 +27,61 @@ TURNS = {number: Image.Transpose[name] for number, name in enumerate(
     ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2
 )}  # fmt: skip
 
+with contextlib.suppress(OSError, AttributeError):  # a Pillow whose libtiff is out of reach
+    # libtiff writes on stderr what is wrong with a damaged file; whoever skips it has the reason.
+    _set_handler = ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler  # type: ignore[attr-defined]
+    _set_handler.argtypes, _set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+    _set_handler(None)
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors, which the reasons tell, go to stderr
+
+LIMITS = {"JPEG2000": 2**25}
+"""Pixels allowed of formats whose decoders take more than 30 bytes for each; Pillow's own limit holds for all."""
+LARGE = 2**24
+"""Pixels above which images are decoded one at a time: several threads at once could fill the memory."""
+_one_large = threading.Lock()
+
 T = TypeVar("T")
 Pixels = NDArray[np.uint8]
+Item: TypeAlias = "Path | bytes | Pixels"
+"""What a source hands out: a file, an encoded image, or pixels of shape (H, W, C) with C = 1 or 3."""
 
 
-def guarded(work: Callable[[ImageFile], T], folder: Path, name: str) -> tuple[T | None, str]:
+class DataError(UsageError):
+    """The user's data cannot be used; one line that says why and what to do."""
+
+
+def guarded(work: Callable[[Image.Image], T], read: Callable[[int], Item], index: int) -> tuple[T | None, str]:
     """(work(open image), "") or (None, reason)."""
     try:
-        with _open(folder / name) as image:
+        with _open(read(index)) as image:
             if 0 in image.size:
                 raise OSError("zero size")
-            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError
-            return work(image), ""
+            pixels = image.width * image.height
+            limit = min(Image.MAX_IMAGE_PIXELS or pixels, LIMITS.get(image.format or "", pixels))
+            if pixels > limit:
+                raise OSError(f"more than {limit} pixels: may be a decompression bomb")
+            with _one_large if pixels > LARGE else contextlib.nullcontext():
+                return work(image), ""
     except MemoryError:  # this machine's trouble, not the file's
         raise
     except Exception as error:  # decoders of damaged files raise nearly every type there is
         return None, reason(error)
 
 
-def _open(path: Path) -> ImageFile:
-    if path.stat().st_size == 0:
+@contextlib.contextmanager
+def _open(item: Item) -> Iterator[Image.Image]:
+    if isinstance(item, np.ndarray):
+        yield Image.fromarray(item[..., 0] if item.shape[2] == 1 else item)
+        return
+    if not (len(item) if isinstance(item, bytes) else item.stat().st_size):
         raise OSError("empty file")
     Image.init()
-    own = Image.registered_extensions().get(path.suffix.lower())
+    own = None if isinstance(item, bytes) else Image.registered_extensions().get(item.suffix.lower())
     # Formats without a signature would claim any binary file: they are tried only where the suffix asks for them.
     formats = [name for name, (_, accept) in Image.OPEN.items() if name not in NOT_DECODED and (accept or name == own)]
-    return Image.open(path, formats=formats)
+    with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item, formats=formats) as image:
+        yield image
 
 
 def reason(error: Exception) -> str:
@@ -73,17 +107,27 @@ def is_grey(mode: str) -> bool:
     return mode in ("1", "L", "LA", "La", "I") or mode.startswith("I;16")
 
 
-def header(image: ImageFile) -> tuple[str, tuple[int, ...]]:
+def header(image: Image.Image, *, crop: int | None) -> tuple[str, tuple[int, ...]]:
     """Mode and (longer, shorter) side: which of them is the width, EXIF may still exchange."""
-    return image.mode, tuple(sorted(image.size, reverse=True))
+    return image.mode, (crop, crop) if crop else tuple(sorted(image.size, reverse=True))
 
 
-def decode(image: ImageFile, *, channels: int, resolution: int | None) -> tuple[Pixels, bool, list[str]]:
-    """((C, H, W), grey by mode, remarks)."""
+def decode(
+    image: Image.Image, *, channels: int | None, resolution: int | None, crop: int | None
+) -> tuple[Pixels, bool, list[str]]:
+    """((C, H, W), grey by mode, remarks).
+
+    Args:
+        image: Opened, not yet loaded.
+        channels: 1 or 3; None leaves them as they are.
+        resolution: Side in pixels; None leaves the size alone.
+        crop: Side in pixels of the centre square that is cut out before anything else; None = all.
+    """
     remarks = []
     if getattr(image, "is_animated", False):
         remarks.append("first frame of an animation")
-    if image.mode.startswith("I") or any(code in str(image.tile) for code in (";16B", ";16L", ";16N")):
+    tile = str(getattr(image, "tile", ""))
+    if image.mode.startswith("I") or any(code in tile for code in (";16B", ";16L", ";16N")):
         remarks.append("16-bit reduced to 8-bit")  # Pillow itself reduces colour, so its mode does not tell
     grey = is_grey(image.mode)
     image.load()  # a truncated file fails here
@@ -95,7 +139,12 @@ def decode(image: ImageFile, *, channels: int, resolution: int | None) -> tuple[
     if turn is not None:
         remarks.append("EXIF rotation applied")
         eight_bit = eight_bit.transpose(turn)
-    return fit(eight_bit, channels, resolution, remarks), grey, remarks
+    if crop is not None:
+        if min(eight_bit.size) < crop:
+            raise OSError(f"smaller than the centre crop of {crop} pixels")
+        left, top = (eight_bit.width - crop) // 2, (eight_bit.height - crop) // 2
+        eight_bit = eight_bit.crop((left, top, left + crop, top + crop))
+    return fit(eight_bit, channels or (1 if grey else 3), resolution, remarks), grey, remarks
 
 
 def _eight_bit(image: Image.Image, remarks: list[str]) -> Image.Image:
@@ -104,10 +153,14 @@ def _eight_bit(image: Image.Image, remarks: list[str]) -> Image.Image:
     if mode == "F":
         raise OSError("floating-point pixels (mode F): convert the file to 8 bit first")
     if mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise OSError("32-bit integer pixels outside 0..65535: convert the file to 8 bit first")
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        values = values.astype(np.uint32)  # in place from here on: there may be 89 million
+        values *= 255
+        values += 32767
+        values //= 65535
+        return Image.fromarray(values.astype(np.uint8))
     if mode == "1":
         remarks.append("1-bit expanded to 8-bit")
     elif mode in ("P", "PA"):

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from robustdiff import durable
 from robustdiff.corruption import Corruption, corrupt, to_uint8
-from robustdiff.images import DataError, ImageSet, progress_bar, save_png
+from robustdiff.images import DataError, ImageSet, save_png
+from robustdiff.parallel import progress_bar
 
 MANIFEST_FORMAT = "robustdiff dirty copy 1"
 
@@ -69,9 +71,7 @@ def write_dirty_copy(
             path.parent.mkdir(parents=True, exist_ok=True)
             save_png(to_uint8(dirty), path)
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)  # empty, or a dirty copy that may be replaced
-        unfinished.rename(folder)
+        durable.replace_folder(unfinished, folder)  # which is empty, or a dirty copy that may be replaced
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return manifest
@@ -90,7 +90,7 @@ def _check_destination(source: str, destination: str | Path, folder: Path, overw
             raise DataError(f"{destination}: not empty; choose another, or replace a dirty copy with --overwrite")
         try:
             ours = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["format"] == MANIFEST_FORMAT
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             ours = False
         if not ours:  # never delete somebody's photographs
             raise DataError(f"{destination}: not a dirty copy, so --overwrite spares it; remove it yourself")

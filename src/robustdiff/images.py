@@ -1,4 +1,4 @@
-"""Image sets: a folder, an array file or the built-in digits -> 8-bit images in memory.
+"""Image sets: any source -> 8-bit images, held in memory or decoded again at every access.
 
 Nothing is dropped in silence: what cannot be read is skipped with its name and the reason, what was converted is
 counted, and too many bad files are an error.
@@ -6,60 +6,116 @@ counted, and too many bad files are an error.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import os
-import sys
 import warnings
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from robustdiff import decoding
-from robustdiff.config import UsageError
 from robustdiff.corruption import from_uint8
-from robustdiff.decoding import Pixels
+from robustdiff.decoding import DataError, Pixels
+from robustdiff.machine import free_memory, processes_here
+from robustdiff.parallel import in_parallel
+from robustdiff.sources import Source, open_source
 
-SIDE_CARS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".xml", ".yaml", ".yml", ".html", ".db", ".ini")
-"""Suffixes of files that commonly lie beside images; they are counted, neither opened nor named."""
-CHUNK = 256
-"""Files decoded at a time: bounds what waits in memory beside the array that is being filled."""
+__all__ = ["DataError", "ImageSet", "StreamedImages", "image_grid", "load_images", "save_png"]
 
-T = TypeVar("T")
+# -- the noun ----------------------------------------------------------------------------------------
 
 
-class DataError(UsageError):
-    """The user's data cannot be used; one line that says why and what to do."""
+@dataclass(frozen=True, eq=False)
+class StreamedImages:
+    """Images too many for memory: decoded at every access, the same pixels each time.
+
+    Indexed like a uint8 tensor of shape (N, C, H, W), by its first axis only.
+
+    Attributes:
+        source: Where they come from.
+        places: Place of each image in the source, int64, shape (N,).
+        checks: CRC-32 of each image's pixels, uint32, shape (N,).
+        shape: (N, C, H, W).
+        resolution: As asked for; None leaves sizes alone.
+        sha256: Digest of the pixels, taken when all were decoded once.
+    """
+
+    source: Source
+    places: np.ndarray[Any, np.dtype[np.int64]]
+    checks: np.ndarray[Any, np.dtype[np.uint32]]
+    shape: tuple[int, int, int, int]
+    resolution: int | None
+    sha256: str
+
+    def __len__(self) -> int:
+        """How many images."""
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """What they would take in memory."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Tensor:
+        """One image, uint8 (C, H, W), or several, (B, C, H, W).
+
+        Raises:
+            DataError: If an image that could be read when the set was loaded no longer can.
+        """
+        if isinstance(index, int):
+            return torch.from_numpy(self._decode(int(self.places[index]), int(self.checks[index])))
+        rows = index.numpy() if isinstance(index, Tensor) else index
+        wanted = zip(self.places[rows].tolist(), self.checks[rows].tolist(), strict=True)
+        images = [self._decode(place, check) for place, check in wanted]
+        return torch.from_numpy(np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8))
+
+    def _decode(self, place: int, check: int) -> Pixels:
+        work = partial(decoding.decode, channels=self.shape[1], resolution=self.resolution, crop=self.source.crop)
+        with warnings.catch_warnings():  # remarks on metadata were passed over when the set was loaded, too
+            warnings.filterwarnings("ignore", module="PIL")
+            decoded, reason = decoding.guarded(work, self.source.read, place)
+        if decoded is not None and decoded[0].shape != self.shape[1:]:
+            reason = "another size"
+        elif decoded is not None and zlib.crc32(np.ascontiguousarray(decoded[0]).data) != check:
+            reason = "other pixels"
+        if decoded is None or reason:
+            raise DataError(
+                f"{self.source.names[place]} changed since the run began: {reason}; restore it and go on with --resume"
+            )
+        return np.ascontiguousarray(decoded[0])
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """8-bit images in memory, and what happened on the way there.
+    """8-bit images, and what happened on the way there.
 
     Attributes:
         source: What was asked for, as the user wrote it.
-        images: uint8, shape (N, C, H, W), C = 1 or 3.
+        images: uint8, shape (N, C, H, W), C = 1 or 3; in memory, or streamed.
         names: One per image: the path relative to the folder with ``/``, or a zero-padded number.
-        skipped: (name, reason) of every file that was not read.
+        skipped: (name, reason) of every image that was not read.
         notes: How many images were converted, by kind of conversion, and how many side-car files were ignored.
+        classes: Names of the classes; none if the images have no labels.
+        labels: Each image's place in ``classes``, int64, shape (N,), or None.
+        what: The kind of source.
     """
 
     source: str
-    images: Tensor
-    names: tuple[str, ...]
+    images: Tensor | StreamedImages
+    names: Sequence[str]
     skipped: tuple[tuple[str, str], ...]
     notes: Mapping[str, int]
+    classes: tuple[str, ...] = ()
+    labels: Tensor | None = None
+    what: str = field(default="array")
 
     def __len__(self) -> int:
         """How many images."""
@@ -75,38 +131,46 @@ class ImageSet:
         """(H, W) in pixels."""
         return self.images.shape[2], self.images.shape[3]
 
-    @cached_property
-    def classes(self) -> tuple[str, ...]:
-        """The folders of the first level, sorted, if every image lies in one of them; else none."""
-        tops = {top if slash else "" for top, slash, _ in (name.partition("/") for name in self.names)}
-        return () if "" in tops else tuple(sorted(tops))
-
-    @cached_property
-    def labels(self) -> Tensor | None:
-        """Each image's place in :attr:`classes`, int64, shape (N,); None without classes."""
-        place = {name: number for number, name in enumerate(self.classes)}
-        return torch.tensor([place[name.partition("/")[0]] for name in self.names]) if place else None
-
     @property
     def bytes(self) -> int:
-        """Memory taken by the pixels."""
+        """Size of the pixels: memory taken, or what would be taken."""
         return self.images.nbytes
+
+    @property
+    def streamed(self) -> bool:
+        """Whether every access decodes anew."""
+        return isinstance(self.images, StreamedImages)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest over the pixel bytes in (N, C, H, W) order."""
+        if isinstance(self.images, StreamedImages):
+            return self.images.sha256
+        return hashlib.sha256(self.images.contiguous().numpy().data).hexdigest()
 
     def x0(self, index: int | slice | Sequence[int] | Tensor) -> Tensor:
         """One image (C, H, W), or several (B, C, H, W): float32 in [-1, 1], ``v / 127.5 - 1``."""
         return from_uint8(self.images[index])
 
     def describe(self) -> dict[str, Any]:
-        """JSON-ready account for ``data.json``; the digest is SHA-256 over the pixel bytes in (N, C, H, W) order."""
+        """JSON-ready account for ``data.json``."""
+        counts = torch.zeros(0) if self.labels is None else torch.bincount(self.labels, minlength=len(self.classes))
+        labels = None if self.labels is None else hashlib.sha256(self.labels.numpy().data).hexdigest()
         return {
             "source": self.source,
+            "kind": self.what,
             "count": len(self),
             "size": list(self.size),
             "channels": self.channels,
+            "classes": dict(zip(self.classes, map(int, counts), strict=True)),
             "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
             "conversions": dict(self.notes),
-            "sha256": hashlib.sha256(self.images.contiguous().numpy().data).hexdigest(),
+            "sha256": self.sha256,
+            "labels_sha256": labels,
         }
+
+
+# -- from a source -----------------------------------------------------------------------------------
 
 
 def load_images(
@@ -115,17 +179,24 @@ def load_images(
     resolution: int | None = None,
     channels: int | None = None,
     max_bad_fraction: float = 0.01,
+    max_memory: int | None = None,
+    **options: str | None,
 ) -> ImageSet:
     """Read a set of images.
 
+    Every image is decoded once here, in parallel, whether it is then held or not: so bad ones are known before
+    anything starts, and the set is the same either way.
+
     Args:
-        source: A folder (searched recursively, in the order of the relative paths, hidden files ignored); an ``.npy``
-            or ``.npz`` file of uint8 images; or the word ``digits`` (``./digits`` is a folder of that name).
+        source: What :func:`robustdiff.sources.open_source` takes: a folder, an array file, a table, a hub id ...
         resolution: Make every image square: the shorter side is resized to this many pixels (Lanczos, antialiased) and
             the centre is cropped. Default: leave sizes alone; they must then be equal.
         channels: 1 (grey) or 3 (RGB). Default: 1 if every readable image is grey by its mode, else 3.
         max_bad_fraction: Stop if more than ``max(1, max_bad_fraction * N)`` of the N image files cannot be read: one
             bad file never stops a small folder, unless this is 0. Files that are no images do not count.
+        max_memory: Hold the pixels if they take at most this many bytes, stream them otherwise. Default: half of the
+            memory that is free, divided by the processes of this machine.
+        options: ``split``, ``config``, ``image_column``, ``label_column`` of :func:`robustdiff.sources.open_source`.
 
     Raises:
         DataError: In one line, if the source or an option cannot be used.
@@ -136,142 +207,120 @@ def load_images(
         raise DataError(f"--channels must be 1 (grey) or 3 (RGB), got {channels}")
     if not 0 <= max_bad_fraction <= 1:
         raise DataError(f"--max-bad-fraction must be in [0, 1], got {max_bad_fraction}")
+    if max_memory is None:
+        max_memory = free_memory() // 2 // processes_here()
     try:
-        if source == "digits":
-            return _from_array("digits", _digits(), resolution, channels)
-        path = Path(source).expanduser()
-        if path.is_dir():
-            return _from_folder(str(source), path, resolution, channels, max_bad_fraction)
-        if path.is_file() and path.suffix.lower() in (".npy", ".npz"):
-            return _from_array(str(source), _read_array(path), resolution, channels)
-        if os.path.exists(path):
-            raise DataError("neither a folder nor an .npy or .npz file; to use an image, give the folder it is in")
-        siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f" (did you mean {path.parent / near[0]}?)" if near else ""
-        raise DataError(f"no such file or folder{hint}; give a folder, an .npy or .npz file, or the word digits")
+        opened = open_source(source, **options)
+        return _load(str(source), opened, resolution, channels, max_bad_fraction, max_memory)
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
     except PermissionError:
         raise DataError(f"{source}: no permission to read it") from None
     except MemoryError:
-        raise DataError(f"{source}: the images do not fit in memory; make them smaller with --resolution N") from None
+        raise DataError(
+            f"{source}: the images do not fit in memory; make them smaller with --resolution N, or stream them with "
+            "--max-memory-gib 0"
+        ) from None
 
 
-# -- a folder ----------------------------------------------------------------------------------------
-
-
-def _from_folder(
-    source: str, folder: Path, resolution: int | None, channels: int | None, max_bad_fraction: float
+def _load(
+    asked: str, source: Source, resolution: int | None, channels: int | None, max_bad_fraction: float, max_memory: int
 ) -> ImageSet:
-    found, skipped, side_cars = _scan(folder)
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        # Pillow's bomb warning is replaced by the check in decoding.guarded; its remarks on metadata concern nobody.
-        warnings.filterwarnings("ignore", module="PIL")
+    skipped = list(source.skipped)
+    bad = [item for item in skipped if _counts_as_image(source, item[0])]
 
-        # -- headers only: channels, sizes and most bad files are known before anything large is decoded
-        names: list[str] = []
-        modes: set[str] = set()
-        sizes: Counter[tuple[int, ...]] = Counter()
-        for name, (header, reason) in _in_chunks(
-            pool, partial(decoding.guarded, decoding.header, folder), found, "headers"
-        ):
-            if header is None:
-                skipped.append((name, reason))
-            else:
-                names.append(name)
-                modes.add(header[0])
-                sizes[header[1]] += 1
-        bad = [item for item in skipped if decoding.is_image_name(item[0])]
-        if not names:
-            reasons = Counter(reason for _, reason in skipped) + Counter({"side-car file": side_cars})
-            counted = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(4))
-            raise DataError(f"no readable image; found {counted}")
-        total = len(bad) + len(names)
-        limit = _check_bad(bad, total, max_bad_fraction)
-        # A few files that may yet turn out unreadable must not decide about sizes: only clear cases stop here.
-        if resolution is None and len(names) - max(sizes.values()) > limit:
-            raise _mixed_sizes(sizes)
+    # -- headers only: channels, sizes and most bad files are known before anything large is decoded
+    readable: list[int] = []
+    modes: set[str] = set()
+    sizes: Counter[tuple[int, ...]] = Counter()
+    for place, (header, reason) in in_parallel(source, partial(decoding.header, crop=source.crop), None, "headers"):
+        if header is None:
+            skipped.append((source.names[place], reason))
+            if _counts_as_image(source, source.names[place]):
+                bad.append(skipped[-1])
+        else:
+            readable.append(place)
+            modes.add(header[0])
+            sizes[header[1]] += 1
+    if not readable:
+        reasons = Counter(reason for _, reason in skipped) + Counter(source.notes)
+        counted = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(4))
+        raise DataError(f"no readable image; found {counted or 'nothing'}")
+    total = len(bad) + len(readable)
+    limit = _check_bad(bad, total, max_bad_fraction)
+    # A few files that may yet turn out unreadable must not decide about sizes: only clear cases stop here.
+    if resolution is None and len(readable) - max(sizes.values()) > limit:
+        raise _mixed_sizes(sizes)
 
-        # -- pixels
-        target = channels or (1 if all(map(decoding.is_grey, modes)) else 3)
-        pixels: Pixels | None = None
-        kept: list[str] = []
-        notes: Counter[str] = Counter()
-        sizes, any_colour = Counter(), False
-        decode = partial(decoding.guarded, partial(decoding.decode, channels=target, resolution=resolution), folder)
-        for name, (decoded, reason) in _in_chunks(pool, decode, names, "decoding"):
-            if decoded is None:
-                skipped.append((name, reason))
-                bad.append((name, reason))
-                _check_bad(bad, total, max_bad_fraction)
-                continue
-            image, grey, remarks = decoded
-            sizes[image.shape[:0:-1]] += 1
-            if len(sizes) > 1:
-                continue  # certain to be an error: only the counting for its message goes on
-            if pixels is None:
-                pixels = np.empty((len(names), *image.shape), np.uint8)
+    # -- pixels: all are decoded once; what fits is kept
+    target = channels or (1 if all(map(decoding.is_grey, modes)) else 3)
+    pixels: Pixels | None = None
+    digest = hashlib.sha256()
+    shape: tuple[int, ...] = ()
+    kept: list[int] = []
+    checks: list[int] = []
+    notes: Counter[str] = Counter()
+    sizes, any_colour = Counter(), False
+    decode = partial(decoding.decode, channels=target, resolution=resolution, crop=source.crop)
+    for place, (decoded, reason) in in_parallel(source, decode, readable, "decoding"):
+        if decoded is None:
+            skipped.append((source.names[place], reason))
+            bad.append(skipped[-1])
+            _check_bad(bad, total, max_bad_fraction)
+            continue
+        image, grey, remarks = decoded
+        sizes[image.shape[:0:-1]] += 1
+        if len(sizes) > 1:
+            continue  # certain to be an error: only the counting for its message goes on
+        if not kept:
+            shape = image.shape
+            if len(readable) * image.size <= max_memory:
+                pixels = np.empty((len(readable), *shape), np.uint8)
+        if pixels is not None:
             pixels[len(kept)] = image
-            kept.append(name)
-            notes.update(remarks)
-            any_colour |= not grey
+        else:
+            image = np.ascontiguousarray(image)
+            digest.update(image.data)
+            checks.append(zlib.crc32(image.data))
+        kept.append(place)
+        notes.update(remarks)
+        any_colour |= not grey
     if len(sizes) > 1:
         raise _mixed_sizes(sizes)
-    if pixels is None:
+    if not kept:
         raise DataError(f"no readable image; {bad[0][0]}: {bad[0][1]}")
     if channels is None and target == 3 and not any_colour:  # the only colour files were unreadable ones
-        pixels = np.ascontiguousarray(pixels[:, :1])
-        del notes["grey expanded to RGB"]
-    if side_cars:
-        notes["side-car files ignored (not images)"] = side_cars
-    images = torch.from_numpy(pixels[: len(kept)])
-    return ImageSet(source, images, tuple(kept), tuple(sorted(skipped)), dict(notes))
+        return _load(asked, source, resolution, 1, max_bad_fraction, max_memory)
+    images: Tensor | StreamedImages
+    if pixels is not None:
+        images = torch.from_numpy(pixels[: len(kept)])
+    else:
+        full = (len(kept), shape[0], shape[1], shape[2])
+        images = StreamedImages(
+            source, np.array(kept), np.array(checks, np.uint32), full, resolution, digest.hexdigest()
+        )
+    names = tuple(source.names[place] for place in kept)
+    classes, labels = _labels(source, names, kept)
+    return ImageSet(
+        asked, images, names, tuple(sorted(skipped)), dict(notes + Counter(source.notes)), classes, labels, source.what
+    )
 
 
-def _scan(folder: Path) -> tuple[list[str], list[tuple[str, str]], int]:
-    """Relative POSIX paths of the files to try, sorted; what is skipped at sight; the number of side-car files."""
-    found: list[str] = []
-    skipped: list[tuple[str, str]] = []
-    side_cars = 0
-    seen: set[str] = set()
-
-    def unreadable(error: OSError) -> None:
-        if Path(error.filename) == folder:
-            raise error
-        skipped.append((Path(error.filename).relative_to(folder).as_posix(), f"folder not read: {error.strerror}"))
-
-    for directory, subfolders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        if (real := os.path.realpath(directory)) in seen:  # a link back up
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for path in (Path(directory, file) for file in files if not file.startswith(".")):
-            name = path.relative_to(folder).as_posix()
-            if path.suffix.lower() in SIDE_CARS:
-                side_cars += 1
-            elif path.is_file():
-                found.append(name)
-            else:  # opening a pipe would wait for ever
-                skipped.append((name, "broken symbolic link" if path.is_symlink() else "not a regular file"))
-    if not (found or skipped or side_cars):
-        raise DataError("the folder is empty (hidden files are ignored)")
-    return sorted(found), skipped, side_cars
+def _labels(source: Source, names: Sequence[str], kept: Sequence[int]) -> tuple[tuple[str, ...], Tensor | None]:
+    """The source's own labels; for a folder, its first level, if every image lies in one of its folders."""
+    if source.labels is not None:
+        return source.classes, torch.tensor([source.labels[place] for place in kept])
+    tops = {top if slash else "" for top, slash, _ in (name.partition("/") for name in names)}
+    if source.what != "folder" or "" in tops:
+        return (), None
+    classes = tuple(sorted(tops))
+    number = {name: place for place, name in enumerate(classes)}
+    return classes, torch.tensor([number[name.partition("/")[0]] for name in names])
 
 
-def _in_chunks(
-    pool: ThreadPoolExecutor, work: Callable[[str], T], names: Sequence[str], what: str
-) -> Iterator[tuple[str, T]]:
-    """(name, work(name)) in order, computed by threads a chunk at a time."""
-    starts = range(0, len(names), CHUNK)
-    results = (result for start in starts for result in pool.map(work, names[start : start + CHUNK]))
-    yield from zip(names, progress_bar(results, len(names), what), strict=True)
-
-
-def progress_bar(items: Iterable[T], total: int, what: str) -> Iterable[T]:
-    """``items``, with a progress bar where it is worth one: many items, on a terminal."""
-    return tqdm(items, what, total, unit="file") if total > 1000 and sys.stderr.isatty() else items
+def _counts_as_image(source: Source, name: str) -> bool:
+    """Whether a file that cannot be read is a bad image rather than some other file in the folder."""
+    return source.what != "folder" or decoding.is_image_name(name)
 
 
 def _check_bad(bad: Sequence[tuple[str, str]], total: int, max_bad_fraction: float) -> float:
@@ -298,80 +347,30 @@ def _mixed_sizes(sizes: Counter[tuple[int, ...]]) -> DataError:
     )
 
 
-# -- arrays ------------------------------------------------------------------------------------------
-
-
-def _read_array(path: Path) -> NDArray[Any]:
-    try:
-        if path.suffix.lower() == ".npy":  # mapped: read once, when its header has been found usable
-            return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            if "images" not in arrays.files and len(arrays.files) != 1:
-                keys = ", ".join(arrays.files) or "none"
-                raise DataError(f"needs an array named images, or a single array; it has {keys}")
-            return np.asarray(arrays["images" if "images" in arrays.files else arrays.files[0]])
-    except (DataError, MemoryError, PermissionError):
-        raise
-    except Exception as error:  # damaged files raise many types
-        raise DataError(
-            f"cannot be read as an array ({decoding.reason(error)}); save uint8 images with numpy.save"
-        ) from None
-
-
-def _digits() -> NDArray[Any]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise DataError("scikit-learn is not installed: pip install 'robustdiff[digits]'") from None
-    return np.round(np.asarray(load_digits().images) * (255 / 16)).astype(np.uint8)
-
-
-def _from_array(source: str, array: NDArray[Any], resolution: int | None, channels: int | None) -> ImageSet:
-    array = _channels_last(array)
-    count, height, width, own = array.shape
-    target = channels or own
-    notes: Counter[str] = Counter()
-    if target == own and resolution in (None, height) and resolution in (None, width):
-        pixels = np.array(array.transpose(0, 3, 1, 2), order="C")  # a copy: the file may change under a mapped array
-    else:
-        pixels = np.empty((count, target, resolution or height, resolution or width), np.uint8)
-        for index, image in enumerate(array):
-            remarks: list[str] = []
-            pixels[index] = decoding.fit(
-                Image.fromarray(image[..., 0] if own == 1 else image), target, resolution, remarks
-            )
-            notes.update(remarks)
-    names = tuple(f"{index:0{len(str(count - 1))}d}" for index in range(count))
-    return ImageSet(source, torch.from_numpy(pixels), names, (), dict(notes))
-
-
-def _channels_last(array: NDArray[Any]) -> Pixels:
-    """View of shape (N, H, W, C).
-
-    Raises:
-        DataError: If it is not uint8, is empty, or its axes cannot be told apart.
-    """
-    if array.dtype != np.uint8:
-        how = "x.astype(numpy.uint8) if the values are whole numbers in 0..255"
-        if np.issubdtype(array.dtype, np.floating):
-            how = "numpy.uint8(numpy.round(s)) with s = 127.5 * (x + 1) for x in [-1, 1], 255 * x for x in [0, 1]"
-        raise DataError(f"holds {array.dtype}, needs uint8; convert it with {how}")
-    if array.size == 0:
-        raise DataError(f"holds no image, its shape is {array.shape}")
-    if array.ndim == 3 and array.shape[2] not in (1, 3, 4):  # else it may as well be one image (H, W, C)
-        return array[..., None]
-    if array.ndim == 4:
-        last, first = array.shape[3] in (1, 3), array.shape[1] in (1, 3)
-        if last != first:
-            return array if last else array.transpose(0, 2, 3, 1)
-    layouts = "(N, H, W), (N, H, W, C) or (N, C, H, W) with C = 1 or 3"
-    raise DataError(f"shape {array.shape} is ambiguous or unknown; needs {layouts}")
-
-
-# -- writing ----------------------------------------------------------------------------------------
+# -- writing -----------------------------------------------------------------------------------------
 
 
 def save_png(image: Tensor, path: str | Path) -> None:
     """Write one image, uint8 of shape (C, H, W) with C = 1 or 3, as PNG."""
     pixels = np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy())
     Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(path, "PNG")
+
+
+def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
+    """One picture of many, with a one-pixel mid-grey line between them.
+
+    Args:
+        images: uint8, shape (N, C, H, W), N >= 1.
+        columns: Images per row. Default: about the square root of N.
+
+    Returns:
+        uint8, shape (C, rows * (H + 1) - 1, columns * (W + 1) - 1).
+    """
+    count, channels, height, width = images.shape
+    columns = columns or max(1, round(count**0.5))
+    rows = -(-count // columns)
+    grid = torch.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 128, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        grid[:, top : top + height, left : left + width] = image
+    return grid

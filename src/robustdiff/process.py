@@ -82,7 +82,7 @@ class NoiseProcess:
     def __post_init__(self) -> None:
         """Check the table once, so that no later formula divides by a zero sigma."""
         table = self.alphas_cumprod
-        if table.ndim != 1 or not bool(((table >= 0) & (table < 1)).all()):
+        if table.ndim != 1 or not len(table) or not bool(((table >= 0) & (table < 1)).all()):
             raise ValueError("alphas_cumprod must have shape (T,) and values in [0, 1): every step needs some noise")
         if self.prediction_type not in get_args(Prediction):
             raise ValueError(

@@ -1,0 +1,101 @@
+"""Every image of a source, decoded by threads, in order; whatever cannot be decoded comes with its reason."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
+
+from PIL import Image
+from tqdm import tqdm
+
+from robustdiff import decoding
+from robustdiff.decoding import Pixels
+from robustdiff.machine import cores, rank
+from robustdiff.sources import Source
+
+CHUNK = 256
+"""Images decoded at a time: bounds what waits in memory beside the array that is being filled."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Decoded(Generic[T]):
+    """What became of one image of a source.
+
+    Attributes:
+        index: Its place in the source.
+        name: Its name there.
+        value: What the work made of its pixels; None if it cannot be read.
+        reason: Why it cannot be read; "" otherwise.
+        grey: Whether the file has no colour.
+        remarks: Conversions that were applied.
+    """
+
+    index: int
+    name: str
+    value: T | None
+    reason: str
+    grey: bool
+    remarks: list[str]
+
+
+def decode_all(
+    source: Source,
+    work: Callable[[Pixels], T],
+    *,
+    channels: int | None = None,
+    resolution: int | None = None,
+    indices: Sequence[int] | None = None,
+    what: str = "decoding",
+) -> Iterator[Decoded[T]]:
+    """Decode every image and hand its pixels to ``work`` in the thread that decoded them; nothing is kept.
+
+    Args:
+        source: Where images come from.
+        work: Takes uint8 pixels, (C, H, W); runs in several threads at once.
+        channels: 1 or 3; None leaves each image's own.
+        resolution: As in :func:`load_images`.
+        indices: Places in the source. Default: all.
+        what: Title of the progress bar.
+
+    Yields:
+        One :class:`Decoded` per image, in order.
+    """
+
+    def worked(image: Image.Image) -> tuple[T, bool, list[str]]:
+        pixels, grey, remarks = decoding.decode(image, channels=channels, resolution=resolution, crop=source.crop)
+        return work(pixels), grey, remarks
+
+    for place, (done, reason) in in_parallel(source, worked, indices, what):
+        value, grey, remarks = (None, False, []) if done is None else done
+        yield Decoded(place, source.names[place], value, reason, grey, remarks)
+
+
+def in_parallel(
+    source: Source, work: Callable[[Image.Image], T], indices: Sequence[int] | None, what: str
+) -> Iterator[tuple[int, tuple[T | None, str]]]:
+    """Work on every image of a source, or on those at ``indices``.
+
+    Yields:
+        (place, (work(open image), "") or (None, reason)) in order, computed by threads a chunk at a time.
+    """
+    places = range(len(source.names)) if indices is None else indices
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, cores())) as pool:
+        # Pillow's bomb warning is replaced by the check in decoding.guarded; its remarks on metadata concern nobody.
+        warnings.filterwarnings("ignore", module="PIL")
+        one = partial(decoding.guarded, work, source.read)
+        starts = range(0, len(places), CHUNK)
+        results = (result for start in starts for result in pool.map(one, places[start : start + CHUNK]))
+        yield from zip(places, progress_bar(results, len(places), what), strict=True)
+
+
+def progress_bar(items: Iterable[T], total: int, what: str) -> Iterable[T]:
+    """``items``, with a progress bar where it is worth one: many items, on a terminal, on the first process."""
+    shown = total > 1000 and sys.stderr.isatty() and rank() == 0
+    return tqdm(items, what, total, unit="image") if shown else items
