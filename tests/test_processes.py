@@ -1,10 +1,16 @@
-"""Two processes see and do what one does: same batches, same losses, one writer, same samples."""
+"""`accelerate launch` as it is typed: several processes see, do, write and survive what one does."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,55 +24,138 @@ from robustdiff import TrainConfig, cli, train
 from robustdiff.images import load_images
 from robustdiff.training import Batches
 
-# `accelerate launch` starts several CPU processes only through MPI; this is what it calls on GPUs.
-LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "robustdiff"]
-STEPS = 6
-# Which files a process opens for writing, one line each, from both processes: put in front by a sitecustomize.py.
-WATCH = """
+STEPS, EVERY = 40, 20
+"""Steps of a run, and between its checkpoints: after twenty, rounding has not grown yet."""
+LIMIT = 60
+"""Seconds within which all processes must have ended after one failed."""
+
+# Put in front of every process by a sitecustomize.py. It lists which files are opened for writing, by which process,
+# and breaks what FAULT says, in one process.
+SITE = """
 import os, sys
 
 def hook(event, arguments):
     if event == "open" and isinstance(arguments[1], str) and any(mode in arguments[1] for mode in "wax+"):
         name = str(arguments[0])
         if name.startswith(os.environ["WATCHED"]):
-            os.write(descriptor, f"{os.environ.get('RANK')} {name}\\n".encode())
+            os.write(descriptor, f"{os.environ.get('RANK')} open {name}\\n".encode())
     elif event in ("os.mkdir", "os.rename", "shutil.rmtree") and str(arguments[0]).startswith(os.environ["WATCHED"]):
         os.write(descriptor, f"{os.environ.get('RANK')} {event} {arguments[0]}\\n".encode())
 
-descriptor = os.open(os.environ["WATCH_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-sys.addaudithook(hook)
+if "WATCHED" in os.environ:
+    descriptor = os.open(os.environ["WATCH_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    sys.addaudithook(hook)
+
+fault, _, place = os.environ.get("FAULT", "").partition("@")
+if fault and os.environ.get("RANK") == place:
+    from robustdiff import batches, training
+    from robustdiff.images import DataError
+
+    def in_the_sixth_step(self, counters, images, original=batches.Batches.draw):
+        if counters[0] >= 20:
+            raise RuntimeError("the sixth step is broken")
+        return original(self, counters, images)
+
+    def in_loading(*_, **__):
+        raise DataError("x.png: cannot be\\nread here")
+
+    def in_saving(*_):
+        raise OSError(28, "No space left on device")
+
+    if fault == "step":
+        batches.Batches.draw = in_the_sixth_step
+    elif fault == "data":
+        training.load_images = in_loading
+    elif fault == "save":
+        training.save_checkpoint = in_saving
+"""
+
+# What an evaluation does: each process takes its share of the images, and the first gathers.
+EVALUATE = """
+import json, sys
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from robustdiff import cli
+from robustdiff.images import load_images
+from robustdiff.sampling import without_accelerator
+
+state = PartialState(cpu=without_accelerator())
+folder, result, commands = sys.argv[1:]
+found = []
+for limit in (None, 0):
+    data = load_images(folder, max_memory=limit)
+    for count in (len(data), 3, 1):
+        with state.split_between_processes(list(range(count))) as mine:
+            values = [(index, data.names[index], float(data.x0(index).double().sum())) for index in mine]
+        found.append(gather_object(values))
+if state.is_main_process:
+    with open(result, "w") as file:
+        json.dump([state.num_processes, found], file)
+for command in json.loads(commands):
+    status = cli.main(command)
+    assert status == 0
 """
 
 
-def on_two_processes(*arguments: str, **environment: str) -> str:
-    """Run the command on two CPU processes; returns standard output. A hang fails at the time limit."""
+def command(*arguments: str, processes: int) -> list[str]:
+    """The command line of `accelerate launch`, as a user types it on a machine without accelerators."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    several = ["--multi_gpu", "--main_process_port", str(port)] if processes > 1 else []
+    fixed = ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *several, *fixed, "--dynamo_backend", "no"]
+    return [*launcher, *(("-m", "robustdiff") if arguments[0] in cli.COMMANDS else ()), *arguments]
+
+
+def environment(folder: Path | None = None, **more: str) -> dict[str, str]:
+    """One thread each, no accelerator, and the sitecustomize if there is a folder for it."""
+    values = {**os.environ, "OMP_NUM_THREADS": "1", **more}
     if torch.accelerator.is_available():  # where there is none, it must work without being told
-        environment["ACCELERATE_USE_CPU"] = "true"
-    done = subprocess.run(
-        [sys.executable, *LAUNCH, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+        values["ACCELERATE_USE_CPU"] = "true"
+    path = [entry for entry in sys.path if entry]
+    if folder is not None:
+        (folder / "site").mkdir()
+        (folder / "site" / "sitecustomize.py").write_text(SITE)
+        path = [str(folder / "site"), *path]
+    return {**values, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def launch(*arguments: str, processes: int, folder: Path | None = None, **more: str) -> str:
+    """Run to the end; returns standard output. A hang fails at the time limit."""
+    line = command(*arguments, processes=processes)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=180, env=environment(folder, **more))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+@contextlib.contextmanager
+def launched(*arguments: str, folder: Path, **more: str) -> Iterator[subprocess.Popen[str]]:
+    """Two processes on their way; whatever is left of them at the end is killed."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command(*arguments, processes=2), env=environment(folder, **more), **pipes) as launcher:
+        try:
+            yield launcher
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven 8 x 8 grey images: passes over the data end inside batches."""
+    """Seven 8 x 8 grey images of two classes: passes over the data end inside batches."""
     folder = tmp_path_factory.mktemp("data") / "photos"
-    folder.mkdir()
     random = np.random.default_rng(0)
     for i in range(7):
-        Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i}.png")
+        path = folder / ("odd" if i % 2 else "even") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
     return folder
 
 
 @pytest.fixture(scope="module")
 def base(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A run of a few steps of four images."""
+    """A run of a few steps of four images; the gate is wide enough that some of so few fall in."""
     path = tmp_path_factory.mktemp("config") / "unet.json"
     path.write_text(json.dumps(UNET))
     return TrainConfig(
@@ -74,14 +163,17 @@ def base(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         images=str(4 * STEPS),
         train_batch_size=4,
         model_config_name_or_path=str(path),
-        learning_rate=1e-3,
+        learning_rate=3e-5,
         ddpm_num_steps=100,
         ddpm_num_inference_steps=5,
         preview_images=2,
-        checkpointing_steps=3,
+        checkpointing_steps=EVERY,
+        checkpoints_total_limit=9,
         logging_steps=1,
         random_flip=True,
+        class_conditional=True,
         corrupt=("gaussian:sigma=0.2,fraction=0.5",),
+        gate="0:0.5",
     )
 
 
@@ -100,7 +192,62 @@ def flags(config: TrainConfig) -> list[str]:
 
 
 def metrics(folder: str | Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Weights and their moving average."""
+    path = folder / "checkpoints" / f"step-{step:08d}"
+    parts = {name: load_file(path / f"{name}.safetensors") for name in ("model", "ema")}
+    return {f"{part} {name}": value for part, values in parts.items() for name, value in values.items()}
+
+
+def assert_close(a: Path, b: Path, steps: range) -> None:
+    """Lines of metrics of ``steps``, and weights after the last, up to rounding."""
+    for mine, theirs in zip(metrics(a)[steps.start : steps.stop], metrics(b)[steps.start : steps.stop], strict=True):
+        assert theirs == pytest.approx(mine, rel=1e-5, abs=1e-5), mine["step"]
+    theirs = tensors(b, steps.stop)
+    for name, value in tensors(a, steps.stop).items():
+        torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-5)
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Lines of metrics and weights at the end, bit for bit."""
+    assert metrics(a) == metrics(b)
+    theirs = tensors(b, STEPS)
+    for name, value in tensors(a, STEPS).items():
+        assert torch.equal(theirs[name], value), name
+
+
+def halved(config: TrainConfig, folder: Path, processes: int = 2, **changes: object) -> TrainConfig:
+    """The same run for several processes."""
+    return dataclasses.replace(config, train_batch_size=4 // processes, output_dir=str(folder), **changes)
+
+
+Run = tuple[Path, str, list[list[str]]]
+
+
+@pytest.fixture(scope="module")
+def one(base: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole run on one process, without a launcher."""
+    return train(dataclasses.replace(base, output_dir=str(tmp_path_factory.mktemp("runs") / "one")))
+
+
+@pytest.fixture(scope="module")
+def two(base: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The whole run on two: its folder, what was printed, and (rank, event, path) of everything written.
+
+    Streamed, with a worker for each process.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    watch = {"WATCHED": str(folder / "two"), "WATCH_LOG": str(folder / "log")}
+    config = halved(base, folder / "two", max_memory_gib=0.0, dataloader_num_workers=1)
+    out = launch(*flags(config), processes=2, folder=folder, **watch)
+    return folder / "two", out, [line.split(" ", 2) for line in (folder / "log").read_text().splitlines()]
+
+
+# -- the same run ------------------------------------------------------------------------------------
 
 
 def test_the_shares_of_two_processes_make_up_the_batch_of_one(photos: Path) -> None:
@@ -114,59 +261,154 @@ def test_the_shares_of_two_processes_make_up_the_batch_of_one(photos: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["paper", "gated"])
-def test_two_processes_train_as_one_and_only_the_first_writes(base: TrainConfig, preset: str, tmp_path: Path) -> None:
-    config = dataclasses.replace(base, preset=preset, output_dir=str(tmp_path / "one"))
-    if preset == "gated":  # wide enough that some of so few images fall in
-        config = dataclasses.replace(config, gate="0:0.5")
-    one = train(config)
-    (tmp_path / "watch").mkdir()
-    (tmp_path / "watch" / "sitecustomize.py").write_text(WATCH)
-    log, two = tmp_path / "log", tmp_path / "two"
-    halves = dataclasses.replace(config, train_batch_size=2, output_dir=str(two))
-    path = os.pathsep.join([str(tmp_path / "watch"), *(entry for entry in sys.path if entry)])
-    out = on_two_processes(*flags(halves), PYTHONPATH=path, WATCHED=str(two), WATCH_LOG=str(log))
+def test_two_processes_train_as_one(one: Path, two: Run) -> None:
+    folder, out, _ = two
     assert out.count("2 x cpu") == 1  # the plan is printed once
     assert f"{STEPS} steps of 4" in out
+    assert "by 1 workers" in out
+    assert_close(one, folder, range(EVERY))
+    assert [line["step"] for line in metrics(folder)] == list(range(1, STEPS + 1))
+    # a single image regularised: one of the two processes had no perturbed pass
+    assert 0.25 in [line["regularised"] for line in metrics(folder)]
 
-    mine, theirs = metrics(one), metrics(two)
-    assert [line["step"] for line in theirs] == list(range(1, STEPS + 1))
-    for a, b in zip(mine, theirs, strict=True):
-        for name in ("loss", "denoising", "equivariance", "gradient_norm", "learning_rate", "regularised", "radius"):
-            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7), (name, a["step"])
-    share = [line["regularised"] for line in theirs]
-    if preset == "gated":  # a single image regularised: one of the two processes had no perturbed pass
-        assert 0.25 in share
-    else:
-        assert set(share) == {1.0}
-    for name in ("model", "ema"):
-        end = Path("checkpoints") / f"step-{STEPS:08d}" / f"{name}.safetensors"
-        a, b = load_file(one / end), load_file(two / end)
-        for key in a:
-            torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-4)
 
-    written = [line.split(" ", 1) for line in log.read_text().splitlines()]
-    assert {rank for rank, _ in written} == {"0"}
+@pytest.mark.slow
+def test_only_the_first_process_writes_and_writes_what_one_does(one: Path, two: Run) -> None:
+    folder, _, written = two
+    assert {rank for rank, _, _ in written} == {"0"}
     for file in ("metrics.jsonl", "config.json", "data.json", "README.md"):
-        assert any(file in line for _, line in written)
+        assert any(file in path for _, _, path in written)
 
     def contents(folder: Path) -> set[str]:
         return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
-    assert contents(one) == contents(two)
+    assert contents(one) == contents(folder)
 
 
 @pytest.mark.slow
-def test_two_processes_draw_the_images_of_one(base: TrainConfig, tmp_path: Path) -> None:
-    run = train(dataclasses.replace(base, output_dir=str(tmp_path / "run")))
-    arguments = ["sample", str(run), "-n", "5", "--steps", "5", "--batch-size", "2", "--output"]
-    assert cli.main([*arguments, str(tmp_path / "one")]) == 0
-    out = on_two_processes(*arguments, str(tmp_path / "two"))
-    assert out.count("5 images and grid.png") == 1
-    one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
-    assert [path.name for path in one] == [path.name for path in two]
-    assert len(one) == 6
-    for a, b in zip(one, two, strict=True):
+def test_a_run_of_two_processes_goes_on_with_one(base: TrainConfig, two: Run, tmp_path: Path) -> None:
+    """Launched with --num_processes 1, which is not distributed."""
+    shutil.copytree(two[0], tmp_path / "run")
+    config = dataclasses.replace(base, output_dir=str(tmp_path / "run"), resume_from_checkpoint=f"step-{EVERY}")
+    out = launch(*flags(config), processes=1)
+    assert "1 x cpu" in out
+    assert f"step {EVERY} of {STEPS}" in out
+    assert_close(two[0], tmp_path / "run", range(STEPS))
+
+
+@pytest.mark.slow
+def test_four_processes_evaluate_and_sample_as_one_and_go_on_with_its_run(base, one, photos, tmp_path) -> None:
+    """Everything that four processes do, in one launch: also with fewer images than processes."""
+    shutil.copytree(one, tmp_path / "run")
+    sample = ["sample", str(one), "-n", "6", "--steps", "5", "--batch-size", "2", "--output"]
+    config = halved(base, tmp_path / "run", processes=4, resume_from_checkpoint=f"step-{EVERY}")
+    script, result = tmp_path / "evaluate.py", tmp_path / "result.json"
+    script.write_text(EVALUATE)
+    commands = json.dumps([[*sample, str(tmp_path / "four")], flags(config)])
+    out = launch(str(script), str(photos), str(result), commands, processes=4)
+    assert "4 x cpu" in out
+    assert out.count("6 images and grid.png") == 1
+
+    data = load_images(photos)
+    count, found = json.loads(result.read_text())
+    assert count == 4
+    wanted = [[i, data.names[i], float(data.x0(i).double().sum())] for i in range(len(data))]
+    assert found == 2 * [wanted, wanted[:3], wanted[:1]]
+
+    assert cli.main([*sample, str(tmp_path / "alone")]) == 0
+    alone, four = (sorted((tmp_path / name).iterdir()) for name in ("alone", "four"))
+    assert [path.name for path in alone] == [path.name for path in four]
+    assert len(alone) == 7
+    for a, b in zip(alone, four, strict=True):
         difference = np.asarray(Image.open(a)).astype(int) - np.asarray(Image.open(b))
         assert np.abs(difference).max() <= 1
-    assert len({path.read_bytes() for path in two}) == 6
+    assert len({path.read_bytes() for path in four}) == 7
+
+    assert_close(one, tmp_path / "run", range(STEPS))
+
+
+@pytest.mark.slow
+def test_two_processes_follow_the_adversarial_objective_as_one(base: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(base, preset="paper", gate=None, images=str(4 * EVERY), preview_images=0)
+    one = train(dataclasses.replace(config, output_dir=str(tmp_path / "one")))
+    launch(*flags(halved(config, tmp_path / "two")), processes=2)
+    assert {line["regularised"] for line in metrics(one)} == {1.0}
+    assert_close(one, tmp_path / "two", range(EVERY))
+
+
+# -- stopping ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_saves_once_and_resuming_is_exact(base: TrainConfig, two: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = halved(base, run, checkpointing_steps=STEPS)
+    watch = {"WATCHED": str(run), "WATCH_LOG": str(tmp_path / "log")}
+    deadline = time.monotonic() + 120
+    with launched(*flags(config), folder=tmp_path, **watch) as launcher:
+        while not (run / "metrics.jsonl").exists():
+            assert launcher.poll() is None, launcher.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        launcher.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        _, error = launcher.communicate(timeout=LIMIT)
+    assert time.monotonic() - started < 25  # by themselves: launchers kill after thirty seconds
+    assert launcher.returncode != 0
+    assert "--resume" in error
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    step = json.loads((checkpoint / "state.json").read_text())["step"]
+    assert 0 < step < STEPS, "too late"
+    assert [line["step"] for line in metrics(run)] == list(range(1, step + 1))
+    written = [line.split(" ", 2) for line in (tmp_path / "log").read_text().splitlines()]
+    assert {rank for rank, _, _ in written} == {"0"}
+    assert sum(event == "os.mkdir" and path.endswith(f"{checkpoint.name}.tmp") for _, event, path in written) == 1
+
+    launch(*flags(dataclasses.replace(config, resume=True)), processes=2)
+    assert_same(two[0], run)
+
+
+# -- failing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ("step@1", "RuntimeError: the sixth step is broken"),
+        ("data@1", "robustdiff (process 1): x.png: cannot be read here"),
+        (
+            "save@0",
+            "robustdiff (process 0): no space left on the device: free some, or write elsewhere; a training run",
+        ),
+    ],
+)
+def test_one_process_that_fails_ends_all_and_its_message_is_seen(base, tmp_path: Path, fault: str, line: str) -> None:
+    config = halved(base, tmp_path / "run", checkpointing_steps=8)
+    with launched(*flags(config), folder=tmp_path, FAULT=fault) as launcher:
+        _, error = launcher.communicate(timeout=LIMIT)  # returns when the last process has closed its end of the pipe
+    assert launcher.returncode not in (0, None)
+    lines = error.splitlines()
+    assert sum(one.startswith(line) for one in lines) == 1, error
+    place = fault.partition("@")[2]
+    for one in lines:  # the others say no more than that someone stopped
+        if one.startswith("robustdiff (") and not one.startswith(f"robustdiff (process {place})"):
+            assert one.endswith("another process stopped: see its message") or "--resume" in one, one
+    if fault == "step@1":
+        assert "in_the_sixth_step" in error  # an error of the program keeps its stack trace
+        assert [one["step"] for one in metrics(tmp_path / "run")] == list(range(1, 6))
+    else:
+        assert "cli.py" not in error
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+@pytest.mark.slow
+def test_a_launcher_that_starts_one_process_instead_of_two_is_noticed(base: TrainConfig, tmp_path: Path) -> None:
+    line = command(*flags(halved(base, tmp_path / "run")), processes=2)
+    line[line.index("--multi_gpu")] = "--cpu"
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment())
+    assert done.returncode != 0
+    ours = [text for text in done.stderr.splitlines() if text.startswith("robustdiff")]
+    assert len(ours) == 1
+    assert "--multi_gpu" in ours[0]
+    assert not (tmp_path / "run").exists()

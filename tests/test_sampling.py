@@ -259,7 +259,7 @@ def test_class_labels_in_turn_are_saved_beside_the_images(tmp_path) -> None:
     with np.load(output) as arrays:
         assert arrays["labels"].tolist() == [0, 1, 0]
     with pytest.raises(UsageError, match="--class-label 2"):
-        sample_to_files(SampleConfig(str(tmp_path / "run"), n=3, steps=10, output=str(tmp_path / "y"), class_label=2))
+        sample_to_files(SampleConfig(str(tmp_path / "run"), n=3, steps=10, output=str(tmp_path / "y"), class_label="2"))
 
 
 @pytest.mark.parametrize(

@@ -430,7 +430,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_130(config: TrainConfig, tmp_
 def test_a_non_finite_loss_stops_with_step_noise_level_and_last_good_checkpoint(config: TrainConfig, capsys) -> None:
     config = changed(config, learning_rate=1e30, lr_warmup_steps=6, lr_scheduler="constant_with_warmup")
     config = changed(config, checkpointing_steps=1, max_grad_norm=1e9)
-    with pytest.raises(TrainingError, match=r"not finite at step \d+, at noise level .*step-0000000"):
+    with pytest.raises(TrainingError, match=r"not finite at step \d+, after \d+ images, at noise level .*step-0000000"):
         train(config)
     checkpoints = sorted(Path(config.output_dir, "checkpoints").iterdir())
     assert all(torch.isfinite(v).all() for v in load_file(checkpoints[-1] / "model.safetensors").values())

@@ -10,6 +10,8 @@ import io
 import os
 import re
 import sys
+import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,51 @@ from typing import Any
 import tyro
 
 from robustdiff import __version__
-from robustdiff.config import CorruptConfig, SampleConfig, TrainConfig, UsageError
+from robustdiff.config import AuditConfig, CorruptConfig, RobustdiffWarning, SampleConfig, TrainConfig, UsageError
 from robustdiff.corruption import help_text
+from robustdiff.machine import is_out_of_memory, processes, rank
 
-COMMANDS: dict[str, type] = {"train": TrainConfig, "sample": SampleConfig, "corrupt": CorruptConfig}
+COMMANDS: dict[str, type] = {
+    "train": TrainConfig,
+    "sample": SampleConfig,
+    "audit": AuditConfig,
+    "corrupt": CorruptConfig,
+}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_TEXT = "No space left on device|quota exceeded|File too large"
+PARTED = "connection closed by peer|connection reset by peer|socket closed|broken pipe|NCCL|gloo"
+"""How a process notices that another one has gone."""
+MEMORY_REMEDY = {
+    "train": "lower --train-batch-size (--gradient-accumulation-steps makes up for it), or take a smaller --network or "
+    "--resolution; with worker processes, fewer --dataloader-num-workers",
+    "sample": "lower --batch-size",
+    "corrupt": "lower --resolution",
+    "audit": "close other programs, or take a smaller part of the data",
+}
 DESCRIPTION = "Train diffusion models that stay clean when their training images are not."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 training failed, 2 wrong usage, 130 interrupted."""
+    """Run the command.
+
+    Returns:
+        The exit status: 0 done, 1 training failed, 2 wrong usage, 130 stopped by Ctrl-C, 143 by SIGTERM. One process of
+        several that fails ends at once with its status, so that its launcher ends the others.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: names of files may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        status = _guarded(arguments)
+    if status and processes() > 1:  # the interpreter's end would wait for processes that wait for this one
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _guarded(arguments: list[str]) -> int:
     try:
         status = _main(arguments)
         sys.stdout.flush()  # a reader that has gone is noticed here, not at the interpreter's end
@@ -39,16 +76,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        short = re.search(r"out of memory|can't allocate memory", str(error), re.IGNORECASE)
-        if short or isinstance(error, MemoryError):
-            remedy = "lower --train-batch-size or --batch-size, or take a smaller --network or --resolution"
-            return _fail(f"out of memory: {remedy}", 2)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        if is_out_of_memory(error):
+            return _fail(f"out of memory: {MEMORY_REMEDY.get(arguments[0], MEMORY_REMEDY['audit'])}", 2)
+        if getattr(error, "errno", None) in FULL or re.search(FULL_TEXT, str(error), re.IGNORECASE):
             return _fail(
-                "no space left on the device: free some, or write elsewhere; a training run goes on with --resume", 2
+                "no space left on the device: free some, or write elsewhere; a training run goes on with --resume, or "
+                "begins anew with --overwrite if it has no checkpoint yet",
+                2,
             )
         if isinstance(error, OSError) and error.filename is not None:
             return _fail(f"cannot read or write {error.filename}: {error.strerror}; name another file or folder", 2)
+        if processes() > 1:
+            if re.search(PARTED, str(error), re.IGNORECASE):
+                return _fail("another process stopped: see its message", 1)
+            traceback.print_exc()
+            return 1
         raise
 
 
@@ -64,13 +106,24 @@ def _main(arguments: list[str]) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"robustdiff: {' '.join(message.split())}", file=sys.stderr)
+    who = f"robustdiff (process {rank()})" if processes() > 1 else "robustdiff"
+    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:  # noqa: ANN401
+    """Our own warnings as one line, without the line of code that they come from; once for all processes."""
+    if not issubclass(category, RobustdiffWarning):
+        print(warnings.formatwarning(message, category, *where[:2]), end="", file=sys.stderr)
+    elif rank() == 0:
+        print(f"robustdiff: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _run(config: Any) -> int:  # noqa: ANN401 - one of COMMANDS' dataclasses
     if isinstance(config, TrainConfig):
         return _train(config)
+    if isinstance(config, AuditConfig):
+        return _audit(config)
     return _sample(config) if isinstance(config, SampleConfig) else _corrupt(config)
 
 
@@ -99,12 +152,12 @@ def parse(arguments: list[str]) -> Any | None:  # noqa: ANN401 - one of COMMANDS
 
 
 def _positional_data(arguments: list[str]) -> list[str]:
-    """Accept diffusers' ``--train_data_dir DATA`` as the positional DATA."""
+    """Accept diffusers' ``--train_data_dir DATA`` and ``--dataset_name ID`` as the positional DATA."""
     result = []
     rest = iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
-        if name.replace("_", "-") == "--train-data-dir":
+        if name.replace("_", "-") in ("--train-data-dir", "--dataset-name"):
             result.append(value if equals else next(rest, ""))
         else:
             result.append(argument)
@@ -183,14 +236,13 @@ def _quiet_libraries() -> None:
 
 
 def _train(config: TrainConfig) -> int:
-    from robustdiff.recording import TrainingError
-    from robustdiff.training import Interrupted, train
+    from robustdiff.training import Interrupted, TrainingError, train
 
     _quiet_libraries()
     try:
         train(config)
     except Interrupted as stop:
-        return _fail(str(stop), 130)
+        return _fail(str(stop), stop.status)
     except TrainingError as error:
         return _fail(str(error), 1)
     return 0
@@ -206,13 +258,32 @@ def _sample(config: SampleConfig) -> int:
     return 0
 
 
+def _audit(config: AuditConfig) -> int:
+    from robustdiff.audit import audit_images, check_output, write_audit
+    from robustdiff.sources import open_source
+
+    if config.output is not None:
+        check_output(config.data, config.output, overwrite=config.overwrite)
+    options = {"split": config.split, "config": config.dataset_config_name, "image_column": config.image_column}
+    try:
+        source = open_source(config.data, **options)
+    except UsageError as error:  # as load_images words it
+        raise UsageError(f"{config.data}: {error}") from None
+    audit = audit_images(source, data=config.data, resolution=config.resolution)
+    print(audit.text())
+    if config.output is not None:
+        write_audit(audit, config.output, overwrite=config.overwrite)
+        print(f"{config.output}: audit.json{' and worst.png' if audit.worst else ''}")
+    return 0
+
+
 def _corrupt(config: CorruptConfig) -> int:
     from robustdiff.config import check_corruptions
     from robustdiff.dirty_copy import write_dirty_copy
     from robustdiff.images import load_images
 
     corruptions = check_corruptions(config.corrupt)
-    images = load_images(config.source, resolution=config.resolution)
+    images = load_images(config.source, resolution=config.resolution, split=config.split)
     manifest = write_dirty_copy(images, Path(config.destination), corruptions, config.seed, overwrite=config.overwrite)
     hit = sum(bool(image["corruptions"]) for image in manifest["images"])
     print(f"{config.destination}: {len(images)} images, {hit} of them dirty (see manifest.json)")

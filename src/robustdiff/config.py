@@ -15,15 +15,20 @@ from robustdiff.corruption import Corruption
 
 MAX_SEED = 2**32 - 1
 """torch's CPU generators use the low 32 bits only: a larger seed would repeat a smaller one."""
-MAX_SIDE, MAX_BATCH = 2**16, 2**20
+MAX_SIDE, MAX_BATCH, MAX_WORKERS = 2**16, 2**20, 1024
 """Larger numbers are slips of the pen that would only be noticed when memory is gone."""
 OptionalText = Annotated[str | None, arg(metavar="TEXT")]
 OptionalInt = Annotated[int | None, arg(metavar="INT")]
 OptionalFloat = Annotated[float | None, arg(metavar="NUMBER")]
+OptionalGiB = Annotated[float | None, arg(metavar="GIB")]
 
 
 class UsageError(ValueError):
     """Something the user can mend; the message is one line that names the flag and the remedy."""
+
+
+class RobustdiffWarning(UserWarning):
+    """Something went wrong that training survives; the message is one line."""
 
 
 def parse_count(text: str, flag: str) -> int:
@@ -66,6 +71,11 @@ def _require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def _check_memory(gib: float | None) -> None:
+    good = gib is None or (math.isfinite(gib) and gib >= 0)
+    _require(good, f"--max-memory-gib {gib} must be a finite number, 0 or more")
+
+
 def check_corruptions(specs: tuple[str, ...]) -> tuple[Corruption, ...]:
     """The parsed ``--corrupt`` specs.
 
@@ -86,7 +96,8 @@ class TrainConfig:
     """
 
     data: Annotated[Positional[str], arg(metavar="DATA")]
-    """Folder of images (searched recursively), a .npy or .npz array, or `digits` (scikit-learn's 8 x 8 handwriting)."""
+    """Folder of images (searched recursively), a .npy or .npz array, a parquet file or folder, a data set of Hugging
+    Face (saved folder or hub id), the CIFAR-10, CelebA or LSUN folder as published, or `digits` (scikit-learn's)."""
     output_dir: OptionalText = None
     """Run folder. Default: runs/NAME-OF-DATA."""
     images: str = "500k"
@@ -97,6 +108,16 @@ class TrainConfig:
     """Rules the order of data, the initial weights and every random draw; a whole number >= 0."""
 
     # -- data --
+    split: OptionalText = None
+    """Part of a data set that comes in parts (train, test ..., or all). Default: train."""
+    dataset_config_name: OptionalText = None
+    """Configuration of a hub data set that has several."""
+    image_column: OptionalText = None
+    """Column of a table that holds the images. Default: the only one that can."""
+    label_column: OptionalText = None
+    """Column of a table that holds the class labels. Default: the only one that can."""
+    class_conditional: bool = False
+    """Train on class labels too (folder names, or the label column), to draw images class by class."""
     resolution: OptionalInt = None
     """Resize the shorter side to this many pixels and crop the centre square. Default: images as they are."""
     channels: Literal[1, 3] | None = None
@@ -108,6 +129,11 @@ class TrainConfig:
     Per image, frozen, a function of (seed, index) alone; in the [-1, 1] range, unclipped."""
     max_bad_fraction: float = 0.01
     """Largest share of unreadable images that is skipped rather than an error, 0 to 1."""
+    max_memory_gib: OptionalGiB = None
+    """Hold the decoded images if they take at most this much, else decode them at every use; 0 = always the latter.
+    Default: half of the free memory, divided by the processes on this machine."""
+    dataloader_num_workers: OptionalInt = None
+    """Worker processes that decode and dirty images ahead, 0 = none. Default: 0 if images are held, else up to 4."""
 
     # -- objective --
     preset: Literal["paper", "gated", "plain"] = "gated"
@@ -183,6 +209,8 @@ class TrainConfig:
     """Precision of the network's arithmetic; images, noise and loss stay float32."""
     compile: bool = False
     """Compile the network with torch.compile."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When loss or gradient is not finite: stop, or skip the step and count it (10 in a row stop all the same)."""
 
     # -- run --
     resume: bool = False
@@ -221,6 +249,10 @@ class TrainConfig:
             "model_config_name_or_path",
             "resume_from_checkpoint",
             "logger",
+            "split",
+            "dataset_config_name",
+            "image_column",
+            "label_column",
         ):
             flag = "DATA" if name == "data" else "--" + name.replace("_", "-")
             _require(getattr(self, name) != "", f"{flag} is empty: name a file or folder, or leave the flag out")
@@ -232,6 +264,10 @@ class TrainConfig:
         idle = self.lr_scheduler == "constant" and bool(self.lr_warmup_steps)
         _require(not idle, "--lr-warmup-steps does nothing with --lr-scheduler constant: use constant_with_warmup")
         check_corruptions(self.corrupt)
+        _check_memory(self.max_memory_gib)
+        workers = self.dataloader_num_workers
+        good = workers is None or 0 <= workers <= MAX_WORKERS
+        _require(good, f"--dataloader-num-workers {workers} must be in 0 .. {MAX_WORKERS}")
         counts = ("num_epochs", "resolution", "attack_steps", "ddpm_num_steps", "checkpointing_steps")
         for name in (*counts, "ddpm_num_inference_steps"):
             value = getattr(self, name)
@@ -332,8 +368,8 @@ class SampleConfig:
     """Query the network at RELABEL times the noise level (>= 1): smoother images, no training."""
     label_floor: float = 0.0
     """Never query the network below this noise level sigma/alpha (>= 0): ask for no detail finer than that."""
-    class_label: OptionalInt = None
-    """Class to draw, counted from 0, for class-conditional pipelines. Default: classes in turn."""
+    class_label: Annotated[str | None, arg(metavar="CLASS")] = None
+    """Class to draw, by name or counted from 0, for class-conditional pipelines. Default: classes in turn."""
     overwrite: bool = False
     """Replace existing output."""
 
@@ -345,6 +381,7 @@ class SampleConfig:
         """
         _require(self.run != "", "RUN is empty: name a pipeline folder or a hub id")
         _require(self.output != "", "--output is empty: name a folder, or a file ending in .npz")
+        _require(self.class_label != "", "--class-label is empty: name a class, or its number")
         _require(self.n >= 1, f"-n {self.n} must be at least 1")
         _require(self.steps >= 1, f"--steps {self.steps} must be at least 1")
         _require(self.batch_size >= 1, f"--batch-size {self.batch_size} must be at least 1")
@@ -355,11 +392,45 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    """Look at every image before training: bad files, sizes, duplicates, blank images, noise; nothing is changed."""
+
+    data: Annotated[Positional[str], arg(metavar="DATA")]
+    """Any source of images that `robustdiff train` takes; mixed sizes and bad files are reported, not refused."""
+    output: Annotated[str | None, arg(aliases=["-o", "--output-dir"], metavar="FOLDER")] = None
+    """Folder for audit.json (every image) and worst.png (the twenty noisiest). Default: print only."""
+    resolution: OptionalInt = None
+    """Resize the shorter side to this many pixels and crop the centre square first; resizing hides noise.
+    Default: images as they are."""
+    split: OptionalText = None
+    """Part of a data set that comes in parts (train, test ..., or all). Default: train."""
+    dataset_config_name: OptionalText = None
+    """Configuration of a hub data set that has several."""
+    image_column: OptionalText = None
+    """Column of a table that holds the images. Default: the only one that can."""
+    overwrite: bool = False
+    """Replace the audit that FOLDER holds."""
+
+    def validate(self) -> None:
+        """Check ranges.
+
+        Raises:
+            UsageError: One line that names the flag and the remedy.
+        """
+        for name in ("data", "output", "split", "dataset_config_name", "image_column"):
+            flag = "DATA" if name == "data" else "--" + name.replace("_", "-")
+            _require(getattr(self, name) != "", f"{flag} is empty: give a name, or leave the flag out")
+        good = self.resolution is None or 1 <= self.resolution <= MAX_SIDE
+        _require(good, f"--resolution must be in 1 .. {MAX_SIDE} pixels")
+        _require(self.output is not None or not self.overwrite, "--overwrite does nothing without --output: add it")
+
+
+@dataclass(frozen=True)
 class CorruptConfig:
     """Write a dirty copy of a folder of images, with a manifest that says which image got what."""
 
     source: Annotated[Positional[str], arg(metavar="SRC")]
-    """Folder of images, .npy or .npz array, or `digits`."""
+    """Any source of images that `robustdiff train` takes."""
     destination: Annotated[Positional[str], arg(metavar="DST")]
     """Folder to write: one PNG per image (clipped to 8 bit) and manifest.json."""
     corrupt: Annotated[UseAppendAction[tuple[str, ...]], arg(aliases=["--with"])] = ()
@@ -368,6 +439,8 @@ class CorruptConfig:
     """Rules which images are hit and every draw; a whole number >= 0."""
     resolution: OptionalInt = None
     """Resize the shorter side to this many pixels and crop the centre square first."""
+    split: OptionalText = None
+    """Part of a data set that comes in parts (train, test ..., or all). Default: train."""
     overwrite: bool = False
     """Replace DST."""
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import psutil
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
@@ -53,13 +57,14 @@ def network_for(size: tuple[int, int]) -> str:
     return first
 
 
-def build_unet(preset: str, channels: int, size: tuple[int, int]) -> UNet2DModel:
+def build_unet(preset: str, channels: int, size: tuple[int, int], classes: int | None = None) -> UNet2DModel:
     """A fresh ``UNet2DModel``; initial weights are drawn from torch's global generator (seed it first).
 
     Args:
         preset: Name in :data:`NETWORKS`.
         channels: Image channels.
         size: Height and width in pixels.
+        classes: Condition on this many classes; None = unconditional.
 
     Raises:
         UsageError: If the size is not divisible as often as the network halves it.
@@ -78,6 +83,7 @@ def build_unet(preset: str, channels: int, size: tuple[int, int]) -> UNet2DModel
         add_attention=bool(shape.attention),
         attention_head_dim=None,
         norm_num_groups=shape.groups,
+        num_class_embeds=classes,
     )
 
 
@@ -95,6 +101,73 @@ def check_size(size: tuple[int, int], multiple: int, network: str) -> None:
             f"images of {size[1]} x {size[0]} do not fit network {network!r}, which needs multiples of {multiple}: "
             f"use --resolution {choices}, or another --network"
         )
+
+
+MAX_NUMBER, MAX_LAYERS, MAX_BLOCKS = 2**16, 32, 16
+"""Larger numbers in a network's configuration are slips of the pen, or damage: building would not end."""
+
+
+def check_plausible(values: object) -> None:
+    """Refuse a configuration that could not be built in bearable time.
+
+    Args:
+        values: A ``UNet2DModel`` configuration as read from JSON.
+
+    Raises:
+        ValueError: With what is wrong.
+    """
+    for name, value in values.items() if isinstance(values, dict) else ():
+        items = value if isinstance(value, list | tuple) else [value]
+        if len(items) > MAX_BLOCKS:
+            raise ValueError(f"{name!r:.40} has {len(items)} entries")
+        low, high = (1, MAX_LAYERS) if name == "layers_per_block" else (-MAX_NUMBER, MAX_NUMBER)
+        for item in items:
+            if isinstance(item, int | float) and not low <= item <= high:
+                raise ValueError(f"{name!r:.40} is {item!r:.40}")
+
+
+def check_types(kind: type, config: Mapping[str, Any]) -> None:
+    """Refuse values of other types than those that a class of diffusers has for defaults, which it does not do itself.
+
+    Raises:
+        ValueError: With what is wrong.
+    """
+    for name, parameter in inspect.signature(kind).parameters.items():
+        default, value = parameter.default, config.get(name)
+        if default in (None, parameter.empty) or value is None or name == "sample_size":
+            continue
+        alike: Any = type(default)
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            alike = int | float
+        elif isinstance(default, list | tuple):
+            alike = list | tuple
+        if not isinstance(value, alike) or (alike is not bool and isinstance(value, bool)):
+            raise ValueError(f"{name} is {value!r:.40}")
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Build a network without memory and run it without arithmetic, so that nothing later finds what does not fit.
+
+    Args:
+        config: A complete ``UNet2DModel`` configuration.
+
+    Raises:
+        Exception: Of any type: diffusers and torch check little.
+    """
+    check_plausible(config)
+    check_types(UNet2DModel, config)
+    side = config["sample_size"]
+    shape = (1, config["in_channels"], *((side, side) if isinstance(side, int) else side))
+    with torch.device("meta"), torch.no_grad():
+        unet = UNet2DModel.from_config(config)
+        size = sum(parameter.nbytes for parameter in unet.parameters())
+        if size > psutil.virtual_memory().total:
+            raise ValueError(f"its weights would take {size / 2**30:.0f} GiB, more than the memory of this machine")
+        classes = unet.config["num_class_embeds"]
+        labels = None if classes is None else torch.zeros(1, dtype=torch.long)
+        answer = unet(torch.zeros(shape), torch.zeros(1, dtype=torch.long), class_labels=labels).sample
+    if answer.shape[2:] != shape[2:] or len(shape) != 4:
+        raise ValueError(f"images of {list(shape[2:])} do not fit it")
 
 
 def size_multiple(unet: UNet2DModel) -> int:

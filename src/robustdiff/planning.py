@@ -5,26 +5,48 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
+from robustdiff import durable
 from robustdiff.baselines import InputPerturbationObjective, InvarianceObjective, PseudoHuberObjective
 from robustdiff.checkpoint import find_checkpoint
-from robustdiff.config import TrainConfig, UsageError, parse_count, parse_gate
+from robustdiff.config import RobustdiffWarning, TrainConfig, UsageError, parse_count, parse_gate
 from robustdiff.corruption import derive_seed
 from robustdiff.images import ImageSet
-from robustdiff.networks import NETWORKS, build_unet, check_size, network_for, size_multiple
+from robustdiff.networks import (
+    NETWORKS,
+    build_unet,
+    check_config,
+    check_plausible,
+    check_size,
+    check_types,
+    network_for,
+    size_multiple,
+)
 from robustdiff.objective import PRESETS, Gate, PlainObjective, RobustObjective
 from robustdiff.perturbation import AdversarialPerturbation
 from robustdiff.process import NoiseProcess
 from robustdiff.sampling import load_pipeline
 
 # -- from flags to objects ---------------------------------------------------------------------------
+
+
+def source_options(config: TrainConfig) -> dict[str, str | None]:
+    """The flags that say which part of a data set, as :func:`robustdiff.sources.open_source` takes them."""
+    return {
+        "split": config.split,
+        "config": config.dataset_config_name,
+        "image_column": config.image_column,
+        "label_column": config.label_column,
+    }
 
 
 def build_objective(config: TrainConfig, process: NoiseProcess) -> PlainObjective:
@@ -68,14 +90,20 @@ def build_pipeline(config: TrainConfig, data: ImageSet) -> tuple[DiffusionPipeli
         UsageError: If network and images do not fit, or ``--init-from`` cannot be used.
     """
     torch.manual_seed(derive_seed(config.seed, "weights"))
+    classes = len(data.classes) if config.class_conditional else None
+    if classes == 0:
+        raise UsageError(
+            f"--class-conditional: DATA {config.data} has no labels: put the images of each class in a folder, or name "
+            "a --label-column"
+        )
     if config.init_from:
-        return _initial_pipeline(config.init_from, data), f"from {config.init_from}"
+        return _initial_pipeline(config, data), f"from {config.init_from}"
     if config.model_config_name_or_path:
         name = config.model_config_name_or_path
-        unet = _configured_unet(name, data)
+        unet = _configured_unet(name, data, classes)
     else:
         name = config.network or network_for(data.size)
-        unet = build_unet(name, data.channels, data.size)
+        unet = build_unet(name, data.channels, data.size, classes)
     scheduler = DDPMScheduler(
         num_train_timesteps=config.ddpm_num_steps or 1000,
         beta_schedule=config.ddpm_beta_schedule or "linear",
@@ -87,7 +115,8 @@ def build_pipeline(config: TrainConfig, data: ImageSet) -> tuple[DiffusionPipeli
     return DDPMPipeline(unet=unet, scheduler=scheduler), name
 
 
-def _initial_pipeline(source: str, data: ImageSet) -> DiffusionPipeline:
+def _initial_pipeline(config: TrainConfig, data: ImageSet) -> DiffusionPipeline:
+    source = str(config.init_from)
     pipeline = load_pipeline(source)
     unet = pipeline.unet
     channels, classes = unet.config["in_channels"], unet.config["num_class_embeds"]
@@ -95,6 +124,8 @@ def _initial_pipeline(source: str, data: ImageSet) -> DiffusionPipeline:
         raise UsageError(
             f"--init-from {source} has {channels} channels, DATA {data.channels}: add --channels {channels}"
         )
+    if config.class_conditional and classes is None:
+        raise UsageError(f"--class-conditional: {source} is not conditional; leave one of --init-from and it out")
     _check_classes(f"--init-from {source}", classes, data)
     check_size(data.size, size_multiple(unet), source)
     side = data.size[0] if data.size[0] == data.size[1] else data.size
@@ -106,22 +137,33 @@ def _check_classes(what: str, classes: int | None, data: ImageSet) -> None:
     if classes is not None and (data.labels is None or len(data.classes) > classes):
         have = "none" if data.labels is None else str(len(data.classes))
         raise UsageError(
-            f"{what} is conditional on {classes} classes, DATA has {have}: put the images of each class in a folder"
+            f"{what} is conditional on {classes} classes, DATA has {have}: put the images of each class in a folder, "
+            "or name a --label-column"
         )
 
 
-def _configured_unet(source: str, data: ImageSet) -> UNet2DModel:
+def _configured_unet(source: str, data: ImageSet, classes: int | None) -> UNet2DModel:
     channels, size = data.channels, data.size
     flag = "--model-config-name-or-path"
     path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
     try:
-        values = json.loads(path.read_text())
+        values = durable.read_json(path)
         values.update(sample_size=size[0] if size[0] == size[1] else size, in_channels=channels, out_channels=channels)
+        if classes is not None:
+            values.setdefault("num_class_embeds", classes)
+        check_plausible(values)
+        check_types(UNet2DModel, values)
+        multiple = 2 ** (len(values["block_out_channels"]) - 1)
+        check_size(size, multiple, source)
+        check_config(values)
         unet = UNet2DModel.from_config(values)
     except FileNotFoundError:
         raise UsageError(f"{flag} {source}: no such file, nor a folder with config.json") from None
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UsageError(f"{flag} {source}: not a UNet2DModel configuration ({str(error).splitlines()[0]})") from None
+    except (MemoryError, UsageError):
+        raise
+    except Exception as error:  # diffusers and torch check little: what does not fit raises many types
+        reason = durable.one_line(error)
+        raise UsageError(f"{flag} {source}: not a UNet2DModel configuration ({reason})") from None
     check_size(size, size_multiple(unet), source)
     _check_classes(f"{flag} {source}", unet.config["num_class_embeds"], data)
     return unet
@@ -178,6 +220,8 @@ class Plan:
         self,
         config: TrainConfig,
         data: ImageSet,
+        unet: UNet2DModel,
+        workers: int,
         dirt: tuple[str, ...],
         folder: Path,
         hardware: str,
@@ -186,8 +230,14 @@ class Plan:
         """The plan as a person reads it, with the estimated time."""
         height, width = data.size
         colour = "grey" if data.channels == 1 else "RGB"
+        size = f"{data.bytes / 2**20:.1f} MiB"
+        held = f"{size} too many to hold, decoded at every use" if data.streamed else f"{size} held in memory"
+        held += f", by {workers} workers" if workers else ""
+        conditional = unet.config["num_class_embeds"] is not None
         rows = {
-            "data": f"{config.data}: {len(data)} images, {width} x {height} {colour}, {data.bytes / 2**20:.1f} MiB",
+            "data": f"{config.data} ({data.what}): {len(data)} images, {width} x {height} {colour}",
+            "memory": held,
+            "classes": f"{len(data.classes)}: {_listed(data.classes)}" if conditional else "",
             "skipped": _counts(Counter(reason for _, reason in data.skipped)),
             "converted": _counts(data.notes),
             "dirt": "; ".join(dirt),
@@ -215,6 +265,10 @@ def describe_objective(objective: PlainObjective) -> str:
     return f"{type(objective).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+
+
 def _duration(seconds: float) -> str:
     minutes = seconds / 60
     if minutes < 1:
@@ -229,22 +283,33 @@ def is_run(folder: Path) -> bool:
     """Whether ``folder`` holds a run of ours: only such a folder is ever deleted by ``--overwrite``."""
     try:
         saved = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(saved, dict) and {"settings", "plan", "versions"} <= saved.keys()
 
 
-def claim_output(config: TrainConfig, folder: Path) -> None:
+def claim_output(config: TrainConfig, folder: Path) -> Path | None:
     """Check that ``folder`` may be written, without writing.
 
+    Returns:
+        The checkpoint to go on from, if any.
+
     Raises:
-        UsageError: If it holds a run or other files, or has nothing to resume.
+        UsageError: If it cannot be written, holds a run or other files, or has nothing to resume.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-dir {folder} is a file: name a folder")
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not config.dry_run and not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"--output-dir {folder}: {there} is read-only: name another folder")
     if config.resuming:
-        find_checkpoint(folder / "checkpoints", config.resume_from_checkpoint or "latest")
-        return
+        damaged: list[tuple[Path, str]] = []
+        found = find_checkpoint(folder / "checkpoints", config.resume_from_checkpoint or "latest", damaged)
+        for path, reason in damaged:
+            warnings.warn(f"{path} is damaged ({reason}): using {found.name}", RobustdiffWarning, stacklevel=2)
+        return found
     here, data = folder.resolve(), Path(config.data).resolve()
     if data.exists() and (here == data or data in here.parents or here in data.parents):
         raise UsageError(f"--output-dir {folder} and DATA {config.data} lie inside one another: name another folder")
@@ -253,44 +318,50 @@ def claim_output(config: TrainConfig, folder: Path) -> None:
         place = Path(value).resolve() if value else None
         if place is not None and place.exists() and (here == place or here in place.parents):
             raise UsageError(f"{flag} {value} lies in --output-dir {folder}: name another output folder")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
+    if not folder.exists() or all(path.name == ".config.json.tmp" for path in folder.iterdir()):  # killed at once
+        return None
     if not is_run(folder):
         raise UsageError(f"--output-dir {folder} is not empty and holds no run of robustdiff: name another folder")
     if not config.overwrite:
         raise UsageError(f"--output-dir {folder} holds a run already: add --resume to go on, or --overwrite")
+    return None
 
 
 # Flags that may differ between the parts of a resumed run: they do not change what is learned.
 _FREE = {
     *("resume", "resume_from_checkpoint", "overwrite", "dry_run", "output_dir", "checkpointing_steps"),
     *("checkpoints_total_limit", "logging_steps", "preview_images", "eval_batch_size", "ddpm_num_inference_steps"),
-    *("logger", "compile", "data", "max_bad_fraction"),
+    *("logger", "compile", "max_memory_gib", "dataloader_num_workers", "on_nonfinite"),
+    # The pixels and labels themselves are compared.
+    *("data", "split", "dataset_config_name", "image_column", "label_column", "max_bad_fraction"),
     *("train_batch_size", "gradient_accumulation_steps"),  # only their product with the processes counts: plan.batch
 }
 
 
-def check_resumable(config: TrainConfig, data: ImageSet, plan: Plan, folder: Path) -> None:
+def check_resumable(config: TrainConfig, data: ImageSet, plan: Plan, folder: Path, conditional: bool) -> None:
     """Refuse to go on with other settings or other data than the run was started with.
 
     Raises:
         UsageError: Naming the flags that differ.
     """
     try:
-        saved = json.loads((folder / "config.json").read_text())
-        earlier, pixels = saved["settings"], json.loads((folder / "data.json").read_text())["data"]["sha256"]
-        batch = saved["plan"]["batch"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--resume: {folder} has no readable config.json and data.json ({error})") from None
+        saved, before = durable.read_json(folder / "config.json"), durable.read_json(folder / "data.json")["data"]
+        earlier, batch = dict(saved["settings"]), saved["plan"]["batch"]
+        pixels, labels = before["sha256"], before.get("labels_sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = durable.one_line(error)
+        raise UsageError(f"--resume: {folder} has no readable config.json and data.json ({reason})") from None
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     differing = sorted(name for name in now if name not in _FREE and now[name] != earlier.get(name))
     if differing:
-        flags = ", ".join(f"--{n.replace('_', '-')} (was {earlier.get(n)!r}, now {now[n]!r})" for n in differing)
+        flags = ", ".join(f"--{n.replace('_', '-')} (was {earlier.get(n)!r:.80}, now {now[n]!r})" for n in differing)
         raise UsageError(f"--resume: these settings differ from those of {folder}: {flags}")
     if batch != plan.batch:
         raise UsageError(
-            f"--resume: {batch} images per step before, {plan.batch} now: keep --train-batch-size x "
+            f"--resume: {batch!r:.40} images per step before, {plan.batch} now: keep --train-batch-size x "
             "--gradient-accumulation-steps x processes the same"
         )
-    if pixels != data.describe()["sha256"]:
+    if pixels != data.sha256:
         raise UsageError(f"--resume: DATA {config.data} holds other images than those {folder} was trained on")
+    if conditional and labels != data.describe()["labels_sha256"]:
+        raise UsageError(f"--resume: DATA {config.data} holds other labels than those {folder} was trained on")

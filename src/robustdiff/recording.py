@@ -7,6 +7,8 @@ import math
 import shutil
 import sys
 import time
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from huggingface_hub import ModelCardData
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from robustdiff.config import TrainConfig
+from robustdiff import durable
+from robustdiff.batches import Batches
+from robustdiff.config import RobustdiffWarning, TrainConfig, UsageError
 from robustdiff.images import ImageSet
 from robustdiff.objective import LossTerms
 from robustdiff.planning import Plan
@@ -28,58 +32,208 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stopped and what is safe."""
 
 
-class Metrics:
-    """``metrics.jsonl``: means of the loss terms since the last line, fetched from the device once per line."""
+class NonFinite(Exception):
+    """A step whose loss or gradient is not finite.
+
+    Args:
+        step: Which, from 0.
+        t: Timestep of every image of the step, over all processes, in the order of the counters; shape (B,).
+        noise_to_signal: Their sigma/alpha.
+        losses: Their losses.
+        gradient_norm: Norm of the step's gradient.
+    """
+
+    def __init__(self, step: int, t: Tensor, noise_to_signal: Tensor, losses: Tensor, gradient_norm: float) -> None:
+        """Keep them."""
+        self.step, self.t, self.noise_to_signal, self.losses = step, t, noise_to_signal, losses
+        self.gradient_norm = gradient_norm
+        bad = ~losses.isfinite()
+        self.what = "loss" if bad.any() else "gradient"
+        levels = noise_to_signal[bad] if bad.any() else noise_to_signal
+        low, high = f"{levels.min():.3g}", f"{levels.max():.3g}"
+        span = low if low == high else f"{low} to {high}"
+        super().__init__(
+            f"the {self.what} is not finite at step {step}, after {step * len(t)} images, at noise level sigma/alpha = "
+            f"{span}"
+        )
+
+    def record(self, batches: Batches) -> dict[str, Any]:
+        """JSON-ready: the step, and every image of it with what it met."""
+        first = self.step * len(self.t)
+        indices = [batches.index(counter) for counter in range(first, first + len(self.t))]
+
+        def numbers(values: Tensor) -> list[float | None]:
+            return [value if math.isfinite(value) else None for value in values.tolist()]
+
+        return {
+            "step": self.step,
+            "images": first,
+            "what": self.what,
+            "gradient_norm": self.gradient_norm if math.isfinite(self.gradient_norm) else None,
+            "indices": indices,
+            "names": [batches.images.names[index] for index in indices],
+            "timesteps": self.t.tolist(),
+            "noise_to_signal": numbers(self.noise_to_signal),
+            "losses": numbers(self.losses),
+        }
+
+
+class Lines:
+    """A file of one JSON object per line, cut back to where a resumed run goes on."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Keep the lines up to ``step`` of an earlier part of the run; later ones will be written again."""
+        """Keep the lines of an earlier part of the run that end at or before ``step``; later ones come again."""
         self.path = path
-        self._window: list[tuple[int, Tensor, Tensor, Tensor]] = []
-        self._kept: list[str] | None = []
-        for line in path.read_text().splitlines(keepends=True) if path.is_file() else []:
+        kept = []
+        lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True) if path.is_file() else []
+        for line in lines:
             try:
-                if json.loads(line)["step"] > step:
+                if not line.endswith("\n") or json.loads(line)["step"] > step:
                     break
-            except (ValueError, KeyError, TypeError):  # cut off by a crash: it is later than the checkpoint
+            except (ValueError, KeyError, TypeError, RecursionError):  # cut off by a crash: later than the checkpoint
                 break
-            self._kept.append(line)
+            kept.append(line)
+        self._kept = kept if len(kept) < len(lines) else None
 
-    def add(self, step: int, terms: LossTerms) -> None:
-        """Add a batch; no device sync."""
-        active = (terms.strength > 0).to(terms.total.dtype)
-        parts = [terms.total, terms.denoising, terms.equivariance, terms.radius, active]
-        means = torch.stack([part.detach().mean() for part in parts])
-        self._window.append((step, means, terms.total.detach(), terms.t))
-
-    def collect(self, accelerator: Accelerator, process: NoiseProcess) -> dict[str, float]:
-        """Means since the last call, over all processes.
-
-        Raises:
-            TrainingError: If a loss was not finite; names the step and the noise level.
-        """
-        mean = accelerator.reduce(torch.stack([means for _, means, _, _ in self._window]).mean(0), "mean").tolist()
-        if not math.isfinite(mean[0]):  # the reduced value: every process stops, whichever met it
-            raise TrainingError(self._where(process))
-        self._window = []
-        total, denoising, equivariance, radius, active = mean
-        # The radius is averaged over the regularised images only.
-        radius = radius / active if active else 0.0
-        named = {"loss": total, "denoising": denoising, "equivariance": equivariance}
-        return {**named, "radius": radius, "regularised": active}
-
-    def _where(self, process: NoiseProcess) -> str:
-        for step, _, losses, t in self._window:
-            bad = ~torch.isfinite(losses).cpu()
-            if bad.any():
-                level = process.noise_to_signal(t.cpu()[bad][:1]).item()
-                return f"the loss is not finite at step {step}, at noise level sigma/alpha = {level:.3g}"
-        return f"the loss is not finite on another process, after step {self._window[0][0]}"
-
-    def write(self, record: dict[str, float]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """Append one line."""
-        with self.path.open("w" if self._kept is not None else "a") as file:
-            file.writelines([*(self._kept or []), json.dumps(record) + "\n"])
-        self._kept = None
+        if self._kept is not None:  # only now: until it has something to say, a run leaves the file alone
+            durable.write_text(self.path, "".join(self._kept))
+            self._kept = None
+        with self.path.open("a") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def sync(self) -> None:
+        """Make sure that what was written survives a power cut."""
+        if self.path.is_file():
+            durable.fsync_file(self.path)
+
+
+class Metrics:
+    """Means of the loss terms over the steps since the last line, and a watch over what is not finite.
+
+    Steps wait on the device and are fetched together: no step waits for the host.
+    """
+
+    PATIENCE = 10
+    """Steps in a row that may be skipped."""
+
+    def __init__(self, accelerator: Accelerator, skip: bool, saved: Mapping[str, Any] | None = None) -> None:
+        """Go on from ``saved``, what :meth:`state` gave."""
+        saved = {} if saved is None else saved
+        rows = saved.get("rows", []) if isinstance(saved, Mapping) else None
+        good = isinstance(rows, list) and all(isinstance(row, list) and len(row) == 6 for row in rows)
+        good = good and all(isinstance(value, int | float | None) for row in rows for value in row)
+        if not good or not all(isinstance(saved.get(name, 0), int) for name in ("skipped", "streak")):
+            raise UsageError("--resume: damaged metrics in the checkpoint: name another with --resume-from-checkpoint")
+        self._accelerator, self._skip = accelerator, skip
+        self._waiting: list[tuple[int, Tensor, list[LossTerms]]] = []
+        rows = saved.get("rows", [])
+        self._rows = [[math.nan if value is None else value for value in row] for row in rows]
+        self.skipped: int = saved.get("skipped", 0)
+        self._streak: int = saved.get("streak", 0)
+
+    def add(self, step: int, parts: list[LossTerms], gradient_norm: Tensor) -> Tensor:
+        """Add an optimiser step, its passes and the norm of its gradient; no device sync.
+
+        Returns:
+            1.0 if the loss here or the gradient everywhere is not finite, else 0.0; shape (), on the device.
+        """
+        rows = []
+        for terms in parts:
+            active = (terms.strength > 0).to(terms.total.dtype)
+            values = [terms.total, terms.denoising, terms.equivariance, terms.radius, active]
+            rows.append(torch.stack([value.detach().float().mean() for value in values]))
+        mean = torch.stack(rows).mean(0)
+        finite = mean[0].isfinite()
+        if self._accelerator.scaler is None:  # a scaler meets large gradients on purpose, and skips them itself
+            finite = finite & gradient_norm.isfinite().to(finite.device)
+        bad = 1 - finite.float()
+        row = torch.cat([mean, gradient_norm.detach().float().reshape(1).to(mean), bad.reshape(1)])
+        self._waiting.append((step, row, parts))
+        return bad
+
+    def settle(self, process: NoiseProcess) -> tuple[list[NonFinite], NonFinite | None]:
+        """Fetch what waits, over all processes.
+
+        Returns:
+            The steps that are not finite, and the one that training must stop for: the first, or the tenth in a row
+            if such steps are skipped.
+        """
+        if not self._waiting:
+            return [], None
+        waiting, self._waiting = self._waiting, []
+        rows = self._accelerator.reduce(torch.stack([row for _, row, _ in waiting]), "mean").tolist()
+        found = []
+        for (step, _, parts), (*row, bad) in zip(waiting, rows, strict=True):
+            if bad == 0:  # bad: the share of processes that met it
+                self._rows.append(row)
+                self._streak = 0
+                continue
+            self._streak += 1
+            self.skipped += 1
+            found.append(self._non_finite(step, parts, row[-1], process))
+            if not self._skip or self._streak >= self.PATIENCE:
+                return found, found[-1]
+        return found, None
+
+    def _non_finite(self, step: int, parts: list[LossTerms], norm: float, process: NoiseProcess) -> NonFinite:
+        """Which images and noise levels the step had; every process asks at the same step."""
+        t, losses = (
+            [self._accelerator.gather(getattr(p, name).detach()).cpu() for p in parts] for name in ("t", "total")
+        )
+        t, losses = torch.cat(t), torch.cat(losses)
+        return NonFinite(step, t, process.noise_to_signal(t), losses, norm)
+
+    def means(self) -> dict[str, float | None]:
+        """Means over the steps since the last call, None without any; the gradient norm is that of the last step."""
+        names = ("loss", "denoising", "equivariance", "radius", "regularised")
+        if not self._rows:  # every step was skipped
+            return dict.fromkeys((*names, "gradient_norm"))
+        columns = list(zip(*self._rows, strict=True))
+        record = {name: math.fsum(column) / len(column) for name, column in zip(names, columns[:5], strict=True)}
+        record["radius"] /= record["regularised"] or 1.0  # averaged over the regularised images only
+        record["gradient_norm"] = self._rows[-1][5]
+        self._rows = []
+        return {name: value if math.isfinite(value) else None for name, value in record.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, JSON-ready; call :meth:`settle` first."""
+        rows = [[value if math.isfinite(value) else None for value in row] for row in self._rows]
+        return {"rows": rows, "skipped": self.skipped, "streak": self._streak}
+
+
+class Tracker:
+    """Accelerate's trackers; one that fails is given up with one warning, and training goes on."""
+
+    def __init__(self, accelerator: Accelerator, name: str | None, settings: Mapping[str, Any]) -> None:
+        """Start the tracker called ``name``, if any."""
+        self._accelerator, self._name = accelerator, name
+        self._try(lambda: accelerator.init_trackers("robustdiff", config={"settings": json.dumps(dict(settings))}))
+
+    def log(self, record: Mapping[str, Any], step: int) -> None:
+        """Send a line."""
+        numbers = {name: value for name, value in record.items() if value is not None}
+        self._try(lambda: self._accelerator.log(numbers, step=step))
+
+    def close(self) -> None:
+        """Let the tracker finish."""
+        self._try(lambda: [tracker.finish() for tracker in self._accelerator.trackers])
+        self._accelerator.trackers = []
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if self._name is None:
+            return
+        try:
+            action()
+        except Exception as error:  # trackers are other people's services: anything may come
+            reason = " ".join(str(error).split()) or type(error).__name__
+            warnings.warn(
+                f"--logger {self._name} failed ({reason}): training goes on without it, metrics.jsonl has everything",
+                RobustdiffWarning,
+                stacklevel=3,
+            )
+            self._name = None
 
 
 def save_pipeline(folder: Path, pipeline: DiffusionPipeline) -> None:
@@ -87,52 +241,78 @@ def save_pipeline(folder: Path, pipeline: DiffusionPipeline) -> None:
     staging = folder / ".pipeline.tmp"
     shutil.rmtree(staging, ignore_errors=True)
     pipeline.save_pretrained(staging, safe_serialization=True)
+    for path in (staging, *staging.rglob("*")):
+        if path.is_dir():
+            durable.fsync_folder(path)
+        else:
+            path.chmod(folder.stat().st_mode & 0o666)  # safetensors' own mode shuts other users out
+            durable.fsync_file(path)
+    # The index comes last, when all that it names is there.
     for part in sorted(staging.iterdir(), key=lambda path: path.name == "model_index.json"):
         if part.is_dir():
-            shutil.rmtree(folder / part.name, ignore_errors=True)
-        part.replace(folder / part.name)
+            durable.replace_folder(part, folder / part.name)
+        else:
+            part.replace(folder / part.name)
     staging.rmdir()
+    durable.fsync_folder(folder)
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON aside and rename, so that the file is never half there."""
-    staging = path.with_name(path.name + ".tmp")
-    staging.write_text(json.dumps(value, indent=2) + "\n")
-    staging.replace(path)
-
-
-def write_model_card(
-    folder: Path, config: TrainConfig, plan: Plan, data: ImageSet, dirt: tuple[str, ...], step: int
-) -> None:
-    """Write ``README.md``: what the model is, what it was trained on and how, and what was not measured."""
-    header = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", tags=["robustdiff"])
-    height, width = data.size
-    call = f'DiffusionPipeline.from_pretrained("{folder.name}")'
-    colours = "1 channel" if data.channels == 1 else f"{data.channels} channels"
-    body = f"""# {folder.name}
-
-A diffusion model of {width} x {height} images ({colours}), trained with robustdiff.
-It is an ordinary diffusers pipeline:
+_UNCONDITIONAL = """It is an ordinary diffusers pipeline:
 
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = {call}
+pipeline = DiffusionPipeline.from_pretrained("{name}")
 images = pipeline(batch_size=4).images
 ```
+"""
+_CONDITIONAL = """It is conditional on the class. The pipeline's own call passes no class labels: draw with its parts,
+or with `robustdiff sample`:
 
+```python
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}")
+unet, labels = pipeline.unet, torch.tensor([0, 0, 1, 1])
+scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+scheduler.set_timesteps(50)
+sides = unet.config.sample_size if isinstance(unet.config.sample_size, (list, tuple)) else [unet.config.sample_size] * 2
+x = torch.randn(4, unet.config.in_channels, *sides)
+with torch.no_grad():
+    for t in scheduler.timesteps:
+        x = scheduler.step(unet(x, t, class_labels=labels).sample, t, x).prev_sample  # ends in [-1, 1]
+```
+"""
+
+
+def write_model_card(
+    folder: Path, config: TrainConfig, plan: Plan, data: ImageSet, dirt: tuple[str, ...], step: int, conditional: bool
+) -> None:
+    """Write ``README.md``: what the model is, what it was trained on and how, and what was not measured."""
+    header = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", tags=["robustdiff"])
+    height, width = data.size
+    usage = (_CONDITIONAL if conditional else _UNCONDITIONAL).format(name=folder.name)
+    colours = "1 channel" if data.channels == 1 else f"{data.channels} channels"
+    body = f"""# {folder.name}
+
+A diffusion model of {width} x {height} images ({colours}), trained with robustdiff.
+{usage}
 | | |
 |---|---|
 | data | {len(data)} images ({len(data.skipped)} unreadable, skipped), see `data.json` |
 | dirt added for the experiment | {"; ".join(dirt) or "none"} |
 | network | UNet2DModel, {plan.network}, {plan.parameters:,} parameters |
 | objective | `{plan.objective}` |
+| classes | {", ".join(data.classes) if conditional else "unconditional"} |
 | images seen | {step * plan.batch:,} of {plan.images:,} |
 | seed | {config.seed} |
 
 All settings: `config.json`. Loss curves: `metrics.jsonl`. Quality, diversity and copying have not been measured.
 """
-    (folder / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n\n{body}")
+    text = f"---\n{header.to_yaml()}\n---\n\n{body}"
+    text = text.encode(errors="backslashreplace").decode()  # names of files may hold bytes that are no text
+    durable.write_text(folder / "README.md", text)
 
 
 class Progress:
@@ -150,9 +330,10 @@ class Progress:
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
 
-    def show(self, record: dict[str, float]) -> None:
+    def show(self, record: Mapping[str, Any]) -> None:
         """Show loss terms, speed and time left."""
-        text = f"denoising {record['denoising']:.4f}  equivariance {record['equivariance']:.4f}"
+        shown = {name: math.nan if record[name] is None else record[name] for name in ("denoising", "equivariance")}
+        text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
         text += f"  {record['images_per_second']:.0f} images/s"
         if self.bar is not None:
             self.bar.set_postfix_str(text)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,11 @@ from diffusers import (
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from robustdiff import durable
 from robustdiff.config import SampleConfig, UsageError
-from robustdiff.images import save_png
+from robustdiff.images import image_grid, save_png
+from robustdiff.machine import check_launcher
+from robustdiff.networks import check_config, check_plausible, check_types
 from robustdiff.objective import Model, call_model
 from robustdiff.process import NoiseProcess, draw_normal, expand_to
 
@@ -120,6 +125,8 @@ def load_pipeline(source: str | Path) -> DiffusionPipeline:
     if not folder.exists() and (str(source).count("/") != 1 or str(source).startswith((".", "/", "~"))):
         raise UsageError(f"{source} does not exist: give a run folder, or a hub id such as google/ddpm-cifar10-32")
     try:
+        if folder.exists():
+            _check_folder(folder)
         pipeline = DiffusionPipeline.from_pretrained(str(source), use_safetensors=True)
     except Exception as error:  # whatever hub, network or file layer failed: the user needs the one reason
         reason = textwrap.shorten(str(error) or type(error).__name__, 160)
@@ -138,7 +145,36 @@ def load_pipeline(source: str | Path) -> DiffusionPipeline:
         raise UsageError(f"{source} also predicts variances (learned_range): only fixed variances work")
     if unet.config["class_embed_type"] is not None and unet.config["num_class_embeds"] is None:
         raise UsageError(f"{source} is conditional on something else than class numbers: only those work")
+    try:
+        check_types(type(pipeline.scheduler), pipeline.scheduler.config)
+        NoiseProcess.from_scheduler(pipeline.scheduler)
+        if any(parameter.is_meta for parameter in unet.parameters()):
+            raise ValueError("some weights are missing")
+        check_config(unet.config)
+    except Exception as error:
+        raise UsageError(f"{source} cannot be used: {durable.one_line(error)}") from error
     return pipeline
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what diffusers would import from elsewhere, ask the hub for, or not finish to build.
+
+    Raises:
+        ValueError: With what is wrong; OSError or RecursionError if a file cannot be read.
+    """
+    for name, part in durable.read_json(folder / "model_index.json").items():
+        if name.startswith("_") or not isinstance(part, list) or part == [None, None]:
+            continue
+        if len(part) != 2 or part[0] not in ("diffusers", "transformers"):
+            raise ValueError(f"model_index.json: {name!r:.40} is {part!r:.80}")
+        if PurePath(name).name != name or not (folder / name).is_dir():
+            raise ValueError(f"there is no folder {name!r:.40}")
+    unet, scheduler = folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json"
+    if unet.is_file():
+        check_plausible(durable.read_json(unet))
+    if scheduler.is_file():
+        # of the rest, betas may be many, and a bound may be -Infinity
+        check_plausible({"num_train_timesteps": json.loads(scheduler.read_bytes()).get("num_train_timesteps")})
 
 
 def make_scheduler(name: str, like: Any, steps: int) -> Any:  # noqa: ANN401 - schedulers share no typed base
@@ -254,26 +290,6 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """One picture of many, with a one-pixel mid-grey line between them.
-
-    Args:
-        images: uint8, shape (N, C, H, W), N >= 1.
-        columns: Images per row. Default: about the square root of N.
-
-    Returns:
-        uint8, shape (C, rows * (H + 1) - 1, columns * (W + 1) - 1).
-    """
-    count, channels, height, width = images.shape
-    columns = columns or max(1, round(count**0.5))
-    rows = -(-count // columns)
-    grid = torch.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 128, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * (height + 1), i % columns * (width + 1)
-        grid[:, top : top + height, left : left + width] = image
-    return grid
-
-
 # -- the command -------------------------------------------------------------------------------------
 
 
@@ -287,6 +303,7 @@ def sample_to_files(config: SampleConfig) -> str:
         UsageError: If the pipeline, a setting or the output cannot be used.
     """
     config.validate()
+    check_launcher()
     output = _output_path(config)
     pipeline = load_pipeline(config.run)
     labels = _class_labels(config, pipeline.unet.config["num_class_embeds"])
@@ -325,8 +342,7 @@ def sample_to_files(config: SampleConfig) -> str:
     for i, image in enumerate(everything):
         save_png(image, staging / f"{i:06d}.png")
     save_png(image_grid(everything[:256]), staging / "grid.png")
-    shutil.rmtree(output, ignore_errors=True)
-    staging.rename(output)
+    durable.replace_folder(staging, output)
     return f"{output}: {config.n} images and grid.png"
 
 
@@ -354,18 +370,36 @@ def _output_path(config: SampleConfig) -> Path:
         occupied = output.is_file() or (output.is_dir() and any(output.iterdir()))
     if occupied and not config.overwrite:
         raise UsageError(f"--output {output} exists: name another, or add --overwrite")
+    if output.is_dir() and os.path.ismount(output):
+        raise UsageError(f"--output {output} is where a disk is mounted: name a folder in it")
     if occupied and output.is_dir() and not all(_SAMPLE.fullmatch(path.name) for path in output.iterdir()):
         raise UsageError(f"--output {output} holds other files than samples: name another folder")
     return output
 
 
 def _class_labels(config: SampleConfig, classes: int | None) -> list[int] | None:
+    """The class of each image; None for an unconditional pipeline."""
     if classes is None:
         if config.class_label is not None:
             raise UsageError(f"--class-label: {config.run} is not class-conditional")
         return None
     if config.class_label is None:
         return [i % classes for i in range(config.n)]
-    if not 0 <= config.class_label < classes:
-        raise UsageError(f"--class-label {config.class_label} is not in 0 .. {classes - 1}")
-    return [config.class_label] * config.n
+    names, label = _class_names(config.run), str(config.class_label)
+    if label in names:
+        number = names.index(label)
+    elif label.isdecimal() and int(label) < classes:
+        number = int(label)
+    else:
+        known = f", nor one of {', '.join(names[:20])}" if names else ""
+        raise UsageError(f"--class-label {config.class_label} is not in 0 .. {classes - 1}{known}")
+    return [number] * config.n
+
+
+def _class_names(run: str) -> list[str]:
+    """Names of the classes, in the order of their numbers, if ``run`` is a run folder that knows them."""
+    try:
+        classes = json.loads((Path(run) / "data.json").read_text())["data"]["classes"]
+        return [str(name) for name in classes]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # another program's pipeline: numbers only
+        return []

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import math
 import shutil
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,13 +16,14 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor
 
-from robustdiff import __version__
-from robustdiff.checkpoint import TrainingState, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from robustdiff import __version__, durable
+from robustdiff.batches import Batch, Batches, Shares, feed
+from robustdiff.checkpoint import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint
 from robustdiff.config import TrainConfig, UsageError, check_corruptions
-from robustdiff.corruption import Corruption, corrupt, derive_seed
-from robustdiff.images import ImageSet, load_images, save_png
+from robustdiff.corruption import derive_seed
+from robustdiff.images import image_grid, load_images, save_png
+from robustdiff.machine import check_launcher, cores, is_out_of_memory
 from robustdiff.objective import LossTerms
 from robustdiff.planning import (
     Plan,
@@ -36,86 +32,22 @@ from robustdiff.planning import (
     check_resumable,
     claim_output,
     describe_objective,
+    source_options,
 )
 from robustdiff.process import NoiseProcess, to_device
-from robustdiff.recording import Metrics, Progress, TrainingError, save_pipeline, write_json, write_model_card
-from robustdiff.sampling import image_grid, largest_divisor, sample, to_uint8, without_accelerator
+from robustdiff.recording import (
+    Lines,
+    Metrics,
+    Progress,
+    Tracker,
+    TrainingError,
+    save_pipeline,
+    write_model_card,
+)
+from robustdiff.sampling import largest_divisor, sample, to_uint8, without_accelerator
+from robustdiff.stopping import Interrupted, stop_signals
 
-
-class Interrupted(Exception):
-    """Training was stopped by the user; the message says how to go on."""
-
-
-# -- data, as pure functions of (seed, image counter) ------------------------------------------------
-
-
-@dataclass
-class Batches:
-    """Training images by counter: the run's ``counter``-th image is the same on any number of processes.
-
-    Args:
-        images: The data.
-        corruptions: Frozen dirt, a function of (seed, index of the image).
-        seed: The run's seed.
-        random_flip: Mirror left-right with probability 1/2, a function of (seed, counter).
-    """
-
-    images: ImageSet
-    corruptions: tuple[Corruption, ...]
-    seed: int
-    random_flip: bool
-    _epoch: int = -1
-    _order: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-
-    def index(self, counter: int) -> int:
-        """Which image the run sees as its ``counter``-th: a fresh permutation per pass over the data."""
-        epoch, place = divmod(counter, len(self.images))
-        if self._epoch != epoch:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-            self._epoch, self._order = epoch, torch.randperm(len(self.images), generator=generator)
-        return int(self._order[place])
-
-    def __call__(self, counters: range) -> tuple[Tensor, list[torch.Generator], Tensor | None]:
-        """Images in [-1, 1], (B, C, H, W); each one's generator for every draw made on it; labels, (B,), or None."""
-        rows, generators, indices = [], [], [self.index(counter) for counter in counters]
-        for counter, index in zip(counters, indices, strict=True):
-            x0, _ = corrupt(self.images.x0(index), self.corruptions, self.seed, index)
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "draws", counter))
-            if self.random_flip and torch.rand((), generator=generator) < 0.5:
-                x0 = x0.flip(-1)
-            rows.append(x0)
-            generators.append(generator)
-        labels = None if self.images.labels is None else self.images.labels[indices]
-        return torch.stack(rows), generators, labels
-
-
-# -- stopping ----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that the loop reads; a second one stops at once."""
-    stopped = False
-
-    def handle(_signal: int, _frame: object) -> None:
-        nonlocal stopped
-        if stopped:
-            raise KeyboardInterrupt
-        stopped = True
-        print("\nstopping after this step; press Ctrl-C again to stop at once without saving", file=sys.stderr)
-
-    try:
-        before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not the main thread: the caller's handler stays in charge
-        yield lambda: False
-        return
-    try:
-        yield lambda: stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-# -- training ----------------------------------------------------------------------------------------
+__all__ = ["Interrupted", "TrainingError", "train"]
 
 
 def train(config: TrainConfig) -> Path:
@@ -129,14 +61,14 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         UsageError: If a setting, the data or the output folder cannot be used.
-        TrainingError: If the loss becomes non-finite.
-        Interrupted: On Ctrl-C, after saving a checkpoint.
+        TrainingError: If loss or gradient become non-finite.
+        Interrupted: On Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     config.validate()
     corruptions = check_corruptions(config.corrupt)
     source = Path(config.data).resolve()
     folder = Path(config.output_dir or f"runs/{source.name if source.is_dir() else source.stem}")
-    claim_output(config, folder)
+    found = claim_output(config, folder)
     accelerator = _accelerator(config, folder)
     say = accelerator.print
 
@@ -146,7 +78,11 @@ def train(config: TrainConfig) -> Path:
         resolution=config.resolution,
         channels=config.channels,
         max_bad_fraction=config.max_bad_fraction,
+        max_memory=None if config.max_memory_gib is None else int(config.max_memory_gib * 2**30),
+        **source_options(config),
     )
+    workers = config.dataloader_num_workers
+    workers = (min(4, cores()) if data.streamed else 0) if workers is None else workers
     pipeline, network = build_pipeline(config, data)
     process = NoiseProcess.from_scheduler(pipeline.scheduler)
     objective = build_objective(config, process)
@@ -158,10 +94,11 @@ def train(config: TrainConfig) -> Path:
             f"--ddpm-num-inference-steps {preview_steps} does not divide the {process.num_timesteps} noise levels: "
             f"use {nearest}"
         )
-    if config.resuming:
-        check_resumable(config, data, plan, folder)
-    batches = Batches(data, corruptions, config.seed, config.random_flip)
     conditional = pipeline.unet.config["num_class_embeds"] is not None
+    if config.resuming:
+        check_resumable(config, data, plan, folder, conditional)
+    batches = Batches(data, corruptions, config.seed, config.random_flip)
+    size = config.train_batch_size
 
     # Model and optimiser on the device
     unet = pipeline.unet.train()
@@ -169,13 +106,14 @@ def train(config: TrainConfig) -> Path:
         unet.to(memory_format=torch.channels_last)
     unet.to(accelerator.device)
     ema = EMAModel(unet.parameters(), decay=config.ema_max_decay, foreach=True) if config.use_ema else None
+    fused = accelerator.device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(
         unet.parameters(),
         lr=plan.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
-        fused=accelerator.device.type in ("cpu", "cuda"),
+        fused=fused,
     )
     # Stepped once per optimiser step and not handed to accelerate: the same under accumulation and many processes.
     schedule = get_scheduler(
@@ -184,17 +122,17 @@ def train(config: TrainConfig) -> Path:
     # A gate's second pass has another batch size at every step: compile once for any, not once per size.
     gated = callable(getattr(objective, "strength", None))
     compiled = torch.compile(unet, dynamic=True if gated else None) if config.compile else unet
-    model, optimizer = accelerator.prepare(compiled, optimizer)
+    with warnings.catch_warnings():  # its successor (torch 2.13) still synchronises at the start
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*deprecated")
+        model, optimizer = accelerator.prepare(compiled, optimizer)
     extra = {"schedule": schedule}
     if accelerator.scaler is not None:
         extra["scaler"] = accelerator.scaler
     state = TrainingState(unet, optimizer.optimizer, ema, extra)
 
-    def micro_batch(step: int, part: int) -> LossTerms:
-        """Loss terms of this process's share of one accumulation step."""
-        size = config.train_batch_size
-        first = step * plan.batch + (part * accelerator.num_processes + accelerator.process_index) * size
-        x0, generators, labels = batches(range(first, first + size))
+    def terms_of(batch: Batch, first: int) -> LossTerms:
+        """Loss terms of this process's share of one pass; ``first`` is the counter of its first image."""
+        x0, generators, labels = batch
         x0 = to_device(x0, accelerator.device)
         if accelerator.device.type == "cuda":
             x0 = x0.contiguous(memory_format=torch.channels_last)
@@ -206,137 +144,191 @@ def train(config: TrainConfig) -> Path:
     # The plan, with a measured estimate; the timed steps change no weight
     for _ in range(2):
         started = time.perf_counter()
-        accelerator.backward(micro_batch(0, 0).total.mean())
+        accelerator.backward(terms_of(batches(range(size)), 0).total.mean())
         _synchronize(accelerator.device)
         seconds = time.perf_counter() - started
     optimizer.zero_grad()
     hardware = f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}"
     dirt = tuple(str(corruption) for corruption in corruptions)
-    say(plan.text(config, data, dirt, folder, hardware, seconds * config.gradient_accumulation_steps))
+    seconds *= config.gradient_accumulation_steps
+    say(plan.text(config, data, pipeline.unet, workers, dirt, folder, hardware, seconds))
     if config.dry_run:
         say("dry run: nothing was written")
         return folder
 
     # Output folder
-    step = 0
-    if config.resuming:
-        found = find_checkpoint(folder / "checkpoints", config.resume_from_checkpoint or "latest")
-        step = load_checkpoint(found, state)["step"]
+    step, saved = 0, {}
+    if found is not None:
+        saved = load_checkpoint(found, state)
+        step = saved["step"]
         say(f"going on from {found}: step {step} of {plan.steps}")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if config.overwrite and folder.exists():
-            shutil.rmtree(folder)
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
+            # Not the folder itself, which may be where a disk is mounted; last what says that it is ours.
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
         versions = {"robustdiff": __version__, "torch": torch.__version__}
-        write_json(
-            folder / "config.json",
-            {"settings": dataclasses.asdict(config), "plan": dataclasses.asdict(plan), "versions": versions},
-        )
-        write_json(
-            folder / "data.json",
-            {"data": data.describe(), "corrupt": dirt, "corrupt_seed": config.seed},
-        )
-    if config.logger:
-        accelerator.init_trackers("robustdiff", config={"settings": json.dumps(dataclasses.asdict(config))})
+        settings = {"settings": dataclasses.asdict(config), "plan": dataclasses.asdict(plan), "versions": versions}
+        durable.write_json(folder / "config.json", settings)
+        account = {"data": data.describe(), "corrupt": dirt, "corrupt_seed": config.seed}
+        durable.write_json(folder / "data.json", account)
+        (folder / "samples").mkdir(exist_ok=True)
+    tracker = Tracker(accelerator, config.logger, dataclasses.asdict(config))
     accelerator.wait_for_everyone()
-    metrics = Metrics(folder / "metrics.jsonl", step)
+    metrics = Metrics(accelerator, config.on_nonfinite == "skip", saved.get("metrics"))
+    lines, bad_lines = Lines(folder / "metrics.jsonl", step), Lines(folder / "nonfinite.jsonl", step - 1)
+
+    def settle() -> None:
+        """Fetch the metrics; write down what was not finite, and stop for it if it must be."""
+        found, fatal = metrics.settle(process)
+        for one in found:
+            if accelerator.is_main_process:
+                bad_lines.write(one.record(batches))
+            if fatal is None:
+                say(f"skipped a step: {one}")
+        if fatal is not None:
+            good = list_checkpoints(folder / "checkpoints")
+            row = f", {Metrics.PATIENCE} steps in a row" if config.on_nonfinite == "skip" else ""
+            safe = f"last good checkpoint: {good[-1]}" if good else "no checkpoint was written yet"
+            skip = "" if row else ", or --on-nonfinite skip"
+            raise TrainingError(
+                f"{fatal}{row}; its images are listed in {bad_lines.path}; {safe}; try a lower --learning-rate or "
+                f"--strength{skip}"
+            )
+
+    def preview_of(step: int) -> Path:
+        return folder / "samples" / f"step-{step:08d}.png"
 
     def save() -> None:
-        """Checkpoint, pipeline, model card and preview, all from the main process."""
-        if not accelerator.is_main_process:
-            return
-        counters = {"images": step * plan.batch}
-        save_checkpoint(folder / "checkpoints", step, state, counters, config.checkpoints_total_limit)
+        """Checkpoint, then what is made from it; all from the main process."""
+        if accelerator.is_main_process:
+            lines.sync()
+            bad_lines.sync()
+            counters = {"images": step * plan.batch, "metrics": metrics.state()}
+            save_checkpoint(folder / "checkpoints", step, state, counters, config.checkpoints_total_limit)
+            publish()
+
+    def publish() -> None:
+        """Pipeline, model card and preview."""
         if ema is not None:
             ema.store(unet.parameters())
             ema.copy_to(unet.parameters())
         save_pipeline(folder, pipeline)
-        write_model_card(folder, config, plan, data, dirt, step)
+        write_model_card(folder, config, plan, data, dirt, step, conditional)
         if config.preview_images:
             labels = [i % len(data.classes) for i in range(config.preview_images)] if conditional else None
-            with accelerator.autocast():
-                images = sample(
-                    pipeline,
-                    config.preview_images,
-                    seed=config.seed,
-                    steps=preview_steps,
-                    batch_size=config.eval_batch_size,
-                    class_labels=labels,
-                )
-            save_png(image_grid(to_uint8(images)), folder / "samples" / f"step-{step:08d}.png")
+            try:
+                with accelerator.autocast():
+                    images = sample(
+                        pipeline,
+                        config.preview_images,
+                        seed=config.seed,
+                        steps=preview_steps,
+                        batch_size=config.eval_batch_size,
+                        class_labels=labels,
+                    )
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise UsageError(
+                    f"out of memory while drawing the preview, after saving step {step}: lower --eval-batch-size or "
+                    "--preview-images, and go on with --resume"
+                ) from None
+            staging = folder / "samples" / ".preview.tmp"
+            save_png(image_grid(to_uint8(images)), staging)
+            staging.replace(preview_of(step))
         if ema is not None:
             ema.restore(unet.parameters())
 
     # The loop
     progress = Progress(step, plan, enabled=accelerator.is_main_process)
     since, since_step = time.perf_counter(), step
-    with _stop_on_interrupt() as stopped:
-        while step < plan.steps:
+    status = 0
+    shares = Shares(step, plan.steps, plan.batch, size, accelerator.process_index, accelerator.num_processes)
+    loading = feed(batches, shares, workers, pin=accelerator.device.type == "cuda")
+    with stop_signals() as asked_to_stop, contextlib.closing(loading):
+        if step == plan.steps:  # killed in its last save: finish that, names and pruning too
+            save()
+        elif found is not None and accelerator.is_main_process and not preview_of(step).exists():
+            publish()  # killed between checkpoint and preview, which comes last
+        while step < plan.steps and not status:
+            parts: list[LossTerms] = []
             for part in range(config.gradient_accumulation_steps):
                 last = part == config.gradient_accumulation_steps - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    terms = micro_batch(step, part)
-                    accelerator.backward(terms.total.mean() / config.gradient_accumulation_steps)
-                metrics.add(step, terms)
+                    counters, batch = next(loading)
+                    parts.append(terms_of(batch, counters[0]))
+                    loss = parts[-1].total.mean()
+                    # times 1, but not a number where the loss is infinite: no process may miss it in the gradient
+                    loss = loss * (1 + 0 * loss.detach())
+                    accelerator.backward(loss / config.gradient_accumulation_steps)
             gradient_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
             rate = schedule.get_last_lr()[0]
-            optimizer.step()
+            bad = metrics.add(step, parts, gradient_norm)
+            if accelerator.scaler is None and fused:
+                state.optimizer.found_inf = bad  # the fused kernel then changes nothing, and no one waits to know
+            if accelerator.scaler is not None or fused or not bad:
+                optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             if ema is not None:
                 ema.step(unet.parameters())
             step += 1
 
-            logging = step % config.logging_steps == 0
-            stopping = stopped()
+            logging = step % config.logging_steps == 0 or step == plan.steps
+            status = asked_to_stop()
             if accelerator.num_processes > 1:  # all stop at the same step, agreed where they meet anyway
-                votes = torch.tensor(float(stopping), device=accelerator.device)
-                stopping = logging and bool(accelerator.reduce(votes, "sum") > 0)
-            finished = step == plan.steps or stopping
+                status = _agree(accelerator, status) if logging or step % 10 == 0 else 0
+            finished = step == plan.steps or status > 0
             saving = finished or step % plan.checkpointing_steps == 0
             if saving or logging:
-                try:
-                    record = metrics.collect(accelerator, process)
-                    norm = float(gradient_norm)
-                    if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler skips such steps itself
-                        raise TrainingError(f"the gradient is not finite at step {step - 1}")
-                except TrainingError as error:
-                    good = list_checkpoints(folder / "checkpoints")
-                    safe = f"last good checkpoint: {good[-1]}" if good else "no checkpoint was written yet"
-                    raise TrainingError(f"{error}; {safe}; try a lower --learning-rate or --strength") from None
-                per_second = (step - since_step) * plan.batch / (time.perf_counter() - since)
-                record = {"step": step, "images": step * plan.batch, **record}
-                record |= {
-                    "gradient_norm": norm if math.isfinite(norm) else None,
+                settle()
+            if logging:
+                seconds = max(time.perf_counter() - since, 1e-9)
+                record = {
+                    "step": step,
+                    "images": step * plan.batch,
+                    **metrics.means(),
                     "learning_rate": rate,
-                    "images_per_second": per_second,
+                    "images_per_second": (step - since_step) * plan.batch / seconds,
+                    **({"skipped": metrics.skipped} if metrics.skipped else {}),
                 }
                 if accelerator.is_main_process:
-                    metrics.write(record)
-                accelerator.log(record, step=step)
+                    lines.write(record)
+                tracker.log(record, step)
                 progress.show(record)
                 since, since_step = time.perf_counter(), step
             progress.advance(step)
             if saving:
                 save()
                 since, since_step = time.perf_counter(), step
-            if finished:
-                break
     progress.close()
     # Processes part together, and the wrapper goes before its process group: freed after it, gloo may never return.
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     model = unet
+    tracker.close()
     accelerator.end_training()
     if step < plan.steps:
-        raise Interrupted(f"stopped at step {step} of {plan.steps}, saved; go on with the same command and --resume")
+        raise Interrupted(
+            f"stopped at step {step} of {plan.steps}, saved; go on with the same command and --resume", status
+        )
     say(f"done: {folder} is a diffusers pipeline; draw from it with: robustdiff sample {folder}")
     return folder
 
 
+def _agree(accelerator: Accelerator, status: int) -> int:
+    """The highest exit status that any process was asked to end with."""
+    asked = torch.tensor([status == 130, status == 143], dtype=torch.float32, device=accelerator.device)
+    interrupt, terminate = (accelerator.reduce(asked, "sum") > 0).tolist()
+    return 143 if terminate else 130 if interrupt else 0
+
+
 def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     """Accelerate's device, precision and trackers; what it would ignore silently is an error here."""
+    check_launcher()
     if config.logger is not None:
         available = sorted(tracker.value for tracker in get_available_trackers())
         if config.logger not in available:

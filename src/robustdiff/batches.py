@@ -1,0 +1,156 @@
+"""Which image a run sees when: pure functions of (seed, image counter), on any number of processes and workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from robustdiff.config import UsageError
+from robustdiff.corruption import Corruption, corrupt, derive_seed
+from robustdiff.images import ImageSet
+
+Batch = tuple[Tensor, list[torch.Generator], Tensor | None]
+"""Images in [-1, 1], (B, C, H, W); each one's generator for every draw made on it; labels, (B,), or None."""
+
+
+@dataclass
+class Batches:
+    """Training images by counter: the run's ``counter``-th image is the same on any number of processes.
+
+    Args:
+        images: The data.
+        corruptions: Frozen dirt, a function of (seed, index of the image).
+        seed: The run's seed.
+        random_flip: Mirror left-right with probability 1/2, a function of (seed, counter).
+    """
+
+    images: ImageSet
+    corruptions: tuple[Corruption, ...]
+    seed: int
+    random_flip: bool
+    _epoch: int = -1
+    _order: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def index(self, counter: int) -> int:
+        """Which image the run sees as its ``counter``-th: a fresh permutation per pass over the data."""
+        epoch, place = divmod(counter, len(self.images))
+        if self._epoch != epoch:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
+            self._epoch, self._order = epoch, torch.randperm(len(self.images), generator=generator)
+        return int(self._order[place])
+
+    def __call__(self, counters: range) -> Batch:
+        """The images with these counters."""
+        return self.draw(counters, self.load(counters))
+
+    def load(self, counters: range) -> Tensor:
+        """The images as the data set holds them, with their dirt: (B, C, H, W). The part that workers do."""
+        indices = [self.index(counter) for counter in counters]
+        images = self.images.x0(indices)
+        if self.corruptions:
+            pairs = zip(images, indices, strict=True)
+            images = torch.stack([corrupt(x0, self.corruptions, self.seed, index)[0] for x0, index in pairs])
+        return images
+
+    def draw(self, counters: range, images: Tensor) -> Batch:
+        """Everything random about these visits: generators and mirroring; and the labels."""
+        generators = [torch.Generator().manual_seed(derive_seed(self.seed, "draws", counter)) for counter in counters]
+        if self.random_flip:
+            mirrored = torch.tensor([bool(torch.rand((), generator=generator) < 0.5) for generator in generators])
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        every = self.images.labels
+        labels = None if every is None else every[[self.index(counter) for counter in counters]]
+        return images, generators, labels
+
+
+class _Loading(Dataset["Tensor | UsageError"]):
+    """``Batches.load`` as a data set whose indices are ranges of counters."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, counters: range) -> Tensor | UsageError:
+        try:
+            return self.batches.load(counters)
+        except UsageError as error:  # handed over as a value: the loader would wrap a stack trace around it
+            return error
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Counters of each forward pass of one process, in order.
+
+    Args:
+        first_step: Optimiser step to begin with.
+        steps: Optimiser steps of the whole run.
+        batch: Images per optimiser step, over all processes and accumulated passes.
+        size: Images per pass of one process; divides ``batch`` a whole number of times ``processes``.
+        process: This process, from 0.
+        processes: Of how many.
+    """
+
+    first_step: int
+    steps: int
+    batch: int
+    size: int
+    process: int
+    processes: int
+
+    def __iter__(self) -> Iterator[range]:
+        """One range per pass."""
+        for step in range(self.first_step, self.steps):
+            for first in range(step * self.batch, (step + 1) * self.batch, self.size * self.processes):
+                yield range(first + self.process * self.size, first + (self.process + 1) * self.size)
+
+    def __len__(self) -> int:
+        """How many passes."""
+        return (self.steps - self.first_step) * self.batch // (self.size * self.processes)
+
+
+def feed(
+    batches: Batches, shares: Shares, workers: int, pin: bool = False
+) -> Generator[tuple[range, Batch], None, None]:
+    """Counters and batch, one after the other; close it to end the workers.
+
+    Args:
+        batches: The rule.
+        shares: Counters of each batch.
+        workers: Processes that load images ahead, started once; 0 loads here. The batches are the same.
+        pin: Put images into pinned memory, for faster copies to a GPU.
+    """
+    if not workers:
+        for counters in shares:
+            yield counters, batches(counters)
+        return
+    loader = DataLoader(
+        _Loading(batches),
+        sampler=shares,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin,
+        generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global stream
+        worker_init_fn=_leave_signals_to_the_parent,
+    )
+    loading: Any = iter(loader)
+    try:
+        for counters, images in zip(shares, loading, strict=True):
+            if isinstance(images, UsageError):
+                raise images
+            yield counters, batches.draw(counters, images)
+    finally:  # not left to the collector: a stack trace may hold them, and the interpreter's end would wait for ever
+        loading._shutdown_workers()
+        for worker in loading._workers:
+            worker.kill()  # one that hangs in a read
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """A Ctrl-C or a SIGTERM for the whole group must not lose what the parent is about to save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

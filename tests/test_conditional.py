@@ -1,0 +1,148 @@
+"""Class-conditional training: labels from folders, arrays and tables reach the network, and samples obey them."""
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from helpers import TINY_UNET
+from PIL import Image
+
+from robustdiff import SampleConfig, TrainConfig, UsageError, cli, train
+from robustdiff.sampling import load_pipeline, sample, sample_to_files
+
+
+@pytest.fixture(scope="module")
+def shades(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes that no network could confuse: nearly black and nearly white images of 8 x 8."""
+    folder = tmp_path_factory.mktemp("data") / "shades"
+    random = np.random.default_rng(0)
+    for name, low in (("black", 0), ("white", 216)):
+        (folder / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(random.integers(low, low + 40, (8, 8), dtype=np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(shades: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A run that is long enough to tell black from white."""
+    path = tmp_path_factory.mktemp("config") / "unet.json"
+    path.write_text(json.dumps(TINY_UNET))
+    return TrainConfig(
+        str(shades),
+        images="1600",
+        train_batch_size=8,
+        class_conditional=True,
+        model_config_name_or_path=str(path),
+        learning_rate=1e-2,
+        ema_max_decay=0.9,
+        ddpm_num_steps=100,
+        ddpm_beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        preset="plain",
+        ddpm_num_inference_steps=10,
+        preview_images=4,
+        checkpointing_steps=200,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(dataclasses.replace(config, output_dir=str(tmp_path_factory.mktemp("runs") / "run")))
+
+
+def test_samples_obey_the_class(run: Path) -> None:
+    pipeline = load_pipeline(run)
+    assert pipeline.unet.config["num_class_embeds"] == 2
+    means = sample(pipeline, 8, steps=10, class_labels=[0, 1] * 4).mean(dim=(1, 2, 3))
+    assert means[::2].max() < -0.4
+    assert means[1::2].min() > 0.4
+
+
+def test_the_plan_the_account_and_the_card_name_the_classes(
+    config: TrainConfig, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(dataclasses.replace(config, output_dir=str(tmp_path / "x"), dry_run=True))
+    assert re.search(r"classes: +2: black, white", capsys.readouterr().out)
+    assert json.loads((run / "data.json").read_text())["data"]["classes"] == {"black": 4, "white": 4}
+    assert "| classes | black, white |" in (run / "README.md").read_text()
+
+
+def test_the_snippet_of_the_model_card_draws(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (run / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(run.parent)
+    names: dict[str, object] = {}
+    torch.manual_seed(0)
+    exec(code, names)
+    images = names["x"]
+    assert isinstance(images, torch.Tensor)
+    means = images.mean(dim=(1, 2, 3))
+    assert means[:2].max() < means[2:].min()
+
+
+def test_the_pipeline_is_a_stock_one(run: Path) -> None:
+    assert type(DiffusionPipeline.from_pretrained(run)).__name__ == "DDPMPipeline"
+
+
+@pytest.mark.parametrize(("label", "number"), [("white", 1), ("1", 1), ("black", 0)])
+def test_a_class_is_drawn_by_name_or_number(run: Path, tmp_path: Path, label: str, number: int) -> None:
+    output = tmp_path / "samples.npz"
+    assert cli.main(["sample", str(run), "-n", "3", "--steps", "10", "--class-label", label, "-o", str(output)]) == 0
+    with np.load(output) as arrays:
+        assert arrays["labels"].tolist() == [number] * 3
+        assert (arrays["images"].mean() > 127) == bool(number)
+
+
+def test_an_unknown_class_is_refused_with_the_names(run: Path, tmp_path: Path) -> None:
+    for label in ("grey", "2", "-1"):
+        with pytest.raises(UsageError, match=f"--class-label {label} is not in 0 .. 1, nor one of black, white"):
+            sample_to_files(SampleConfig(str(run), n=1, steps=10, output=str(tmp_path / "x"), class_label=label))
+
+
+def test_labels_of_an_array_file_condition_too(config: TrainConfig, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", images=images, labels=np.array([3, 5, 5, 3, 9, 9]))
+    done = train(
+        dataclasses.replace(config, data=str(tmp_path / "set.npz"), images="8", output_dir=str(tmp_path / "run"))
+    )
+    assert load_pipeline(done).unet.config["num_class_embeds"] == 3
+    assert json.loads((done / "data.json").read_text())["data"]["classes"] == {"3": 2, "5": 2, "9": 2}
+
+
+def test_without_labels_it_is_refused(config: TrainConfig, shades: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "set.npy", np.zeros((4, 8, 8), np.uint8))
+    with pytest.raises(UsageError, match=r"--class-conditional: DATA .* has no labels: .* --label-column"):
+        train(dataclasses.replace(config, data=str(tmp_path / "set.npy"), output_dir=str(tmp_path / "run")))
+    assert not os.path.exists(tmp_path / "run")
+
+
+def test_other_labels_are_not_resumed_on(config: TrainConfig, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8)
+    path = tmp_path / "set.npz"
+    np.savez(path, images=images, labels=np.array([0, 1, 0, 1]))
+    first = dataclasses.replace(config, data=str(path), images="8", output_dir=str(tmp_path / "run"))
+    train(first)
+    np.savez(path, images=images, labels=np.array([1, 0, 0, 1]))
+    with pytest.raises(UsageError, match="holds other labels"):
+        train(dataclasses.replace(first, resume=True))
+
+
+def test_a_conditional_start_is_not_asked_of_an_unconditional_pipeline(config: TrainConfig, tmp_path: Path) -> None:
+    plain = dataclasses.replace(config, class_conditional=False, images="8", output_dir=str(tmp_path / "plain"))
+    train(plain)
+    again = dataclasses.replace(
+        config,
+        init_from=str(tmp_path / "plain"),
+        model_config_name_or_path=None,
+        ddpm_num_steps=None,
+        prediction_type=None,
+        ddpm_beta_schedule=None,
+    )
+    with pytest.raises(UsageError, match=r"--class-conditional: .* is not conditional"):
+        train(dataclasses.replace(again, output_dir=str(tmp_path / "again")))
