@@ -1,0 +1,386 @@
+"""What an image set is made of, before anything is trained on it: bad files, duplicates, blank images, noise.
+
+Each image is reduced to its statistics (:func:`measure`) in the thread that decoded it and then dropped, so memory does
+not grow with the size of the images. A further estimator is one more pure function of an array, called there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from robustdiff import durable
+from robustdiff.decoding import DataError, Pixels
+from robustdiff.images import image_grid, save_png
+from robustdiff.noise import LEVEL, noise_level
+from robustdiff.parallel import decode_all
+from robustdiff.sources import Source
+
+AUDIT_FORMAT = "robustdiff audit 1"
+AUDIT_FILES = ("audit.json", "worst.png")
+NEAR_CONSTANT = 2 / 255
+"""Largest standard deviation, in [0, 1], of every channel of an image that counts as near-constant: two grey levels.
+Not the range of values: a dead pixel or a date in a corner would hide a blank image."""
+WORST = 20
+"""Images on the contact sheet."""
+
+
+# -- one image ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """What is known about one readable image.
+
+    Attributes:
+        index: Its place in the source.
+        name: Its name there.
+        size: (H, W) in pixels.
+        mean: Per channel (1 or 3), in [0, 1].
+        std: Per channel, in [0, 1].
+        noise: :func:`noise_level`, in units of [-1, 1]; None where the image is too small to say.
+        sha256: Of shape and decoded pixels: equal for the same picture in different files.
+        flags: ``near-constant`` (every channel's ``std`` is at most 2 / 255), ``duplicate``.
+    """
+
+    index: int
+    name: str
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    noise: float | None
+    sha256: str
+    flags: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``audit.json``: six decimals, the first 16 digits of the sum."""
+        return {
+            "index": self.index,
+            "name": self.name,
+            "size": list(self.size),
+            "mean": _rounded(self.mean),
+            "std": _rounded(self.std),
+            "noise": None if self.noise is None else round(self.noise, 6),
+            "sha256": self.sha256[:16],
+            "flags": list(self.flags),
+        }
+
+
+def measure(pixels: Pixels) -> ImageRecord:
+    """Everything the audit keeps of one image; the caller puts in its index and name.
+
+    Args:
+        pixels: uint8, shape (C, H, W).
+    """
+    height, width = pixels.shape[1:]
+    shares = np.array([Image.fromarray(channel).histogram() for channel in pixels]) / (height * width)
+    grey = np.arange(256) / 255
+    mean = shares @ grey
+    std = np.sqrt((shares * (grey - mean[:, None]) ** 2).sum(axis=1))
+    noise = noise_level(pixels)
+    digest = hashlib.sha256(repr(pixels.shape).encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return ImageRecord(
+        index=-1,
+        name="",
+        size=(height, width),
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
+        noise=None if math.isnan(noise) else noise,
+        sha256=digest.hexdigest(),
+        flags=("near-constant",) if std.max() <= NEAR_CONSTANT + 1e-9 else (),
+    )
+
+
+# -- all images --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """What was found in an image set.
+
+    Attributes:
+        data: What was asked for, as the user wrote it.
+        what: The kind of source.
+        records: One per readable image, in the order of the source.
+        unreadable: (name, reason) of every other.
+        notes: How many images were converted, by kind of conversion, and what else the source says about itself.
+        duplicates: Groups of places in ``records`` whose pixels are equal, each and all in order.
+        worst: Places in ``records`` of the noisiest images by estimate, noisiest first, at most twenty.
+        thumbnails: Theirs, uint8, shape (len(worst), 3, S, S): the centre, never scaled down, which would hide noise.
+    """
+
+    data: str
+    what: str
+    records: tuple[ImageRecord, ...]
+    unreadable: tuple[tuple[str, str], ...]
+    notes: Mapping[str, int]
+    duplicates: tuple[tuple[int, ...], ...]
+    worst: tuple[int, ...]
+    thumbnails: Tensor
+
+    def summary(self) -> dict[str, Any]:
+        """The findings in short, JSON-ready; means and deviations in [0, 1], noise in units of [-1, 1]."""
+        sizes = Counter(record.size for record in self.records)
+        channels = Counter(len(record.mean) for record in self.records)
+        noise = np.array([record.noise for record in self.records if record.noise is not None])
+        quantiles = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
+        return {
+            "count": len(self.records),
+            "unreadable": len(self.unreadable),
+            "reasons": dict(Counter(reason for _, reason in self.unreadable).most_common()),
+            "sizes": [{"size": list(size), "count": count} for size, count in sizes.most_common()],
+            "channels": [{"channels": number, "count": count} for number, count in channels.most_common()],
+            **self._moments(),
+            "duplicates": [[self.records[place].name for place in group] for group in self.duplicates],
+            "near_constant": [record.name for record in self.records if "near-constant" in record.flags],
+            "noise": {
+                "count": len(noise),
+                "quantiles": {f"{q:g}": round(float(np.quantile(noise, q)), 6) for q in quantiles if len(noise)},
+            },
+            "conversions": dict(self.notes),
+        }
+
+    def _moments(self) -> dict[str, Any]:
+        """Mean and standard deviation over all pixels, per channel and overall; grey counts as R = G = B beside RGB."""
+        if not self.records:
+            return {"mean": [], "std": [], "overall": None}
+        channels = max(len(record.mean) for record in self.records)
+        weight = np.array([math.prod(record.size) for record in self.records], np.float64)
+        weight /= weight.sum()
+        means = np.stack([np.broadcast_to(record.mean, channels) for record in self.records])
+        stds = np.stack([np.broadcast_to(record.std, channels) for record in self.records])
+        mean = weight @ means
+        variance = weight @ (stds**2 + (means - mean) ** 2)
+        overall = math.sqrt((variance + (mean - mean.mean()) ** 2).mean())
+        return {
+            "mean": _rounded(mean),
+            "std": _rounded(np.sqrt(variance)),
+            "overall": {"mean": round(float(mean.mean()), 6), "std": round(overall, 6)},
+        }
+
+    def text(self) -> str:
+        """The findings for a terminal."""
+        found = self.summary()
+        sizes = [f"{w} x {h} ({n} images)" for (h, w), n in ((e["size"], e["count"]) for e in found["sizes"])]
+        more = f", and {len(sizes) - 5} more" if len(sizes) > 5 else ""
+        lines = [f"{_printable(self.data)}: {found['count']} images ({self.what}), {found['unreadable']} not readable"]
+        if self.records:
+            kinds = [f"{e['channels']} ({e['count']} images)" for e in found["channels"]]
+            mean, std = (" ".join(f"{value:.3f}" for value in found[name]) for name in ("mean", "std"))
+            overall = found["overall"]
+            lines += [
+                f"size, width x height: {', '.join(sizes[:5])}{more}",
+                f"channels: {', '.join(kinds)}",
+                f"mean in [0, 1]: {mean} (overall {overall['mean']:.3f})",
+                f"standard deviation: {std} (overall {overall['std']:.3f})",
+            ]
+        lines += [f"{what}: {count}" for what, count in found["conversions"].items()]
+        if self.unreadable:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in found["reasons"].items())
+            lines.append(f"not readable: {reasons}")
+            lines += _first([f"{_printable(name)}: {reason}" for name, reason in self.unreadable])
+        groups, blank = found["duplicates"], found["near_constant"]
+        lines.append(f"exact duplicates: {sum(map(len, groups))} images in {len(groups)} groups")
+        lines += _first([_listed(group) for group in groups])
+        lines.append(f"near-constant (standard deviation at most 2 of 255 in every channel): {len(blank)}")
+        lines += _first([_printable(name) for name in blank])
+        return "\n".join([*lines, *self._noise_lines(found["noise"]["quantiles"])])
+
+    def _noise_lines(self, quantiles: Mapping[str, float]) -> list[str]:
+        if not quantiles:
+            return ["noise: no image is large enough to estimate it"]
+        values = [record.noise for record in self.records if record.noise is not None]
+        quarters = ", ".join(f"{float(q):.0%} {value:.3f}" for q, value in quantiles.items())
+        return [
+            "noise per image, a blind estimate of sigma in units of [-1, 1] "
+            "(too small for JPEG or enlarged images, too large for fine texture and tiny ones)",
+            f"  quantiles: {quarters}",
+            *_histogram(values),
+        ]
+
+
+def audit_images(source: Source, *, data: str = "", resolution: int | None = None) -> Audit:
+    """Look at every image of a source; mixed sizes and bad files are findings, not errors.
+
+    Args:
+        source: Where images come from.
+        data: What the user calls it, for the report.
+        resolution: Make every image square first, as in training. Default: as they are.
+    """
+    records: list[ImageRecord] = []
+    unreadable = list(source.skipped)
+    notes: Counter[str] = Counter()
+    same: dict[str, list[int]] = {}
+    for decoded in decode_all(source, measure, resolution=resolution, what="auditing"):
+        if decoded.value is None:
+            unreadable.append((decoded.name, decoded.reason))
+            continue
+        same.setdefault(decoded.value.sha256, []).append(len(records))
+        records.append(replace(decoded.value, index=decoded.index, name=decoded.name))
+        notes.update(decoded.remarks)
+    notes.update(source.notes)
+    duplicates = tuple(tuple(group) for group in same.values() if len(group) > 1)
+    for place in (place for group in duplicates for place in group):
+        records[place] = replace(records[place], flags=(*records[place].flags, "duplicate"))
+    worst, thumbnails = _worst(source, records, resolution)
+    return Audit(
+        data or source.what,
+        source.what,
+        tuple(records),
+        tuple(sorted(unreadable)),
+        dict(notes),
+        duplicates,
+        worst,
+        thumbnails,
+    )
+
+
+def _worst(source: Source, records: Sequence[ImageRecord], resolution: int | None) -> tuple[tuple[int, ...], Tensor]:
+    """The noisiest images, decoded once more: keeping pixels of all would take memory."""
+    noise = {place: record.noise for place, record in enumerate(records) if record.noise is not None}
+    worst = sorted(noise, key=lambda place: (-noise[place], place))[:WORST]
+    longest = max((max(records[place].size) for place in worst), default=1)
+    side = min(128, max(64, longest))
+    indices = [records[place].index for place in worst]
+    again = decode_all(
+        source, lambda pixels: _thumbnail(pixels, side), resolution=resolution, indices=indices, what="thumbnails"
+    )
+    blank = torch.full((3, side, side), 128, dtype=torch.uint8)  # in place of a file that has gone meanwhile
+    pictures = [blank if decoded.value is None else torch.from_numpy(decoded.value) for decoded in again]
+    return tuple(worst), torch.stack(pictures) if pictures else torch.empty(0, 3, side, side, dtype=torch.uint8)
+
+
+def _thumbnail(pixels: Pixels, side: int) -> Pixels:
+    """(3, side, side): small images enlarged by a whole factor, large ones cropped, on mid-grey."""
+    factor = max(1, side // max(pixels.shape[1:]))
+    pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+    tops = [max(0, (length - side) // 2) for length in pixels.shape[1:]]
+    pixels = pixels[:, tops[0] : tops[0] + side, tops[1] : tops[1] + side]
+    picture = np.full((3, side, side), 128, np.uint8)
+    top, left = ((side - length) // 2 for length in pixels.shape[1:])
+    picture[:, top : top + pixels.shape[1], left : left + pixels.shape[2]] = pixels
+    return picture
+
+
+# -- words -------------------------------------------------------------------------------------------
+
+
+def _rounded(values: Sequence[float] | NDArray[Any]) -> list[float]:
+    return [round(float(value), 6) for value in values]
+
+
+def _printable(name: str) -> str:
+    """The name; quoted with escapes if it would upset a terminal."""
+    return name if name.isprintable() else repr(name)
+
+
+def _listed(names: Sequence[str], limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return " = ".join(map(_printable, names[:limit])) + more
+
+
+def _first(lines: Sequence[str], limit: int = 5) -> list[str]:
+    """The first few, indented, and how many more there are."""
+    more = [f"  and {len(lines) - limit} more"] if len(lines) > limit else []
+    return [f"  {line}" for line in lines[:limit]] + more
+
+
+def _histogram(values: Sequence[float], width: int = 40) -> list[str]:
+    """Bars of ``#`` over steps of 1, 2 or 5 times a power of ten; the last step takes the largest per cent as well."""
+    reach = max(float(np.quantile(values, 0.99)), LEVEL)
+    power = 10.0 ** math.floor(math.log10(reach / 8))
+    step = power * next(factor for factor in (1, 2, 5, 10) if reach / (power * factor) <= 16)
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    last = math.floor(min(reach, max(values)) / step)
+    counts = Counter(min(int(value / step + 1e-9), last) for value in values)
+    longest = max(counts.values())
+    lines = []
+    for place in range(last + 1):
+        end = "or more" if place == last else f"{(place + 1) * step:.{digits}f}".ljust(7)
+        bar = "#" * math.ceil(width * counts[place] / longest)
+        lines.append(f"  {place * step:.{digits}f} - {end} {counts[place]:>7} {bar}".rstrip())
+    return lines
+
+
+# -- files -------------------------------------------------------------------------------------------
+
+
+def check_output(data: str, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Refuse an output folder before the work rather than after it.
+
+    Raises:
+        DataError: If it lies in the data, or holds something that may not be replaced.
+    """
+    path, images = Path(folder).expanduser().absolute(), Path(data).expanduser()
+    if data and images.is_dir() and images.resolve() in (path.resolve(), *path.resolve().parents):
+        raise DataError(f"--output {folder}: lies in {data}, whose images it would join; choose another folder")
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise DataError(f"--output {folder}: exists and is not a folder; choose another")
+    held = {entry.name for entry in path.iterdir()}
+    if held and not overwrite:
+        raise DataError(f"--output {folder}: not empty; choose another folder, or replace an audit with --overwrite")
+    if not (held <= set(AUDIT_FILES) and (not held or _is_audit(path / "audit.json"))):
+        raise DataError(f"--output {folder}: not an audit, so --overwrite spares it; remove it yourself")
+
+
+def _is_audit(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["format"] == AUDIT_FORMAT)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def write_audit(audit: Audit, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Write ``audit.json`` and, where noise could be estimated, ``worst.png``, the contact sheet of the noisiest.
+
+    Both go to a temporary folder beside the destination, renamed at the end: a report is never half there.
+
+    Args:
+        audit: What was found.
+        folder: A new or empty folder, not in the data.
+        overwrite: Replace an audit that it holds.
+
+    Raises:
+        DataError: As :func:`check_output`.
+    """
+    check_output(audit.data, folder, overwrite=overwrite)
+    path = Path(folder).expanduser().absolute()
+    head = {
+        "format": AUDIT_FORMAT,
+        "source": audit.data,
+        "kind": audit.what,
+        "units": "mean and std in [0, 1]; noise: blind estimate of sigma, pixels in [-1, 1]; size: height, width",
+        "summary": audit.summary(),
+        "worst": [audit.records[place].name for place in audit.worst],
+        "unreadable": [{"name": name, "reason": reason} for name, reason in audit.unreadable],
+    }
+    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        with (unfinished / "audit.json").open("w", encoding="utf-8") as file:
+            file.write(json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}") + ',\n "images": [')
+            lines = (json.dumps(record.as_json(), allow_nan=False) for record in audit.records)
+            file.writelines(("\n  " if number == 0 else ",\n  ") + line for number, line in enumerate(lines))
+            file.write("\n ]\n}\n")  # one line per image: a person may search it
+        if audit.worst:
+            save_png(image_grid(audit.thumbnails, columns=5), unfinished / "worst.png")
+        durable.replace_folder(unfinished, path)  # which is empty, or an audit that may be replaced
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
