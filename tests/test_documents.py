@@ -32,7 +32,7 @@ def test_the_python_of_the_readme_runs(code: str, tmp_path: Path) -> None:
 def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     commands = [shlex.split(line) for block in blocks(README, "bash") for line in block.splitlines()]
     ours = [command for command in commands if command[0] == "robustdiff"]
-    assert [command[1] for command in ours] == ["corrupt", "train", "sample"]
+    assert [command[1] for command in ours] == ["corrupt", "audit", "train", "sample"]
     for command in ours:
         shorter = [{"100k": "640", "64": "4"}.get(word, word) for word in command[1:]]
         python("-m", "robustdiff", *shorter, cwd=tmp_path)
@@ -116,3 +116,24 @@ def test_the_demo_runs_and_writes_what_it_promises(tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "figure.png").stat().st_size > 10_000
     table = (tmp_path / "demo" / "table.md").read_text().splitlines()
     assert len(table) == 10
+
+
+def test_the_noise_experiment_runs_and_its_committed_result_says_how_it_was_got(tmp_path: Path) -> None:
+    script, found = ROOT / "experiments" / "noise_estimates.py", tmp_path / "found.json"
+    python(str(script), "--images", "12", "--output", str(found), cwd=tmp_path)
+    now = json.loads(found.read_text())
+    committed = json.loads((script.parent / "results" / "noise_estimates.json").read_text())
+    assert now["protocol"] == committed["protocol"]
+    assert [row["set"] for row in now["rows"]] == ["digits 8 x 8"]
+    assert now["rows"][0].keys() == committed["rows"][0].keys()
+
+
+def test_every_test_that_the_table_of_faults_names_exists() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text()))
+    there = {
+        name
+        for path in (ROOT / "tests").glob("*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    assert named
+    assert named <= there, named - there
