@@ -7,13 +7,14 @@ import dataclasses
 import shutil
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
@@ -48,6 +49,9 @@ from robustdiff.sampling import largest_divisor, sample, to_uint8, without_accel
 from robustdiff.stopping import Interrupted, stop_signals
 
 __all__ = ["Interrupted", "TrainingError", "train"]
+
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for the first one, which saves and draws previews; the usual 10 minutes may be few."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -343,8 +347,11 @@ def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         mixed_precision=config.mixed_precision,
         log_with=config.logger,
         project_dir=str(folder),
-        # A gate may leave one process without a perturbed forward pass: no collective may happen in a forward.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            # A gate may leave one process without a perturbed forward pass: no collective may happen in a forward.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("--mixed-precision fp16 has no effect on a CPU: use bf16 or no")
