@@ -1,0 +1,5 @@
+"""Assertions in the modules that several test files share show their values, as those in the tests do."""
+
+import pytest
+
+pytest.register_assert_rewrite("checkpoints", "helpers", "runs", "source_files")
