@@ -208,7 +208,7 @@ def test_a_cache_that_cannot_be_written_to_is_replaced_for_the_time_of_the_progr
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary")}
     environment.pop("HF_DATASETS_CACHE", None)
     result = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "a.parquet", tmp_path / "temporary"],
+        [sys.executable, "-u", "-c", script, tmp_path / "a.parquet", tmp_path / "temporary"],
         env=environment,
         capture_output=True,
         text=True,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -39,7 +39,8 @@ def stop_signals() -> Iterator[Callable[[], int]]:
             raise KeyboardInterrupt
         if not status:
             again = "; press Ctrl-C again to stop at once without saving" if number == signal.SIGINT else ""
-            print(f"\nsaving, then stopping{again}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
+                os.write(2, f"\nsaving, then stopping{again}\n".encode())
         status = status or STATUS[signal.Signals(number)]
 
     before: dict[int, object] = {}
