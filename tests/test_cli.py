@@ -410,7 +410,7 @@ def test_data_that_cannot_be_used_is_one_line_and_nothing_is_written(tmp_path: P
         "words": ("no readable image", "side-car"),
         "mixed": ("different sizes", "--resolution"),
         "odd": ("9 x 7", "multiples of 2", "--resolution 6 or 8"),
-        "bad": ("3 of 4 image files", "--max-bad-fraction"),
+        "bad": ("3 of 4 images", "--max-bad-fraction"),
         "text.npy": ("cannot be read as an array",),
     }
     for name, words in expected.items():
@@ -434,7 +434,7 @@ def test_unreadable_images_below_the_limit_are_skipped_named_and_counted(photos:
     (photos / "3.png").write_bytes(b"")
     (photos / "5.png").write_bytes((photos / "5.png").read_bytes()[:60])
     (photos / "notes.txt").write_text("a side-car")
-    assert "2 of 8 image files" in fails(capsys, *tiny_run(photos))
+    assert "2 of 8 images" in fails(capsys, *tiny_run(photos))
     assert not Path("run").exists()
     assert cli.main(tiny_run(photos, "--max-bad-fraction", "0.25")) == 0
     plan = capsys.readouterr().out

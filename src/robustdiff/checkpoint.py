@@ -220,6 +220,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return list({step: path for step, _, path in _candidates(folder) if _is_complete(path)}.values())
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name, also a hidden one."""
+    return int(path.name.removeprefix(".").removeprefix("step-").partition(".")[0])
+
+
 def verify(path: Path) -> str:
     """Read a whole checkpoint and compare it with its manifest.
 

@@ -31,8 +31,11 @@ COMMANDS: dict[str, type] = {
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXT = "No space left on device|quota exceeded|File too large"
-PARTED = "connection closed by peer|connection reset by peer|socket closed|broken pipe|NCCL|gloo"
-"""How a process notices that another one has gone."""
+PARTED = (
+    "connection closed by peer|connection reset by peer|socket closed|broken pipe|remote process exited|"
+    "communicator was aborted"
+)
+"""How a process notices that another one has gone; whatever else its network says is shown whole."""
 MEMORY_REMEDY = {
     "train": "lower --train-batch-size (--gradient-accumulation-steps makes up for it), or take a smaller --network or "
     "--resolution; with worker processes, fewer --dataloader-num-workers",
@@ -71,7 +74,8 @@ def _guarded(arguments: list[str]) -> int:
     except UsageError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
-        return _fail("stopped at once; nothing since the last checkpoint was saved", 130)
+        lost = "; nothing since the last checkpoint was saved" if arguments[:1] == ["train"] else ""
+        return _fail(f"stopped at once{lost}", 130)
     except BrokenPipeError:  # the reader of our output has gone, as in `robustdiff ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -283,7 +287,15 @@ def _corrupt(config: CorruptConfig) -> int:
     from robustdiff.images import load_images
 
     corruptions = check_corruptions(config.corrupt)
-    images = load_images(config.source, resolution=config.resolution, split=config.split)
+    images = load_images(
+        config.source,
+        resolution=config.resolution,
+        max_bad_fraction=config.max_bad_fraction,
+        max_memory=None if config.max_memory_gib is None else int(config.max_memory_gib * 2**30),
+        split=config.split,
+        config=config.dataset_config_name,
+        image_column=config.image_column,
+    )
     manifest = write_dirty_copy(images, Path(config.destination), corruptions, config.seed, overwrite=config.overwrite)
     hit = sum(bool(image["corruptions"]) for image in manifest["images"])
     print(f"{config.destination}: {len(images)} images, {hit} of them dirty (see manifest.json)")

@@ -115,7 +115,7 @@ class TrainConfig:
     image_column: OptionalText = None
     """Column of a table that holds the images. Default: the only one that can."""
     label_column: OptionalText = None
-    """Column of a table that holds the class labels. Default: the only one that can."""
+    """Column of a table that holds the class labels. Default: the only one declared so, or called label, class ..."""
     class_conditional: bool = False
     """Train on class labels too (folder names, or the label column), to draw images class by class."""
     resolution: OptionalInt = None
@@ -441,6 +441,14 @@ class CorruptConfig:
     """Resize the shorter side to this many pixels and crop the centre square first."""
     split: OptionalText = None
     """Part of a data set that comes in parts (train, test ..., or all). Default: train."""
+    dataset_config_name: OptionalText = None
+    """Configuration of a hub data set that has several."""
+    image_column: OptionalText = None
+    """Column of a table that holds the images. Default: the only one that can."""
+    max_bad_fraction: float = 0.01
+    """Largest share of unreadable images that is skipped rather than an error, 0 to 1."""
+    max_memory_gib: OptionalGiB = None
+    """Hold the decoded images if they take at most this much. Default: half of the free memory."""
     overwrite: bool = False
     """Replace DST."""
 
@@ -453,6 +461,11 @@ class CorruptConfig:
         _require(self.source != "" and self.destination != "", "SRC and DST must not be empty: name two folders")
         _require(bool(self.corrupt), "--corrupt is missing: give at least one, e.g. --corrupt gaussian:sigma=0.2")
         check_corruptions(self.corrupt)
+        _check_memory(self.max_memory_gib)
+        _require(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction must be between 0 and 1")
+        for name in ("split", "dataset_config_name", "image_column"):
+            flag = "--" + name.replace("_", "-")
+            _require(getattr(self, name) != "", f"{flag} is empty: give a name, or leave the flag out")
         _require(self.seed >= 0, "--seed must be 0 or more")
         good = self.resolution is None or 1 <= self.resolution <= MAX_SIDE
         _require(good, f"--resolution must be in 1 .. {MAX_SIDE} pixels")

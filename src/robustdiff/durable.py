@@ -54,6 +54,14 @@ def fsync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def read_only(path: Path) -> Path | None:
+    """The folder that forbids making or changing ``path``, or None if nothing does."""
+    there = path.expanduser().absolute()
+    while not there.exists():
+        there = there.parent
+    return None if os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0)) else there
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8: whole or not at all, and on the disk on return; replaces what was there.
 
@@ -115,8 +123,8 @@ def replace_folder(staging: Path, final: Path) -> None:
     one ``staging``. Calling this again with a new ``staging`` then mends it.
 
     Args:
-        staging: The new folder, its files on the disk already (:func:`fsync_file`, :func:`fsync_folder`); on the same
-            file system as ``final``.
+        staging: The new folder; on the same file system as ``final``. What must survive a power cut is on the disk
+            already (:func:`fsync_file`, :func:`fsync_folder`).
         final: The folder to replace; may be missing.
 
     Raises:

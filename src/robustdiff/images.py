@@ -207,10 +207,10 @@ def load_images(
         raise DataError(f"--channels must be 1 (grey) or 3 (RGB), got {channels}")
     if not 0 <= max_bad_fraction <= 1:
         raise DataError(f"--max-bad-fraction must be in [0, 1], got {max_bad_fraction}")
-    if max_memory is None:
-        max_memory = free_memory() // 2 // processes_here()
     try:
         opened = open_source(source, **options)
+        if max_memory is None:  # asked now: an archive is in memory already
+            max_memory = free_memory() // 2 // processes_here()
         return _load(str(source), opened, resolution, channels, max_bad_fraction, max_memory)
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
@@ -333,8 +333,8 @@ def _check_bad(bad: Sequence[tuple[str, str]], total: int, max_bad_fraction: flo
     if len(bad) > limit:
         example = f"{bad[0][0]} ({bad[0][1]})"
         raise DataError(
-            f"{len(bad)} of {total} image files cannot be read, for example {example}; remove them, or raise "
-            f"--max-bad-fraction (now {max_bad_fraction:g})"
+            f"at least {len(bad)} of {total} images cannot be read, for example {example}; see them all with "
+            f"`robustdiff audit` and remove them, or raise --max-bad-fraction (now {max_bad_fraction:g})"
         )
     return limit
 

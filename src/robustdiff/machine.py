@@ -11,28 +11,36 @@ import psutil
 from robustdiff.config import UsageError
 
 GROUPS = Path("/sys/fs/cgroup")
-"""Where Linux shows its control groups (version 2)."""
+"""Where Linux shows its control groups."""
 OWN_GROUP = Path("/proc/self/cgroup")
+VERSIONS = (
+    ("", r"^0::/(.*)$", "memory.max", "memory.current", r"^inactive_file (\d+)$"),
+    ("memory", r"^\d+:memory:/(.*)$", "memory.limit_in_bytes", "memory.usage_in_bytes", r"^total_inactive_file (\d+)$"),
+)
+"""Versions 2 and 1: root folder, own group, limit, use, and cache that is given back when it is needed."""
 
 
 def free_memory() -> int:
     """Bytes that can be had: of the machine, or of the tightest control group (container, job) around this process."""
     free = int(psutil.virtual_memory().available)
     try:
-        own = re.search(r"^0::/(.*)$", OWN_GROUP.read_text(), re.MULTILINE)
+        groups = OWN_GROUP.read_text()
     except OSError:  # not Linux
         return free
-    group = GROUPS / (own[1] if own else "")
-    for place in (group, *group.parents):
-        if not place.is_relative_to(GROUPS):
-            break
-        try:
-            limit, used, stat = ((place / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
-        except OSError:  # the root group has no limit, and other groups may be hidden
-            continue
-        cache = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)  # given back when it is needed
-        if limit.strip() != "max":
-            free = min(free, int(limit) - int(used) + (int(cache[1]) if cache else 0))
+    for folder, pattern, limit_name, used_name, cache_pattern in VERSIONS:
+        own = re.search(pattern, groups, re.MULTILINE)
+        root = GROUPS / folder
+        group = root / (own[1] if own else "")
+        for place in (group, *group.parents):
+            if not place.is_relative_to(root):
+                break
+            try:
+                limit, used, stat = ((place / name).read_text() for name in (limit_name, used_name, "memory.stat"))
+            except OSError:  # the root group has no limit, and other groups may be hidden
+                continue
+            cache = re.search(cache_pattern, stat, re.MULTILINE)
+            if limit.strip() != "max":
+                free = min(free, int(limit) - int(used) + (int(cache[1]) if cache else 0))
     return max(0, free)
 
 
@@ -67,7 +75,8 @@ def check_launcher() -> None:
         UsageError: Under ``accelerate launch --cpu --num_processes N``, which starts several only through MPI.
     """
     through_mpi = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
-    alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    # Batch scripts export MASTER_ADDR for reasons of their own; this one is accelerate's.
+    alone = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("MASTER_ADDR") == "127.0.0.1"
     if alone and "WORLD_SIZE" not in os.environ and not through_mpi:
         raise UsageError(
             "accelerate launch was asked for several processes but started one: on CPUs too it needs --multi_gpu "

@@ -117,6 +117,8 @@ def check_plausible(values: object) -> None:
         ValueError: With what is wrong.
     """
     for name, value in values.items() if isinstance(values, dict) else ():
+        if name.startswith("_"):  # diffusers' own remarks, such as the names of what was left at its default
+            continue
         items = value if isinstance(value, list | tuple) else [value]
         if len(items) > MAX_BLOCKS:
             raise ValueError(f"{name!r:.40} has {len(items)} entries")
@@ -157,6 +159,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     check_plausible(config)
     check_types(UNet2DModel, config)
     side = config["sample_size"]
+    if side is None:
+        raise ValueError("sample_size is missing")
     shape = (1, config["in_channels"], *((side, side) if isinstance(side, int) else side))
     with torch.device("meta"), torch.no_grad():
         unet = UNet2DModel.from_config(config)

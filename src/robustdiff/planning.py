@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -230,9 +229,9 @@ class Plan:
         """The plan as a person reads it, with the estimated time."""
         height, width = data.size
         colour = "grey" if data.channels == 1 else "RGB"
-        size = f"{data.bytes / 2**20:.1f} MiB"
-        held = f"{size} too many to hold, decoded at every use" if data.streamed else f"{size} held in memory"
-        held += f", by {workers} workers" if workers else ""
+        size = f"{data.bytes / 2**20:.1f} MiB" if data.bytes >= 2**20 else f"{data.bytes / 2**10:.1f} KiB"
+        held = f"streamed ({size} decoded at every use)" if data.streamed else f"{size} held"
+        held += f", fed by {workers} workers" if workers else ""
         conditional = unet.config["num_class_embeds"] is not None
         rows = {
             "data": f"{config.data} ({data.what}): {len(data)} images, {width} x {height} {colour}",
@@ -266,7 +265,7 @@ def describe_objective(objective: PlainObjective) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+    return ", ".join(" ".join(name.split()) for name in names[:10]) + (" ..." if len(names) > 10 else "")
 
 
 def _duration(seconds: float) -> str:
@@ -299,10 +298,7 @@ def claim_output(config: TrainConfig, folder: Path) -> Path | None:
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-dir {folder} is a file: name a folder")
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    if not config.dry_run and not os.access(there, os.W_OK | os.X_OK):
+    if not config.dry_run and (there := durable.read_only(folder)):
         raise UsageError(f"--output-dir {folder}: {there} is read-only: name another folder")
     if config.resuming:
         damaged: list[tuple[Path, str]] = []

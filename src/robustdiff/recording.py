@@ -127,11 +127,11 @@ class Metrics:
         if not good or not all(isinstance(saved.get(name, 0), int) for name in ("skipped", "streak")):
             raise UsageError("--resume: damaged metrics in the checkpoint: name another with --resume-from-checkpoint")
         self._accelerator, self._skip = accelerator, skip
-        self._waiting: list[tuple[int, Tensor, list[LossTerms]]] = []
+        self._waiting: list[tuple[int, Tensor, list[tuple[Tensor, Tensor]]]] = []
         rows = saved.get("rows", [])
         self._rows = [[math.nan if value is None else value for value in row] for row in rows]
         self.skipped: int = saved.get("skipped", 0)
-        self._streak: int = saved.get("streak", 0)
+        self.streak: int = saved.get("streak", 0)
 
     def add(self, step: int, parts: list[LossTerms], gradient_norm: Tensor) -> Tensor:
         """Add an optimiser step, its passes and the norm of its gradient; no device sync.
@@ -150,7 +150,8 @@ class Metrics:
             finite = finite & gradient_norm.isfinite().to(finite.device)
         bad = 1 - finite.float()
         row = torch.cat([mean, gradient_norm.detach().float().reshape(1).to(mean), bad.reshape(1)])
-        self._waiting.append((step, row, parts))
+        # No more than this: the terms themselves would keep every pass's graph alive until the next line.
+        self._waiting.append((step, row, [(terms.t, terms.total.detach()) for terms in parts]))
         return bad
 
     def settle(self, process: NoiseProcess) -> tuple[list[NonFinite], NonFinite | None]:
@@ -168,21 +169,23 @@ class Metrics:
         for (step, _, parts), (*row, bad) in zip(waiting, rows, strict=True):
             if bad == 0:  # bad: the share of processes that met it
                 self._rows.append(row)
-                self._streak = 0
+                self.streak = 0
                 continue
-            self._streak += 1
+            self.streak += 1
             self.skipped += 1
             found.append(self._non_finite(step, parts, row[-1], process))
-            if not self._skip or self._streak >= self.PATIENCE:
+            if not self._skip or self.streak >= self.PATIENCE:
                 return found, found[-1]
         return found, None
 
-    def _non_finite(self, step: int, parts: list[LossTerms], norm: float, process: NoiseProcess) -> NonFinite:
+    def _non_finite(
+        self, step: int, parts: list[tuple[Tensor, Tensor]], norm: float, process: NoiseProcess
+    ) -> NonFinite:
         """Which images and noise levels the step had; every process asks at the same step."""
         t, losses = (
-            [self._accelerator.gather(getattr(p, name).detach()).cpu() for p in parts] for name in ("t", "total")
+            torch.cat([self._accelerator.gather(values).cpu() for values in column])
+            for column in zip(*parts, strict=True)
         )
-        t, losses = torch.cat(t), torch.cat(losses)
         return NonFinite(step, t, process.noise_to_signal(t), losses, norm)
 
     def means(self) -> dict[str, float | None]:
@@ -200,7 +203,7 @@ class Metrics:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-ready; call :meth:`settle` first."""
         rows = [[value if math.isfinite(value) else None for value in row] for row in self._rows]
-        return {"rows": rows, "skipped": self.skipped, "streak": self._streak}
+        return {"rows": rows, "skipped": self.skipped, "streak": self.streak}
 
 
 class Tracker:
@@ -253,7 +256,7 @@ def save_pipeline(folder: Path, pipeline: DiffusionPipeline) -> None:
             durable.replace_folder(part, folder / part.name)
         else:
             part.replace(folder / part.name)
-    staging.rmdir()
+    durable.remove(staging)  # on NFS an old file that somebody reads stays for a while
     durable.fsync_folder(folder)
 
 

@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import re
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -329,20 +328,24 @@ def sample_to_files(config: SampleConfig) -> str:
     if not state.is_main_process:
         return ""
     everything = torch.cat(parts)
-    if output.suffix == ".npz":
-        output.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {"images": everything.permute(0, 2, 3, 1).numpy()}
-        staging = output.with_name(f".{output.name}.tmp.npz")
-        np.savez(staging, **(arrays if labels is None else {**arrays, "labels": np.array(labels)}))
-        staging.replace(output)
-        return f"{output}: {config.n} images, uint8, (N, H, W, C)"
-    staging = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    for i, image in enumerate(everything):
-        save_png(image, staging / f"{i:06d}.png")
-    save_png(image_grid(everything[:256]), staging / "grid.png")
-    durable.replace_folder(staging, output)
+    archive = output.suffix == ".npz"
+    staging = output.with_name(f".{output.name}.tmp" + (".npz" if archive else ""))
+    durable.remove(staging)
+    try:
+        if archive:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            arrays = {"images": everything.permute(0, 2, 3, 1).numpy()}
+            np.savez(staging, **(arrays if labels is None else {**arrays, "labels": np.array(labels)}))
+            durable.fsync_file(staging)
+            staging.replace(output)
+            return f"{output}: {config.n} images, uint8, (N, H, W, C)"
+        staging.mkdir(parents=True)
+        for i, image in enumerate(everything):
+            save_png(image, staging / f"{i:06d}.png")
+        save_png(image_grid(everything[:256]), staging / "grid.png")
+        durable.replace_folder(staging, output)
+    finally:  # half of it helps nobody, and a full disk needs the room
+        durable.remove(staging)
     return f"{output}: {config.n} images and grid.png"
 
 
@@ -370,6 +373,8 @@ def _output_path(config: SampleConfig) -> Path:
         occupied = output.is_file() or (output.is_dir() and any(output.iterdir()))
     if occupied and not config.overwrite:
         raise UsageError(f"--output {output} exists: name another, or add --overwrite")
+    if there := durable.read_only(output):
+        raise UsageError(f"--output {output}: {there} is read-only: name another place")
     if output.is_dir() and os.path.ismount(output):
         raise UsageError(f"--output {output} is where a disk is mounted: name a folder in it")
     if occupied and output.is_dir() and not all(_SAMPLE.fullmatch(path.name) for path in output.iterdir()):
@@ -388,7 +393,7 @@ def _class_labels(config: SampleConfig, classes: int | None) -> list[int] | None
     names, label = _class_names(config.run), str(config.class_label)
     if label in names:
         number = names.index(label)
-    elif label.isdecimal() and int(label) < classes:
+    elif label.isdecimal() and int(label) < classes and not any(name.isdecimal() for name in names):
         number = int(label)
     else:
         known = f", nor one of {', '.join(names[:20])}" if names else ""

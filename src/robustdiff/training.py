@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import sys
 import time
 import warnings
 from datetime import timedelta
@@ -14,16 +15,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from robustdiff import __version__, durable
 from robustdiff.batches import Batch, Batches, Shares, feed
-from robustdiff.checkpoint import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint
+from robustdiff.checkpoint import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint, step_of
 from robustdiff.config import TrainConfig, UsageError, check_corruptions
 from robustdiff.corruption import derive_seed
-from robustdiff.images import image_grid, load_images, save_png
+from robustdiff.images import ImageSet, image_grid, load_images, save_png
 from robustdiff.machine import check_launcher, cores, is_out_of_memory
 from robustdiff.objective import LossTerms
 from robustdiff.planning import (
@@ -85,6 +86,7 @@ def train(config: TrainConfig) -> Path:
         max_memory=None if config.max_memory_gib is None else int(config.max_memory_gib * 2**30),
         **source_options(config),
     )
+    _check_alike(accelerator, data)
     workers = config.dataloader_num_workers
     workers = (min(4, cores()) if data.streamed else 0) if workers is None else workers
     pipeline, network = build_pipeline(config, data)
@@ -155,6 +157,7 @@ def train(config: TrainConfig) -> Path:
     hardware = f"{accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}"
     dirt = tuple(str(corruption) for corruption in corruptions)
     seconds *= config.gradient_accumulation_steps
+    slowest = accelerator.gather(torch.tensor([seconds], device=accelerator.device)).max().item()
     say(plan.text(config, data, pipeline.unet, workers, dirt, folder, hardware, seconds))
     if config.dry_run:
         say("dry run: nothing was written")
@@ -193,7 +196,8 @@ def train(config: TrainConfig) -> Path:
             if fatal is None:
                 say(f"skipped a step: {one}")
         if fatal is not None:
-            good = list_checkpoints(folder / "checkpoints")
+            before = fatal.step - metrics.streak + 1  # the row
+            good = [path for path in list_checkpoints(folder / "checkpoints") if step_of(path) <= before]
             row = f", {Metrics.PATIENCE} steps in a row" if config.on_nonfinite == "skip" else ""
             safe = f"last good checkpoint: {good[-1]}" if good else "no checkpoint was written yet"
             skip = "" if row else ", or --on-nonfinite skip"
@@ -211,7 +215,9 @@ def train(config: TrainConfig) -> Path:
             lines.sync()
             bad_lines.sync()
             counters = {"images": step * plan.batch, "metrics": metrics.state()}
-            save_checkpoint(folder / "checkpoints", step, state, counters, config.checkpoints_total_limit)
+            # In a row of bad steps nothing is deleted: the checkpoint before it may be the one to go back to.
+            keep = sys.maxsize if metrics.streak else config.checkpoints_total_limit
+            save_checkpoint(folder / "checkpoints", step, state, counters, keep)
             publish()
 
     def publish() -> None:
@@ -250,6 +256,7 @@ def train(config: TrainConfig) -> Path:
     progress = Progress(step, plan, enabled=accelerator.is_main_process)
     since, since_step = time.perf_counter(), step
     status = 0
+    agreeing = steps_between_votes(slowest)
     shares = Shares(step, plan.steps, plan.batch, size, accelerator.process_index, accelerator.num_processes)
     loading = feed(batches, shares, workers, pin=accelerator.device.type == "cuda")
     with stop_signals() as asked_to_stop, contextlib.closing(loading):
@@ -284,7 +291,7 @@ def train(config: TrainConfig) -> Path:
             logging = step % config.logging_steps == 0 or step == plan.steps
             status = asked_to_stop()
             if accelerator.num_processes > 1:  # all stop at the same step, agreed where they meet anyway
-                status = _agree(accelerator, status) if logging or step % 10 == 0 else 0
+                status = _agree(accelerator, status) if logging or step % agreeing == 0 else 0
             finished = step == plan.steps or status > 0
             saving = finished or step % plan.checkpointing_steps == 0
             if saving or logging:
@@ -323,6 +330,27 @@ def train(config: TrainConfig) -> Path:
     return folder
 
 
+def _check_alike(accelerator: Accelerator, data: ImageSet) -> None:
+    """Every process must have read the same images, or none would notice what is trained on.
+
+    Raises:
+        UsageError: If a process has others, from a copy on its own machine, say.
+    """
+    if accelerator.num_processes > 1:
+        mine = torch.tensor([int(data.sha256[:12], 16)], device=accelerator.device)
+        every = accelerator.gather(mine)
+        if not bool((every == every[0]).all()):
+            raise UsageError(f"DATA {data.source} holds other images on some machines than on others: make it the same")
+
+
+def steps_between_votes(seconds: float) -> int:
+    """Every how many steps of so many seconds processes ask one another whether to stop: about every other second.
+
+    Launchers kill 30 s after they ask to stop; and every vote makes the host wait for the device.
+    """
+    return max(1, min(10, int(2 / max(seconds, 0.001))))  # a clock may stand still
+
+
 def _agree(accelerator: Accelerator, status: int) -> int:
     """The highest exit status that any process was asked to end with."""
     asked = torch.tensor([status == 130, status == 143], dtype=torch.float32, device=accelerator.device)
@@ -353,6 +381,12 @@ def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )
+    sharding = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+    if accelerator.distributed_type in sharding:
+        raise UsageError(
+            f"accelerate is set to {accelerator.distributed_type.value}, which splits the network: use plain data "
+            "parallelism (accelerate launch --multi_gpu)"
+        )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("--mixed-precision fp16 has no effect on a CPU: use bf16 or no")
     return accelerator
