@@ -207,7 +207,7 @@ def draw_figure(path: Path, panels: dict[str, torch.Tensor], side: int = 7) -> N
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from robustdiff.sampling import image_grid
+    from robustdiff.images import image_grid
 
     figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.8), layout="constrained")
     for axis, (title, images) in zip(axes, panels.items(), strict=True):

@@ -272,6 +272,9 @@ def test_a_bad_choice_names_the_flag_the_choices_and_the_nearest(here, capsys, a
         (("corrupt", "x", "y", "--corrupt", "blur", "--seed", "q"), "--seed"),
         (("corrupt", "x", "y", "--corrupt", "blur", "--resolution", "0"), "--resolution"),
         (("corrupt", "x", "y", "--corrupt", "blur:radius=-1"), "--corrupt"),
+        (("corrupt", "x", "y", "--corrupt", "blur", "--max-bad-fraction", "2"), "--max-bad-fraction must be"),
+        (("corrupt", "x", "y", "--corrupt", "blur", "--max-bad-fraction", "nan"), "--max-bad-fraction must be"),
+        (("corrupt", "x", "y", "--corrupt", "blur", "--max-memory-gib", "-1"), "--max-memory-gib -1.0 must be"),
     ],
 )
 def test_a_bad_number_names_its_flag_in_plain_words(here: Path, capsys, arguments, flag) -> None:
@@ -380,6 +383,57 @@ def test_a_disk_that_refuses_to_be_written_is_one_line(photos: Path, here: Path,
     assert error.count("\n") == 1
     assert "Permission denied" in error
     assert not list(here.iterdir())
+
+
+def test_corrupt_skips_as_many_unreadable_images_as_it_is_told(photos: Path, here: Path, capsys) -> None:
+    for name in ("3.png", "5.png"):
+        (photos / name).write_bytes(b"")
+    arguments = ("corrupt", str(photos), "dirty", "--corrupt", "blur")
+    assert "at least 2 of 8 images" in fails(capsys, *arguments)
+    assert cli.main([*arguments, "--max-bad-fraction", "0.25"]) == 0
+    assert "dirty: 6 images" in capsys.readouterr().out
+    assert len(load_images("dirty")) == 6
+
+
+def test_corrupt_holds_no_more_than_it_is_told(photos: Path, here: Path, monkeypatch) -> None:
+    streamed = []
+
+    def load(*arguments: object, **options: object) -> object:
+        images = load_images(*arguments, **options)
+        streamed.append(images.streamed)
+        return images
+
+    monkeypatch.setattr("robustdiff.images.load_images", load)
+    for folder, more in (("held", ("--max-memory-gib", "1")), ("streamed", ("--max-memory-gib", "0"))):
+        assert cli.main(["corrupt", str(photos), folder, "--corrupt", "impulse:amount=0.2", *more]) == 0
+    assert streamed == [False, True]
+    assert tree(Path("held")) == tree(Path("streamed"))
+
+
+# -- stopped, and refused before the work ------------------------------------------------------------
+
+
+def test_ctrl_c_speaks_of_checkpoints_where_there_are_some(photos: Path, here: Path, capsys, monkeypatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("robustdiff.audit.audit_images", stop)
+    monkeypatch.setattr("robustdiff.training.train", stop)
+    assert cli.main(["audit", str(photos)]) == 130
+    assert capsys.readouterr().err == "robustdiff: stopped at once\n"
+    assert cli.main(["train", str(photos)]) == 130
+    assert "nothing since the last checkpoint was saved" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["report", "new/report"])
+def test_a_read_only_output_of_audit_is_refused_before_the_work(photos, here, capsys, monkeypatch, place) -> None:
+    """Tests may run as root, whom no permission stops: the system's answer is simulated."""
+    original = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != here and original(path, mode))
+    monkeypatch.setattr("robustdiff.audit.audit_images", lambda *_, **__: pytest.fail("the work has begun"))
+    error = fails(capsys, "audit", str(photos), "--output", str(here / place))
+    assert "--output" in error
+    assert f"{here} is read-only" in error
 
 
 # -- bad data to robustdiff train --------------------------------------------------------------------

@@ -14,7 +14,8 @@ from helpers import TINY_UNET
 from PIL import Image
 
 from robustdiff import SampleConfig, TrainConfig, UsageError, cli, train
-from robustdiff.sampling import load_pipeline, sample, sample_to_files
+from robustdiff.sample_files import sample_to_files
+from robustdiff.sampling import load_pipeline, sample
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,17 @@
-"""Full and read-only disks, memory, clocks, lost workers, and what is not finite."""
+"""Full and read-only disks, memory, clocks, lost workers, and what is not finite.
+
+Long, because its sections share the run that nothing interrupts, with which all others are compared.
+"""
 
 import dataclasses
 import errno
 import itertools
 import json
 import os
+import resource
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -33,6 +38,7 @@ from runs import (
     tensors,
     write_inputs,
 )
+from safetensors.torch import load_file
 
 from robustdiff import cli, training
 from robustdiff.batches import Batches
@@ -188,6 +194,41 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(inputs, whole, tmp_pa
         os.utime(path, (1, 1))
     os.utime(checkpoint(folder), (1, 1))
     assert finish(inputs, whole, folder, capfd) == STEPS
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x"])
+def test_samples_that_find_the_disk_full_leave_what_was_there(whole: Path, tmp_path: Path, name: str) -> None:
+    output = tmp_path / "out" / name
+    arguments = ["sample", str(whole), "--steps", "10", "--output", str(output), "--overwrite"]
+    assert run([*arguments, "-n", "2"], tmp_path / "log")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+    status, text = run([*arguments, "-n", "40"], tmp_path / "log", limit)
+    assert status == 2, text
+    assert "no space left" in complaint(text)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert list((tmp_path / "out").iterdir()) == [output]
+
+
+def test_an_old_pipeline_that_resists_deletion_does_not_stop_the_run(inputs, whole, tmp_path, monkeypatch, capfd):
+    """On NFS a file that another process reads is renamed when it is deleted, and its folder cannot be removed."""
+    folder, original, resisted = tmp_path / "run", shutil.rmtree, []
+
+    def rmtree(path, *arguments, ignore_errors=False, **more):
+        if Path(path).parent.name != ".pipeline.tmp" and Path(path).name != ".pipeline.tmp":
+            original(path, *arguments, ignore_errors=ignore_errors, **more)
+        elif Path(path).exists():
+            resisted.append(path)
+            if not ignore_errors:
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", rmtree)
+        assert cli.main(command(inputs, folder)) == 0, capfd.readouterr().err
+    assert any(Path(path).name == "unet" for path in resisted)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert_same_tensors(dict(pipeline.unet.state_dict()), load_file(checkpoint(folder) / "ema.safetensors"))
+    assert finish(inputs, whole, folder, capfd) == STEPS  # once nobody reads them, the old files go
 
 
 # -- memory and workers ------------------------------------------------------------------------------
@@ -381,6 +422,33 @@ def test_ten_skipped_steps_in_a_row_stop_the_run_across_a_checkpoint_and_a_resum
     for name in before:
         if not name.startswith("ema/"):  # the average still moves towards the weights
             assert torch.equal(before[name], after[name])
+
+
+def test_a_row_of_bad_steps_deletes_no_checkpoint_from_before_it(inputs, tmp_path, monkeypatch, capfd) -> None:
+    """Weights that lead to ten bad steps in a row may be spoilt: the one to go back to is from before the row."""
+    folder = tmp_path / "run"
+    arguments = command(inputs, folder, "--on-nonfinite", "skip", "--checkpoints-total-limit", "1")
+    with monkeypatch.context() as patch:
+        broken(patch, lambda terms, step, part: poison(terms, "nan") if step >= 8 else terms)
+        assert cli.main(arguments) == 1
+    message = complaint(capfd.readouterr().err)
+    assert "step 17," in message
+    assert f"last good checkpoint: {checkpoint(folder, 6)};" in message
+    assert good_steps(folder) == [6, 9, 12, 15]
+
+
+def test_the_checkpoint_just_before_a_row_of_bad_steps_is_the_one_named(inputs, tmp_path, monkeypatch, capfd) -> None:
+    folder = tmp_path / "run"
+    broken(monkeypatch, lambda terms, step, part: poison(terms, "nan") if step >= 6 else terms)
+    assert cli.main(command(inputs, folder, "--on-nonfinite", "skip")) == 1
+    assert f"last good checkpoint: {checkpoint(folder, 6)};" in complaint(capfd.readouterr().err)
+
+
+def test_after_a_row_of_bad_steps_superfluous_checkpoints_go(inputs, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "run"
+    broken(monkeypatch, lambda terms, step, part: poison(terms, "nan") if 4 <= step < 13 else terms)
+    assert cli.main(command(inputs, folder, "--on-nonfinite", "skip")) == 0
+    assert good_steps(folder) == [STEPS - EVERY, STEPS]
 
 
 def test_skipped_steps_that_are_not_in_a_row_never_stop_it(inputs, tmp_path, monkeypatch) -> None:

@@ -413,9 +413,10 @@ def test_too_many_bad_files_are_an_error(tmp_path):
     (tmp_path / "notes.doc").write_text("no image, and not counted as one")
     (tmp_path / "x0.png").write_bytes(b"")
     assert len(load_images(tmp_path)) == 8  # one bad file never stops a small folder
-    fails("1 of 9", "x0.png (empty file)", "--max-bad-fraction", source=tmp_path, max_bad_fraction=0)
+    fails("at least 1 of 9 images", "x0.png (empty file)", "--max-bad-fraction", source=tmp_path, max_bad_fraction=0)
     truncate(save(tmp_path / "x1.png", pixels(64, 64)))  # found out only when its pixels are decoded
-    fails("2 of 10", "--max-bad-fraction", "0.01", source=tmp_path, resolution=6)
+    words = ("at least 2 of 10 images", "robustdiff audit", "--max-bad-fraction", "0.01")
+    fails(*words, source=tmp_path, resolution=6)
     assert len(load_images(tmp_path, resolution=6, max_bad_fraction=0.2)) == 8
     assert len(load_images(tmp_path, max_bad_fraction=0.2)) == 8
 

@@ -1,4 +1,7 @@
-"""`accelerate launch` as it is typed: several processes see, do, write and survive what one does."""
+"""`accelerate launch` as it is typed: several processes see, do, write and survive what one does.
+
+Long, because launches are dear: each one serves several tests.
+"""
 
 import contextlib
 import dataclasses
@@ -21,8 +24,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from robustdiff import TrainConfig, cli, train
+from robustdiff.config import UsageError
 from robustdiff.images import load_images
-from robustdiff.training import Batches
+from robustdiff.machine import check_launcher
+from robustdiff.training import Batches, steps_between_votes
 
 STEPS, EVERY = 40, 20
 """Steps of a run, and between its checkpoints: after twenty, rounding has not grown yet."""
@@ -48,6 +53,7 @@ if "WATCHED" in os.environ:
 
 fault, _, place = os.environ.get("FAULT", "").partition("@")
 if fault and os.environ.get("RANK") == place:
+    import dataclasses
     from robustdiff import batches, training
     from robustdiff.images import DataError
 
@@ -59,6 +65,9 @@ if fault and os.environ.get("RANK") == place:
     def in_loading(*_, **__):
         raise DataError("x.png: cannot be\\nread here")
 
+    def of_another_folder(source, *_, original=training.load_images, **options):
+        return dataclasses.replace(original(os.environ["OTHER"], **options), source=str(source))
+
     def in_saving(*_):
         raise OSError(28, "No space left on device")
 
@@ -66,6 +75,8 @@ if fault and os.environ.get("RANK") == place:
         batches.Batches.draw = in_the_sixth_step
     elif fault == "data":
         training.load_images = in_loading
+    elif fault == "other":
+        training.load_images = of_another_folder
     elif fault == "save":
         training.save_checkpoint = in_saving
 """
@@ -403,6 +414,37 @@ def test_one_process_that_fails_ends_all_and_its_message_is_seen(base, tmp_path:
 
 
 @pytest.mark.slow
+def test_processes_with_other_images_are_refused(base: TrainConfig, photos: Path, tmp_path: Path) -> None:
+    """One pixel of one image differs, as in a copy of the data that is older on one machine."""
+    other = tmp_path / "other"
+    shutil.copytree(photos, other)
+    pixels = np.asarray(Image.open(other / "odd" / "3.png")).copy()
+    pixels[4, 5] ^= 1
+    Image.fromarray(pixels).save(other / "odd" / "3.png")
+    config = halved(base, tmp_path / "run", dry_run=True)
+    with launched(*flags(config), folder=tmp_path, FAULT="other@1", OTHER=str(other)) as launcher:
+        out, error = launcher.communicate(timeout=LIMIT)
+    assert launcher.returncode not in (0, None)
+    ours = [line for line in error.splitlines() if line.startswith("robustdiff (process ")]
+    assert any(f"DATA {photos} holds other images" in line for line in ours), error
+    assert all("holds other images" in line or "another process stopped" in line for line in ours), error
+    assert "cli.py" not in error
+    assert "estimated time" not in out
+
+
+@pytest.mark.slow
+def test_an_error_of_the_network_itself_is_shown_whole(base: TrainConfig, tmp_path: Path) -> None:
+    """Nobody else has a message to look at: this one names the interface that is not there."""
+    config = halved(base, tmp_path / "run", dry_run=True)
+    with launched(*flags(config), folder=tmp_path, GLOO_SOCKET_IFNAME="nope0") as launcher:
+        _, error = launcher.communicate(timeout=LIMIT)
+    assert launcher.returncode not in (0, None)
+    assert "RuntimeError" in error
+    assert "nope0" in error
+    assert "another process stopped" not in error
+
+
+@pytest.mark.slow
 def test_a_launcher_that_starts_one_process_instead_of_two_is_noticed(base: TrainConfig, tmp_path: Path) -> None:
     line = command(*flags(halved(base, tmp_path / "run")), processes=2)
     line[line.index("--multi_gpu")] = "--cpu"
@@ -412,3 +454,36 @@ def test_a_launcher_that_starts_one_process_instead_of_two_is_noticed(base: Trai
     assert len(ours) == 1
     assert "--multi_gpu" in ours[0]
     assert not (tmp_path / "run").exists()
+
+
+ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
+"""What `accelerate launch --cpu --num_processes 2` sets in the one process that it starts."""
+
+
+@pytest.mark.parametrize(
+    ("variables", "refused"),
+    [
+        (ACCELERATE, True),
+        ({**ACCELERATE, "MASTER_ADDR": "node1"}, False),  # a batch script's, which then starts one process
+        ({**ACCELERATE, "WORLD_SIZE": "2"}, False),
+        ({**ACCELERATE, "OMPI_COMM_WORLD_SIZE": "2"}, False),
+        ({"MASTER_ADDR": "127.0.0.1"}, False),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, False),
+    ],
+)
+def test_what_tells_that_a_launcher_started_too_few(monkeypatch, variables: dict[str, str], refused: bool) -> None:
+    for name in (*ACCELERATE, "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="--multi_gpu") if refused else contextlib.nullcontext():
+        check_launcher()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps"),
+    [(-1.0, 10), (0.0, 10), (1e-9, 10), (0.2, 10), (0.3, 6), (0.5, 4), (1.0, 2), (1.5, 1), (25.0, 1), (1e9, 1)],
+)
+def test_processes_ask_one_another_every_other_second(seconds: float, steps: int) -> None:
+    """Never rarer than every tenth step, nor than every step where steps are long: launchers wait for 30 s."""
+    assert steps_between_votes(seconds) == steps

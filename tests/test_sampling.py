@@ -1,9 +1,12 @@
 """Sampling: equal to stock diffusers, independent of the batch, exact on Gaussians, and the free baselines."""
 
+import dataclasses
+import json
 import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,18 +15,18 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, UNet2DModel, VQModel
 from PIL import Image
 
-from robustdiff import TrainConfig, cli, train
+from robustdiff import TrainConfig, cli, sample_files, train
 from robustdiff.config import SampleConfig, UsageError
+from robustdiff.images import image_grid
 from robustdiff.process import NoiseProcess
+from robustdiff.sample_files import sample_to_files
 from robustdiff.sampling import (
     SCHEDULERS,
     RelabelledModel,
-    image_grid,
     largest_divisor,
     load_pipeline,
     make_scheduler,
     sample,
-    sample_to_files,
     to_uint8,
 )
 
@@ -289,6 +292,55 @@ def test_bad_input_to_sample_is_one_line_that_names_the_flag(run, tmp_path, caps
     assert names in error
     assert error.count("\n") == 1
     assert (tmp_path / "something").exists()
+
+
+@pytest.mark.parametrize("name", ["deep/images.npz", "deep/images"])
+def test_a_read_only_output_of_sample_is_refused_before_the_work(run, tmp_path, monkeypatch, capsys, name) -> None:
+    """Tests may run as root, whom no permission stops: the system's answer is simulated."""
+    original = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and original(path, mode))
+    monkeypatch.setattr(sample_files, "load_pipeline", lambda _: pytest.fail("the work has begun"))
+    assert cli.main(["sample", run, "-n", "1", "--steps", "10", "-o", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert "--output" in error
+    assert f"{tmp_path} is read-only" in error
+    assert error.count("\n") == 1
+
+
+def test_class_names_that_are_numbers_are_names_only(tmp_path) -> None:
+    """Were 1 an index where the classes are called 3, 5 and 9, it would draw fives."""
+    folder = tmp_path / "run"
+    tiny_pipeline(classes=3).save_pretrained(folder)
+    (folder / "data.json").write_text(json.dumps({"data": {"classes": {"3": 2, "5": 2, "9": 2}}}))
+    config = SampleConfig(str(folder), n=2, steps=10, output=str(tmp_path / "x.npz"))
+    sample_to_files(dataclasses.replace(config, class_label="5"))
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert arrays["labels"].tolist() == [1, 1]
+    for label in ("1", "0", "7"):
+        with pytest.raises(UsageError, match=rf"--class-label {label} is not .*3, 5, 9"):
+            sample_to_files(dataclasses.replace(config, class_label=label, overwrite=True))
+
+
+def rewritten(folder: Path, **changes: object) -> Path:
+    """A tiny pipeline with other values in ``unet/config.json``."""
+    tiny_pipeline().save_pretrained(folder)
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+def test_remarks_of_diffusers_in_a_configuration_may_be_long(tmp_path) -> None:
+    """``_use_default_values`` lists what newer releases have added: any number of names."""
+    folder = rewritten(tmp_path / "run", _use_default_values=[f"option_{i}" for i in range(21)])
+    assert load_pipeline(folder).unet.config["sample_size"] == 8
+
+
+def test_a_pipeline_without_a_sample_size_is_one_plain_line(tmp_path, capsys) -> None:
+    folder = rewritten(tmp_path / "run", sample_size=None)
+    assert cli.main(["sample", str(folder), "-n", "1", "--steps", "10", "-o", str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert "sample_size is missing" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

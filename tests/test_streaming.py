@@ -1,4 +1,7 @@
-"""Sets that are streamed: the same images as held ones, from workers too; and files that change under way."""
+"""Sets that are streamed: the same images as held ones, from workers too; and files that change under way.
+
+Long, because held and streamed sets are compared throughout, from loading to the workers' end.
+"""
 
 import dataclasses
 import json
@@ -17,7 +20,7 @@ import torch
 from helpers import TINY_UNET
 from PIL import Image
 
-from robustdiff import TrainConfig, cli, machine, train, training
+from robustdiff import TrainConfig, cli, images, machine, train, training
 from robustdiff.batches import Batches, Shares, feed
 from robustdiff.config import UsageError
 from robustdiff.images import DataError, ImageSet, load_images
@@ -159,11 +162,14 @@ def test_processes_and_cores_of_this_machine(monkeypatch, value: str | None, cou
         assert machine.cores() == each
 
 
-def control_group(folder: Path, limit: str, used: int, cache: int = 0) -> None:
+def control_group(folder: Path, limit: str, used: int, cache: int = 0, version: int = 2) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "memory.max").write_text(f"{limit}\n")
-    (folder / "memory.current").write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon {used - cache}\ninactive_file {cache}\nactive_file 3\n")
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for name, value in zip(names, (limit, used), strict=True):
+        (folder / name).write_text(f"{value}\n")
+    # In version 1 the cache of the groups within is counted apart, as their use is not.
+    stat = f"inactive_file {cache}\n" if version == 2 else f"inactive_file 1\ntotal_inactive_file {cache}\n"
+    (folder / "memory.stat").write_text(f"anon {used - cache}\n{stat}active_file 3\n")
 
 
 @pytest.mark.parametrize(
@@ -183,6 +189,38 @@ def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch, limit, used
     if nested:  # the tighter one counts
         control_group(tmp_path / "groups" / "job" / "step", "40", 10)
         assert machine.free_memory() == min(free, 30)
+
+
+@pytest.mark.parametrize("beside", ["", "0::/\n"])
+def test_free_memory_is_that_of_the_container_with_version_1_too(tmp_path, monkeypatch, beside: str) -> None:
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    monkeypatch.setattr(machine, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(machine, "OWN_GROUP", tmp_path / "own")
+    root = tmp_path / "groups" / "memory"
+    (tmp_path / "own").write_text(f"3:cpu,cpuacct:/other\n7:memory:/job/step\n{beside}")
+    control_group(root, "9223372036854771712", 700, version=1)  # how it says that there is no limit
+    control_group(root / "other", "10", 1, version=1)
+    assert machine.free_memory() == 1000
+    control_group(root / "job", "600", 500, 450, version=1)
+    assert machine.free_memory() == 550
+    control_group(root / "job" / "step", "40", 10, version=1)
+    assert machine.free_memory() == 30
+    (tmp_path / "own").write_text(f"7:memory:/docker/0123\n{beside}")  # a container sees its own group as the root
+    control_group(root, "600", 100, version=1)
+    assert machine.free_memory() == 500
+
+
+def test_free_memory_is_asked_after_the_source_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening an archive takes memory: what is free before it is not free to hold the images."""
+    free, original = [2**30], images.open_source
+
+    def open_source(*arguments: object, **options: object) -> object:
+        free.append(100)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(images, "open_source", open_source)
+    monkeypatch.setattr(images, "free_memory", lambda: free[-1])
+    assert load_images(array(tmp_path)).streamed
 
 
 # -- files that change under way ---------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet
 import pytest
+import torch
 from source_files import (
     IMAGES,
     ROWS,
@@ -23,6 +24,8 @@ from source_files import (
     write_lsun,
 )
 
+from robustdiff import cli
+from robustdiff.images import load_images
 from robustdiff.sources import open_source
 
 
@@ -257,3 +260,15 @@ def test_missing_packages(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmdb", None)
     fails("datasets is not installed", "pip install 'robustdiff[data]'", source=tmp_path / "a.parquet")
     fails("lmdb is not installed", "pip install 'robustdiff[data]'", source=tmp_path / "bedroom_train_lmdb")
+
+
+def test_corrupt_takes_the_column_it_is_told(tmp_path, capsys):
+    path = tmp_path / "a.parquet"
+    columns(mask=(datasets.Image(), ROWS[::-1])).to_parquet(path)
+    arguments = ["corrupt", str(path), str(tmp_path / "dirty"), "--corrupt", "gaussian:sigma=0.2,fraction=0"]
+    assert cli.main(arguments) == 2
+    assert "--image-column" in capsys.readouterr().err
+    assert cli.main([*arguments, "--image-column", "mask"]) == 0
+    assert torch.equal(load_images(tmp_path / "dirty").images, load_images(path, image_column="mask").images)
+    assert cli.main([*arguments, "--overwrite", "--image-column", ""]) == 2
+    assert "--image-column is empty" in capsys.readouterr().err

@@ -4,32 +4,38 @@ Long, because it mirrors training.py, planning.py and recording.py, which share 
 """
 
 import dataclasses
+import gc
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from helpers import TINY_UNET as UNET
 from PIL import Image
 from safetensors.torch import load_file
 
-from robustdiff import TrainConfig, cli, train
+from robustdiff import TrainConfig, cli, train, training
 from robustdiff.baselines import InvarianceObjective
 from robustdiff.config import UsageError
 from robustdiff.corruption import Corruption, derive_seed
 from robustdiff.images import load_images
 from robustdiff.networks import build_unet
-from robustdiff.objective import Gate, PlainObjective, RobustObjective
+from robustdiff.objective import Gate, LossTerms, PlainObjective, RobustObjective
 from robustdiff.planning import build_objective
 from robustdiff.process import NoiseProcess
-from robustdiff.recording import TrainingError
+from robustdiff.recording import Metrics, TrainingError
 from robustdiff.training import Batches
 
 
@@ -133,6 +139,32 @@ def test_dry_run_writes_nothing_and_prints_the_plan(config: TrainConfig, capsys)
     plan = capsys.readouterr().out
     for word in ("8 images, 8 x 8 grey", "parameters", "RobustObjective", "12 steps of 4", "estimated time"):
         assert word in plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "0.5 KiB held"),
+        ({"max_memory_gib": 0.0, "dataloader_num_workers": 0}, "streamed (0.5 KiB decoded at every use)"),
+        (
+            {"max_memory_gib": 0.0, "dataloader_num_workers": 2},
+            "streamed (0.5 KiB decoded at every use), fed by 2 workers",
+        ),
+    ],
+)
+def test_the_plan_says_where_the_images_are(config: TrainConfig, capsys, changes, line) -> None:
+    train(changed(config, dry_run=True, **changes))
+    assert f"\nmemory:         {line}\n" in capsys.readouterr().out
+
+
+def test_a_class_name_of_two_lines_is_one_row_of_the_plan(config: TrainConfig, photos: Path, tmp_path, capsys) -> None:
+    for new, old in (("odd\none", "odd"), ("even", "even")):
+        shutil.copytree(photos / old, tmp_path / "named" / new)
+    train(changed(config, data=str(tmp_path / "named"), class_conditional=True, dry_run=True))
+    plan, _, _ = capsys.readouterr().out.partition("dry run:")
+    rows = plan.splitlines()
+    assert "classes:        2: even, odd one" in rows
+    assert all(re.match(r"[a-z ]+: +\S", row) for row in rows), plan
 
 
 def test_with_no_flag_at_all_the_plan_is_complete(photos: Path, capsys, monkeypatch, tmp_path) -> None:
@@ -540,6 +572,44 @@ def test_a_non_finite_gradient_is_never_saved(config: TrainConfig, monkeypatch) 
     for name in ("model", "ema"):
         (path,) = Path(config.output_dir, "checkpoints").glob(f"*/{name}.safetensors")
         assert all(torch.isfinite(value).all() for value in load_file(path).values())
+
+
+def test_metrics_that_wait_keep_no_graph_alive() -> None:
+    """A graph holds the activations of its pass: those of every step since the last line would fill the memory."""
+    kept = []
+
+    class Activations:
+        pass
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            context.activations = Activations()
+            kept.append(weakref.ref(context.activations))
+            return x * x
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient
+
+    metrics = Metrics(SimpleNamespace(scaler=None), skip=False)
+    for step in range(3):
+        values = Square.apply(torch.ones(4, requires_grad=True))
+        steady = torch.ones(4)
+        terms = LossTerms(values, values, values, t=torch.arange(4), radius=steady, strength=steady)
+        assert kept[-1]() is not None
+        assert metrics.add(step, [terms], torch.tensor(1.0)) == 0
+    del values, terms
+    gc.collect()
+    assert [held() for held in kept] == [None] * 3
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_a_network_that_accelerate_would_split_is_refused(config: TrainConfig, monkeypatch, kind) -> None:
+    monkeypatch.setattr(training, "Accelerator", lambda **_: SimpleNamespace(distributed_type=kind))
+    with pytest.raises(UsageError, match=f"{kind.value}, which splits the network: .*--multi_gpu"):
+        train(config)
+    assert not Path(config.output_dir).exists()
 
 
 def test_an_output_folder_inside_the_data_is_refused(config: TrainConfig, photos: Path) -> None:

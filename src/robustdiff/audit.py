@@ -329,7 +329,7 @@ def check_output(data: str, folder: str | Path, *, overwrite: bool = False) -> N
     path, images = Path(folder).expanduser().absolute(), Path(data).expanduser()
     if data and images.is_dir() and images.resolve() in (path.resolve(), *path.resolve().parents):
         raise DataError(f"--output {folder}: lies in {data}, whose images it would join; choose another folder")
-    if there := durable.read_only(path):
+    if there := durable.read_only(path.parent):  # where it is made ready
         raise DataError(f"--output {folder}: {there} is read-only; choose another folder")
     if not os.path.lexists(path):
         return

@@ -12,6 +12,8 @@ a checkpoint to go on from. What a kill leaves beside it has a name that starts 
 
 The first two count as checkpoints if they have a manifest and nothing better is there of their step. The next save
 gives such a one its name and deletes the rest.
+
+Longer than most files: writing, finding and reading are three views of the same names on disk.
 """
 
 from __future__ import annotations

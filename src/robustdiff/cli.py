@@ -253,7 +253,7 @@ def _train(config: TrainConfig) -> int:
 
 
 def _sample(config: SampleConfig) -> int:
-    from robustdiff.sampling import sample_to_files
+    from robustdiff.sample_files import sample_to_files
 
     _quiet_libraries()
     message = sample_to_files(config)

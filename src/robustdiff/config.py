@@ -1,5 +1,7 @@
 """One dataclass per command: every setting with its unit and default, checked before anything heavy is imported.
 
+Longer than most files, so that every flag of every command stands in one place.
+
 Standard library and tyro's annotations only, so that ``robustdiff --help`` and a mistyped flag answer at once.
 """
 

@@ -56,7 +56,7 @@ def fsync_folder(path: Path) -> None:
 
 def read_only(path: Path) -> Path | None:
     """The folder that forbids making or changing ``path``, or None if nothing does."""
-    there = path.expanduser().absolute()
+    there = path.absolute()
     while not there.exists():
         there = there.parent
     return None if os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0)) else there

@@ -1,0 +1,136 @@
+"""What ``robustdiff sample`` does: draw images on all processes, and write them whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from robustdiff import durable
+from robustdiff.config import SampleConfig, UsageError
+from robustdiff.images import image_grid, save_png
+from robustdiff.machine import check_launcher
+from robustdiff.sampling import load_pipeline, make_scheduler, sample, to_uint8, without_accelerator
+
+
+def sample_to_files(config: SampleConfig) -> str:
+    """Draw images as ``robustdiff sample`` does, on all processes under accelerate, and write them.
+
+    Returns:
+        One line that says what was written, on the main process; nothing on the others.
+
+    Raises:
+        UsageError: If the pipeline, a setting or the output cannot be used.
+    """
+    config.validate()
+    check_launcher()
+    output = _output_path(config)
+    pipeline = load_pipeline(config.run)
+    labels = _class_labels(config, pipeline.unet.config["num_class_embeds"])
+    make_scheduler(config.scheduler, pipeline.scheduler, config.steps)
+    state = PartialState(cpu=without_accelerator())
+    pipeline.unet.to(state.device)
+    with state.split_between_processes(list(range(config.n))) as mine:
+        bar = tqdm(total=len(mine), unit="image", disable=not (state.is_main_process and sys.stderr.isatty()))
+        images = sample(
+            pipeline,
+            mine,
+            seed=config.seed,
+            scheduler=config.scheduler,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            relabel=config.relabel,
+            label_floor=config.label_floor,
+            class_labels=None if labels is None else [labels[i] for i in mine],
+            progress=bar.update,
+        )
+        bar.close()
+    parts = gather_object([to_uint8(images)])
+    if not state.is_main_process:
+        return ""
+    everything = torch.cat(parts)
+    archive = output.suffix == ".npz"
+    staging = output.with_name(f".{output.name}.tmp" + (".npz" if archive else ""))
+    durable.remove(staging)
+    try:
+        if archive:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            arrays = {"images": everything.permute(0, 2, 3, 1).numpy()}
+            np.savez(staging, **(arrays if labels is None else {**arrays, "labels": np.array(labels)}))
+            durable.fsync_file(staging)
+            staging.replace(output)
+            return f"{output}: {config.n} images, uint8, (N, H, W, C)"
+        staging.mkdir(parents=True)
+        for i, image in enumerate(everything):
+            save_png(image, staging / f"{i:06d}.png")
+        save_png(image_grid(everything[:256]), staging / "grid.png")
+        durable.replace_folder(staging, output)
+    finally:  # half of it helps nobody, and a full disk needs the room
+        durable.remove(staging)
+    return f"{output}: {config.n} images and grid.png"
+
+
+_SAMPLE = re.compile(r"\d{6,}\.png|grid\.png")
+"""What ``sample`` writes into a folder, and all that ``--overwrite`` may delete."""
+
+
+def _output_path(config: SampleConfig) -> Path:
+    """Where images go; refuses what is there already."""
+    changed = f"-relabel{config.relabel:g}" if config.relabel != 1 else ""
+    changed += f"-floor{config.label_floor:g}" if config.label_floor else ""
+    name = f"{config.scheduler}-{config.steps}-seed{config.seed}{changed}"
+    if config.output:
+        output = Path(config.output).expanduser().resolve()
+    else:
+        output = Path(config.run) / "samples" / name if Path(config.run).is_dir() else Path("samples") / name
+    if output.suffix == ".npz":
+        occupied = output.exists()
+    else:
+        occupied = output.is_file() or (output.is_dir() and any(output.iterdir()))
+    if occupied and not config.overwrite:
+        raise UsageError(f"--output {output} exists: name another, or add --overwrite")
+    if there := durable.read_only(output.parent):  # where it is made ready
+        raise UsageError(f"--output {output}: {there} is read-only: name another place")
+    if output.is_dir() and os.path.ismount(output):
+        raise UsageError(f"--output {output} is where a disk is mounted: name a folder in it")
+    if occupied and output.is_dir() and not all(_SAMPLE.fullmatch(path.name) for path in output.iterdir()):
+        raise UsageError(f"--output {output} holds other files than samples: name another folder")
+    return output
+
+
+def _class_labels(config: SampleConfig, classes: int | None) -> list[int] | None:
+    """The class of each image; None for an unconditional pipeline."""
+    if classes is None:
+        if config.class_label is not None:
+            raise UsageError(f"--class-label: {config.run} is not class-conditional")
+        return None
+    if config.class_label is None:
+        return [i % classes for i in range(config.n)]
+    names, label = _class_names(config.run), str(config.class_label)
+    if label in names:
+        number = names.index(label)
+    elif label.isdecimal() and int(label) < classes and not any(name.isdecimal() for name in names):
+        number = int(label)
+    else:
+        known = [f"one of {', '.join(names[:20])}"] if names else []
+        if not any(name.isdecimal() for name in names):  # such names are no numbers of classes
+            known.insert(0, f"in 0 .. {classes - 1}")
+        raise UsageError(f"--class-label {config.class_label} is not {', nor '.join(known)}")
+    return [number] * config.n
+
+
+def _class_names(run: str) -> list[str]:
+    """Names of the classes, in the order of their numbers, if ``run`` is a run folder that knows them."""
+    try:
+        classes = json.loads((Path(run) / "data.json").read_text())["data"]["classes"]
+        return [str(name) for name in classes]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # another program's pipeline: numbers only
+        return []
