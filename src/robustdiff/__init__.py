@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from robustdiff.sampling import load_pipeline as load_pipeline
     from robustdiff.sampling import sample as sample
     from robustdiff.training import train as train
+    from robustdiff.worlds import LinearGaussian as LinearGaussian
+    from robustdiff.worlds import Mixture as Mixture
+    from robustdiff.worlds import Plane as Plane
+    from robustdiff.worlds import Subspace as Subspace
+    from robustdiff.worlds import make_dirty as make_dirty
 
 __version__ = "0.1.0"
 
@@ -50,6 +55,7 @@ _HOMES = {
     "process": ("NoiseProcess",),
     "sampling": ("RelabelledModel", "load_pipeline", "sample"),
     "training": ("train",),
+    "worlds": ("LinearGaussian", "Mixture", "Plane", "Subspace", "make_dirty"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

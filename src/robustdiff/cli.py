@@ -19,7 +19,15 @@ from typing import Any
 import tyro
 
 from robustdiff import __version__
-from robustdiff.config import AuditConfig, CorruptConfig, RobustdiffWarning, SampleConfig, TrainConfig, UsageError
+from robustdiff.config import (
+    AuditConfig,
+    CorruptConfig,
+    ReproduceConfig,
+    RobustdiffWarning,
+    SampleConfig,
+    TrainConfig,
+    UsageError,
+)
 from robustdiff.corruption import help_text
 from robustdiff.machine import is_out_of_memory, processes, rank
 
@@ -28,6 +36,7 @@ COMMANDS: dict[str, type] = {
     "sample": SampleConfig,
     "audit": AuditConfig,
     "corrupt": CorruptConfig,
+    "reproduce": ReproduceConfig,
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXT = "No space left on device|quota exceeded|File too large"
@@ -42,6 +51,7 @@ MEMORY_REMEDY = {
     "sample": "lower --batch-size",
     "corrupt": "lower --resolution",
     "audit": "close other programs, or take a smaller part of the data",
+    "reproduce": "fewer --workers, or a smaller --resolution",
 }
 DESCRIPTION = "Train diffusion models that stay clean when their training images are not."
 
@@ -128,6 +138,8 @@ def _run(config: Any) -> int:  # noqa: ANN401 - one of COMMANDS' dataclasses
         return _train(config)
     if isinstance(config, AuditConfig):
         return _audit(config)
+    if isinstance(config, ReproduceConfig):
+        return _reproduce(config)
     return _sample(config) if isinstance(config, SampleConfig) else _corrupt(config)
 
 
@@ -299,4 +311,26 @@ def _corrupt(config: CorruptConfig) -> int:
     manifest = write_dirty_copy(images, Path(config.destination), corruptions, config.seed, overwrite=config.overwrite)
     hit = sum(bool(image["corruptions"]) for image in manifest["images"])
     print(f"{config.destination}: {len(images)} images, {hit} of them dirty (see manifest.json)")
+    return 0
+
+
+def _reproduce(config: ReproduceConfig) -> int:
+    from concurrent.futures.process import BrokenProcessPool
+
+    from robustdiff.reproduce.command import reproduce
+    from robustdiff.stopping import Interrupted
+
+    _quiet_libraries()
+    try:
+        page = reproduce(config)
+    except Interrupted as stop:
+        return _fail(str(stop), stop.status)
+    except BrokenProcessPool:
+        return _fail(
+            "a worker process died (out of memory?): run again with fewer --workers; finished rows are kept", 1
+        )
+    except ArithmeticError as error:
+        return _fail(f"training failed: {error}; finished rows are kept", 1)
+    if page is not None:
+        print(page)
     return 0

@@ -7,6 +7,7 @@ Standard library and tyro's annotations only, so that ``robustdiff --help`` and 
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -425,6 +426,71 @@ class AuditConfig:
         good = self.resolution is None or 1 <= self.resolution <= MAX_SIDE
         _require(good, f"--resolution must be in 1 .. {MAX_SIDE} pixels")
         _require(self.output is not None or not self.overwrite, "--overwrite does nothing without --output: add it")
+
+
+EXPERIMENTS = ("plane", "mixture", "subspace", "linear-gaussian", "invariance")
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Run an experiment on distributions whose truth is known; run it again, and it goes on where it was stopped.
+
+    NAME is plane, mixture, subspace, linear-gaussian or invariance. Writes one JSON per row, figures and a page.
+    """
+
+    name: Annotated[Positional[str], arg(metavar="NAME")]
+    """plane | mixture | subspace | linear-gaussian | invariance."""
+    output: Annotated[str | None, arg(aliases=["-o", "--output-dir"], metavar="FOLDER")] = None
+    """Folder for results, networks and figures. Default: reproduce/NAME, or reproduce/NAME-quick."""
+    quick: bool = False
+    """Few rows, one seed, short training: shows what happens in a minute or two; its numbers prove nothing."""
+    rows: UseAppendAction[tuple[str, ...]] = ()
+    """Only rows whose name matches, e.g. 'plane-inlier-*' (repeatable; shell wildcards; see --list)."""
+    list: bool = False
+    """Print the names of the rows and stop; writes nothing."""
+    seeds: int = 3
+    """Seeds of the rows that conclusions rest on, from 0; the others have one."""
+    workers: OptionalInt = None
+    """Rows trained side by side, one core each, >= 1. Default: one per core."""
+    data: OptionalText = None
+    """Images of `subspace`: anything that `robustdiff train` reads. Default: digits, which are built in."""
+    resolution: OptionalInt = None
+    """For --data: resize the shorter side to this many pixels and crop the centre square; they are made grey."""
+    components: OptionalInt = None
+    """Principal components that span the image world of `subspace`, >= 1. Default: 16."""
+    dimension: OptionalInt = None
+    """Dimension of `linear-gaussian`, >= 2 and at most 64. Default: 16."""
+    spectrum: OptionalText = None
+    """Variances of `linear-gaussian`: powerlaw, flat or two-level. Default: powerlaw."""
+    overwrite: bool = False
+    """Delete what FOLDER holds and start anew."""
+
+    def validate(self) -> None:
+        """Check ranges, and refuse flags that would do nothing.
+
+        Raises:
+            UsageError: One line that names the flag and the remedy.
+        """
+        near = difflib.get_close_matches(self.name, EXPERIMENTS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        _require(self.name in EXPERIMENTS, f"no experiment {self.name!r}{hint}; there are {', '.join(EXPERIMENTS)}")
+        _require(self.output != "", "--output is empty: name a folder, or leave the flag out")
+        _require(1 <= self.seeds <= 100, f"--seeds {self.seeds} must be in 1 .. 100")
+        _require(not (self.quick and self.seeds != 3), "--quick has one seed: leave out --seeds")
+        workers = self.workers
+        _require(workers is None or 1 <= workers <= MAX_WORKERS, f"--workers {workers} must be in 1 .. {MAX_WORKERS}")
+        owners = {"subspace": ("data", "resolution", "components"), "linear-gaussian": ("dimension", "spectrum")}
+        for owner, names in owners.items():
+            for name in names:
+                idle = self.name != owner and getattr(self, name) is not None
+                _require(not idle, f"--{name} belongs to {owner}: leave it out")
+        if self.name == "linear-gaussian":
+            _require(self.seeds == 3 and workers is None, "linear-gaussian runs alone: leave out --seeds and --workers")
+        _require(not (self.resolution and self.data is None), "--resolution needs --data: digits are 8 x 8")
+        for name in ("resolution", "components"):
+            value = getattr(self, name)
+            _require(value is None or 1 <= value <= MAX_SIDE, f"--{name} {value} must be in 1 .. {MAX_SIDE}")
+        _require(self.data != "", "--data is empty: name a source of images, or leave the flag out")
 
 
 @dataclass(frozen=True)

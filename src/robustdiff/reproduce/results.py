@@ -1,0 +1,219 @@
+"""``results/*.json``: reading rows, what each measure means, numbers as text, which value is best.
+
+Rows are grouped by place: their world, or ``invariance-WORLD`` for the experiment ``invariance``, or
+``linear-gaussian``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from robustdiff.config import UsageError
+from robustdiff.durable import one_line, read_json
+from robustdiff.reproduce.rows import DIRTS, FRONTIER, INVARIANCE, MAIN, METHODS
+
+Row = dict[str, Any]
+"""One results file, and its name under ``file``."""
+
+
+class Measure(NamedTuple):
+    """A measure's name, unit, and what is good: higher (True), lower (False), 1 ("one"); None: not judged."""
+
+    name: str
+    unit: str
+    higher_is_better: bool | Literal["one"] | None
+
+
+MEASURES: Mapping[str, Measure] = {
+    "w2": Measure("Wasserstein-2", "data units", False),
+    "w2_in_plane": Measure("Wasserstein-2 in the plane", "data units", False),
+    "distance": Measure("distance to the plane, rms", "data units", False),
+    "coverage": Measure("coverage of the square", "share", True),
+    "spurious": Measure("spurious mass", "share", False),
+    "spread": Measure("spread about the modes", "true = 1", "one"),
+    "score_error": Measure("error of the predicted noise, rms", "noise = 1", False),
+    "modes": Measure("modes held", "share", True),
+    "frechet": Measure("Frechet distance", "squared data units", False),
+    "off_subspace": Measure("energy off the subspace", "per pixel", False),
+    "psnr": Measure("PSNR against the projection", "dB", True),
+    "variance_low": Measure("least variance ratio", "true = 1", "one"),
+    "variance_high": Measure("largest variance ratio", "true = 1", "one"),
+    "variance_mean": Measure("mean variance ratio", "true = 1", "one"),
+    "variance_large": Measure("variance ratio, largest direction", "true = 1", "one"),
+    "variance_small": Measure("variance ratio, smallest direction", "true = 1", "one"),
+    **{
+        f"sd_{size}{kind}": Measure(f"sd, {size} direction{text}", "data units", None)
+        for size in ("large", "small")
+        for kind, text in (("_true", ", true"), ("", ", generated"), ("_predicted", ", predicted"))
+    },
+    "noise_gain": Measure("share of the noise reported", "at sigma/alpha = 10", None),
+    "noise_gain_predicted": Measure("the same, predicted", "at sigma/alpha = 10", None),
+    "predicted": Measure("predicted", "", None),
+    "measured": Measure("measured", "", None),
+    "relative_error": Measure("relative error", "", None),
+}
+"""Keys of ``values``; a key that is not here is shown by its own name and not judged."""
+YARDSTICKS = ("clean-subset", "ideal")
+"""Methods that were told which data are clean, or the law itself: shown, but neither best nor a tie."""
+LINEAR = "linear-gaussian"
+_NEEDED: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("experiment", "title", "what", "told", "version", "hardware", "torch"), str),
+    **dict.fromkeys(("settings", "values", "floor", "curves"), dict),
+    **{"seeds": list, "n": int, "seconds": (int, float)},
+}
+_ORDER = {name: i for i, name in enumerate(dict.fromkeys([*METHODS, *INVARIANCE, *FRONTIER]))}
+_DIRT_ORDER = {name: i for i, name in enumerate(DIRTS)}
+
+
+# -- reading ---------------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> list[Row]:
+    """Every row in a folder, in the order of ``rows.METHODS``.
+
+    Args:
+        folder: With one JSON file per row.
+
+    Raises:
+        UsageError: In one line that names the file, if one is not a row; or if there are none, or two of the same name.
+    """
+    rows: list[Row] = []
+    names: dict[tuple[str, ...], str] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            row = read_json(path)
+        except (OSError, ValueError, RecursionError) as error:
+            raise UsageError(f"{path} cannot be read: {one_line(error)}; delete it and run the row again") from None
+        if wrong := _wrong(row):
+            raise UsageError(f"{path} is not a row of results: {wrong}; delete it and run the row again")
+        if earlier := names.get(key_of(row)):
+            raise UsageError(f"{path} and {earlier} hold the same row ({' '.join(key_of(row))}): delete one of them")
+        names[key_of(row)] = path.name
+        rows.append({**row, "file": path.name})
+    if not rows:
+        raise UsageError(f"{folder} holds no results: run `robustdiff reproduce NAME` first")
+    places = {place: i for i, place in enumerate([*MAIN, *(f"invariance-{world}" for world in MAIN), LINEAR])}
+    rows.sort(
+        key=lambda row: (
+            places.get(place_of(row), 99),
+            dirt_rank(row.get("dirt", "")),
+            method_rank(row),
+            _claim_rank(row),
+        )
+    )
+    return rows
+
+
+def _wrong(row: Row) -> str:
+    """What keeps this from being a row, or an empty text."""
+    if row.get("format") != 1:
+        return f"format is {row.get('format')!r:.40} instead of 1"
+    linear = row.get("experiment") == LINEAR
+    for key, kind in {**_NEEDED, **dict.fromkeys(("claim",) if linear else ("world", "dirt", "method"), str)}.items():
+        if key not in row:
+            return f"it has no {key!r}"
+        if not isinstance(row[key], kind) or isinstance(row[key], bool):
+            return f"{key!r} is {row[key]!r:.40}"
+    if not linear and row["world"] not in MAIN:
+        return f"its world is {row['world']!r:.40}, not one of {', '.join(MAIN)}"
+    for group in ("values", "floor"):
+        for key, value in row[group].items():
+            if not isinstance(value, dict) or not all(_number(value.get(name)) for name in ("mean", "sd")):
+                return f"{group}[{key!r}] has no mean"
+            if value.get("mean") is None:
+                return f"{group}[{key!r}] has no mean"
+    main = "measured" if linear else MAIN[row["world"]]
+    return "" if main in row["values"] else f"values has no {main!r}"
+
+
+def _number(value: object) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def place_of(row: Row) -> str:
+    """Its world, ``invariance-WORLD``, or ``linear-gaussian``."""
+    if row["experiment"] == LINEAR:
+        return LINEAR
+    world: str = row["world"]
+    return f"invariance-{world}" if row["experiment"] == "invariance" else world
+
+
+def key_of(row: Row) -> tuple[str, ...]:
+    """What a reference in a text calls it."""
+    return (LINEAR, row["claim"]) if row["experiment"] == LINEAR else (place_of(row), row["dirt"], row["method"])
+
+
+def dirt_rank(dirt: str) -> int:
+    """Place of a kind of dirt in the order of ``rows.DIRTS``; unknown kinds come last."""
+    return _DIRT_ORDER.get(dirt, len(_DIRT_ORDER))
+
+
+def method_rank(row: Row) -> int:
+    """Place of a row's method in the order of ``rows.METHODS``; unknown ones come last."""
+    return _ORDER.get(row.get("method", ""), len(_ORDER))
+
+
+def _claim_rank(row: Row) -> int:
+    """T3 before T10."""
+    return int("0" + "".join(filter(str.isdecimal, row.get("claim", ""))))
+
+
+# -- numbers ---------------------------------------------------------------------------------------------
+
+
+def number(x: float) -> str:
+    """Three significant digits, positional between 0.0001 and a million."""
+    if x == 0 or not math.isfinite(x):
+        return f"{x:g}"
+    if not 1e-4 <= abs(x) < 1e6:
+        return f"{x:.2e}"
+    rounded = float(f"{x:.2e}")
+    return f"{rounded:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
+
+
+def spread(value: Mapping[str, Any]) -> str:
+    """Mean ± standard deviation, with the decimals that give the larger three digits; the mean alone for one seed."""
+    mean, sd = value["mean"], value.get("sd")
+    if sd is None:
+        return number(mean)
+    larger = max(abs(mean), sd)
+    if larger == 0 or not 1e-4 <= larger < 1e6:
+        return f"{number(mean)} ± {number(sd)}"
+    decimals = max(0, 2 - math.floor(math.log10(larger)))
+    small = f"{sd:.{decimals}f}" if sd == 0 or round(sd, decimals) else f"{sd:.1g}"
+    return f"{number(mean) if mean and abs(mean) >= sd else f'{mean:.{decimals}f}'} ± {small}"
+
+
+def marks(values: Sequence[Mapping[str, Any] | None], better: bool | Literal["one"] | None) -> list[str]:
+    """Mark "best", "tie" or "" for each value of a column.
+
+    A tie is a difference to the best that is not larger than the larger standard deviation of the two; a value of one
+    seed counts with the largest deviation of the column. A column with one value, or of no judged measure, has none.
+
+    Args:
+        values: With ``mean`` and ``sd``; None: not in the comparison.
+        better: As in :class:`Measure`.
+    """
+    judged = [value for value in values if value]
+    if better is None or len(judged) < 2:
+        return [""] * len(values)
+
+    def loss(value: Mapping[str, Any]) -> float:
+        mean = float(value["mean"])
+        return abs(mean - 1) if better == "one" else -mean if better else mean
+
+    widest = max((value["sd"] for value in judged if value.get("sd") is not None), default=0.0)
+    best = min(judged, key=loss)
+
+    def mark(value: Mapping[str, Any] | None) -> str:
+        if not value:
+            return ""
+        if loss(value) == loss(best):
+            return "best"
+        limit = max(widest if v.get("sd") is None else v["sd"] for v in (value, best))
+        return "tie" if loss(value) - loss(best) <= limit * (1 + 1e-9) else ""
+
+    return [mark(value) for value in values]

@@ -1,0 +1,174 @@
+"""A small denoiser of points: trained on any objective, kept on disk, sampled with diffusers' DDIM."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from robustdiff import durable
+from robustdiff.config import UsageError
+from robustdiff.corruption import derive_seed
+from robustdiff.networks import PointDenoiser
+from robustdiff.objective import Model, PlainObjective
+from robustdiff.process import NoiseProcess, Prediction, draw_normal
+from robustdiff.reproduce.rows import Training
+
+WARMUP = 200
+
+
+def process_for(prediction: Prediction) -> NoiseProcess:
+    """1000 linear betas (Ho et al. 2020)."""
+    return NoiseProcess.from_scheduler(DDPMScheduler(prediction_type=prediction))
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A network, or anything called like one, and the process that says what it predicts.
+
+    Attributes:
+        model: ``callable(x_t, t)``.
+        process: Its noise process.
+        seconds: What its training took.
+    """
+
+    model: Model
+    process: NoiseProcess
+    seconds: float = 0.0
+
+    def eps_hat(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The predicted noise at states (n, d) and timestep ()."""
+        return self.process.eps_hat(self.model(x_t, t), x_t, t)
+
+    def x0_hat(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The denoised points."""
+        return self.process.x0_hat(self.model(x_t, t), x_t, t)
+
+
+class Stopped(Exception):
+    """Training was told to stop; nothing of it is kept."""
+
+
+def train(
+    objective: PlainObjective, x0: Tensor, training: Training, seed: int, stop: Callable[[], bool] = lambda: False
+) -> PointDenoiser:
+    """Train a ``PointDenoiser`` and return its moving average.
+
+    Args:
+        objective: Of the process above.
+        x0: Training points, shape (n, d), float32.
+        training: Sizes and lengths.
+        seed: Rules initial weights, batches and every draw.
+        stop: Asked every 50 steps.
+
+    Raises:
+        Stopped: If ``stop`` says so.
+        ArithmeticError: If the loss is not finite.
+    """
+    with torch.random.fork_rng([]):
+        torch.manual_seed(derive_seed("initial weights", seed))
+        model = PointDenoiser(x0.shape[1], training.width, training.depth)
+    generator = torch.Generator().manual_seed(derive_seed("training", seed))
+    optimiser = torch.optim.AdamW(
+        model.parameters(), training.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
+    schedule = get_scheduler("cosine", optimiser, num_warmup_steps=WARMUP, num_training_steps=training.steps)
+    average = EMAModel(model.parameters(), decay=0.999, foreach=True)
+    for step in range(training.steps):
+        batch = x0[torch.randint(len(x0), (training.batch_size,), generator=generator)]
+        loss = objective(model, batch, generator=generator).total.mean()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        schedule.step()
+        average.step(model.parameters())
+        if step % 50 == 0:
+            if not torch.isfinite(loss):
+                raise ArithmeticError(f"the loss is not finite at step {step} of {training.steps}")
+            if stop():
+                raise Stopped
+    average.copy_to(model.parameters())
+    return model.eval().requires_grad_(False)
+
+
+def digest(settings: object) -> str:
+    """Sixteen hexadecimal digits that differ when ``settings``, anything JSON can hold, do."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save(model: PointDenoiser, path: Path, settings: object, seconds: float) -> None:
+    """Write the weights, whole or not at all, with a digest of the settings and the seconds of their training."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(model.state_dict(), part, {"settings": digest(settings), "seconds": f"{seconds:.2f}"})
+    durable.fsync_file(part)
+    os.replace(part, path)
+
+
+def load(path: Path, dimension: int, training: Training, settings: object) -> tuple[PointDenoiser, float] | None:
+    """The network at ``path`` and the seconds of its training, or None if there is none of these settings.
+
+    Raises:
+        UsageError: If the file cannot be read.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+        if about.get("settings") != digest(settings):
+            return None
+        model = PointDenoiser(dimension, training.width, training.depth)
+        model.load_state_dict(load_file(path))
+        seconds = float(about.get("seconds", 0))
+    except Exception as error:  # safetensors and torch raise types of their own
+        raise UsageError(f"{path} cannot be read ({durable.one_line(error)}): delete it and run again") from None
+    return model.eval().requires_grad_(False), seconds
+
+
+def settings_of(training: Training, prediction: Prediction) -> dict[str, object]:
+    """The training as JSON, with the process."""
+    return {**asdict(training), "betas": "linear, 1000", "prediction": prediction, "sampler": "ddim, trailing"}
+
+
+@torch.no_grad()
+def draw(
+    denoiser: Denoiser,
+    n: int,
+    dimension: int,
+    calls: int,
+    seed: int,
+    watch: Callable[[Tensor, Tensor], object] | None = None,
+) -> Tensor:
+    """``n`` points in ``calls`` DDIM steps, shape (n, dimension); nothing is clipped.
+
+    Args:
+        denoiser: Network and process.
+        n: Number of points; all in one batch.
+        dimension: Coordinates of a point.
+        calls: Must divide the 1000 noise levels.
+        seed: The same for every model that is compared.
+        watch: Sees every state with its timestep, (n, d) and (), before the network does.
+    """
+    sampler = DDIMScheduler(
+        prediction_type=denoiser.process.prediction_type, clip_sample=False, timestep_spacing="trailing"
+    )
+    sampler.set_timesteps(calls)
+    generator = torch.Generator().manual_seed(derive_seed("sampling", seed))
+    x_t = draw_normal(torch.empty(n, dimension), generator)
+    for t in sampler.timesteps:
+        if watch is not None:
+            watch(x_t, t)
+        x_t = sampler.step(denoiser.model(x_t, t), t, x_t).prev_sample
+    return x_t

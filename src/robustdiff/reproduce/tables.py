@@ -1,0 +1,392 @@
+"""Results as tables in markdown, as numbers in a text, and as one HTML page that needs nothing else.
+
+Reading order: ``results.py`` reads rows and judges numbers. A cell is mean and standard deviation over the seeds.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from robustdiff.reproduce.results import (
+    LINEAR,
+    MEASURES,
+    YARDSTICKS,
+    Measure,
+    Row,
+    dirt_rank,
+    key_of,
+    load,
+    marks,
+    method_rank,
+    number,
+    place_of,
+    spread,
+)
+from robustdiff.reproduce.rows import MAIN
+
+__all__ = ["MAIN", "MEASURES", "Row", "detail", "fill", "frontier_table", "load", "page", "table"]
+
+# -- tables ----------------------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """A text, its mark ("best", "tie" or ""), and whether it rests on one seed."""
+
+    text: str
+    mark: str = ""
+    single: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table, before it is markdown or HTML. The first ``words`` columns are text, the others numbers."""
+
+    header: list[str]
+    rows: list[list[Cell]]
+    words: int
+    notes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """As a pipe table with its footnotes; ends with a newline."""
+        lines = [[_escape(text) for text in self.header]]
+        lines.append([":--"] * self.words + ["--:"] * (len(self.header) - self.words))
+        for row in self.rows:
+            cells = [f"**{_escape(c.text)}**" if c.mark == "best" else _escape(c.text) for c in row]
+            cells = [t + " (tie)" * (c.mark == "tie") + " ¹" * c.single for t, c in zip(cells, row, strict=True)]
+            lines.append(cells)
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n\n".join([text, *([" ".join(map(_escape, self.notes))] if self.notes else [])]) + "\n"
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([|<*])", r"\\\1", " ".join(text.split()))
+
+
+def _head(key: str) -> str:
+    """Name, unit and direction of a measure."""
+    name, unit, better = MEASURES.get(key, Measure(key, "", None))
+    arrow = {True: " ↑", False: " ↓", "one": "", None: ""}[better]
+    return f"{name}{f' ({unit})' if unit else ''}{arrow}"
+
+
+def _at(rows: Iterable[Row], place: str, dirt: str | None = None, swept: bool = False) -> list[Row]:
+    """Rows of a place (and dirt): those of the frontier sweep, or all others."""
+    rows = list(rows)
+    known = sorted({place_of(row) for row in rows})
+    if place not in known:
+        raise ValueError(f"no rows of {place!r}: there are {', '.join(known)}")
+    found = [row for row in rows if place_of(row) == place and (row.get("family") is not None) == swept]
+    if dirt is not None:
+        found = [row for row in found if row.get("dirt") == dirt]
+    if not found:
+        raise ValueError(f"no rows of {' '.join(filter(None, [place, dirt, 'in the sweep' if swept else '']))!r}")
+    return sorted(found, key=method_rank)
+
+
+def _floor(rows: Sequence[Row], key: str) -> Mapping[str, Any] | None:
+    """Of the row with most seeds: they are nested, so it is the best known."""
+    floors = [row for row in rows if key in row["floor"]]
+    return max(floors, key=lambda row: len(row["seeds"]))["floor"][key] if floors else None
+
+
+def _notes(grid: Sequence[Sequence[Cell]], rows: Sequence[Row], floor: bool) -> list[str]:
+    """Footnotes for what the table shows."""
+    cells = [cell for line in grid for cell in line]
+    notes = ["First row: the floor, real against real with the same n."] if floor else []
+    if any(cell.mark for cell in cells):
+        notes.append("Bold: best of its column.")
+    ties = any(cell.mark == "tie" for cell in cells)
+    if ties:
+        notes.append("(tie): differs from the best by no more than the larger standard deviation of the two.")
+    if any(cell.single for cell in cells):
+        notes.append("¹ one seed" + ("; in ties it counts with the largest deviation of its column." if ties else "."))
+    told = {row["title"] for row in rows if row.get("method") in YARDSTICKS}
+    return notes + [f"Told which data are clean, so not compared: {', '.join(sorted(told))}."] * bool(told)
+
+
+def _columns(lines: Sequence[tuple[list[Cell], Sequence[Row | None]]], keys: Sequence[str]) -> list[list[Cell]]:
+    """Each line's texts, and its cells: key j of row j, marked within the column."""
+    grid = [list(texts) for texts, _ in lines]
+    for j, key in enumerate(keys):
+        here = [line[j] for _, line in lines]
+        values = [row["values"].get(key) if row else None for row in here]
+        judged = [v if r and r.get("method") not in YARDSTICKS else None for v, r in zip(values, here, strict=True)]
+        found = marks(judged, MEASURES.get(key, Measure(key, "", None)).higher_is_better)
+        for texts, value, mark in zip(grid, values, found, strict=True):
+            texts.append(Cell(spread(value), mark, value.get("sd") is None) if value else Cell("-"))
+    return grid
+
+
+def _floor_line(floors: Sequence[Mapping[str, Any] | None], words: int) -> list[Cell]:
+    blanks = [Cell("")] * (words - 1)
+    return [Cell("floor"), *blanks, *(Cell(spread(f), single=f.get("sd") is None) if f else Cell("-") for f in floors)]
+
+
+def table_grid(rows: Sequence[Row], place: str) -> Grid:
+    """Methods by dirt, in the main measure; or the closed forms, if the place is ``linear-gaussian``."""
+    found = _at(rows, place)
+    if place == LINEAR:
+        keys = ("predicted", "measured", "relative_error")
+        lines = [[Cell(r["claim"]), Cell(r["title"]), *(_plain(r["values"].get(key)) for key in keys)] for r in found]
+        return Grid(["claim", "what", *map(_head, keys)], lines, 2)
+    key = MAIN[found[0]["world"]]
+    dirts = sorted(dict.fromkeys(row["dirt"] for row in found), key=dirt_rank)
+    by_method: dict[str, dict[str, Row]] = {}
+    for row in found:
+        by_method.setdefault(row["method"], {})[row["dirt"]] = row
+    lines_of = []
+    for members in by_method.values():
+        counts = [str(len(members[dirt]["seeds"])) if dirt in members else "-" for dirt in dirts]
+        present = {count for count in counts if count != "-"}
+        seeds = present.pop() if len(present) == 1 else "/".join(counts)
+        first = next(iter(members.values()))
+        lines_of.append(([Cell(first["title"]), Cell(first["told"]), Cell(seeds)], [members.get(d) for d in dirts]))
+    floors = [_floor([r for r in found if r["dirt"] == dirt], key) for dirt in dirts]
+    grid = [_floor_line(floors, 3), *_columns(lines_of, [key] * len(dirts))]
+    header = ["method", "told", "seeds", *(f"{dirt}: {_head(key)}" for dirt in dirts)]
+    return Grid(header, grid, 3, _notes(grid, found, True))
+
+
+def _plain(value: Mapping[str, Any] | None) -> Cell:
+    return Cell(spread(value) if value else "-")
+
+
+def detail_grid(rows: Sequence[Row], place: str, dirt: str) -> Grid:
+    """Methods by measure, for one kind of dirt; or every case of one claim of ``linear-gaussian``."""
+    if place == LINEAR:
+        return _cases(_at(rows, place), dirt)
+    found = _at(rows, place, dirt)
+    there = dict.fromkeys(key for row in found for key in row["values"])
+    keys = [key for key in MEASURES if key in there] + [key for key in there if key not in MEASURES]
+    grid = [_floor_line([_floor(found, key) for key in keys], 1)]
+    grid += _columns([([Cell(row["title"])], [row] * len(keys)) for row in found], keys)
+    return Grid(["method", *map(_head, keys)], grid, 1, _notes(grid, found, True))
+
+
+def _cases(rows: Sequence[Row], claim: str) -> Grid:
+    """Every case of a claim: means over its numbers, and the root mean square of their relative errors."""
+    curves = next((row["curves"] for row in rows if row["claim"] == claim), None)
+    if curves is None:
+        raise ValueError(f"no claim {claim!r}: there are {', '.join(row['claim'] for row in rows)}")
+    lines = []
+    for case in [key.removesuffix(": predicted") for key in curves if key.endswith(": predicted")]:
+        predicted, measured = curves[f"{case}: predicted"], curves.get(f"{case}: measured", [])
+        pairs = list(zip(predicted, measured, strict=True))
+        error = math.sqrt(sum((b / a - 1) ** 2 for a, b in pairs) / len(pairs)) if all(predicted) else math.nan
+        numbers = (sum(predicted) / len(pairs), sum(measured) / len(pairs), error)
+        lines.append([Cell(case), Cell(str(len(pairs))), *(Cell(number(x)) for x in numbers)])
+    return Grid(["case", "numbers", "predicted, mean", "measured, mean", "relative error, rms"], lines, 1)
+
+
+def frontier_grid(rows: Sequence[Row], place: str, dirt: str) -> Grid:
+    """The sweep of strengths, and the other methods beside it: price on clean data against error on dirty data."""
+    dirty = _at(rows, place, dirt, swept=True) + _at(rows, place, dirt)
+    key = MAIN[dirty[0]["world"]]
+    clean = {row["method"]: row for row in rows if place_of(row) == place and row["dirt"] == "clean"}
+    # On clean data, training on the clean part is plain training.
+    partner = {row["method"]: clean.get("plain" if row["method"] in YARDSTICKS else row["method"]) for row in dirty}
+    pairs = [(on_clean, row) for row in dirty if (on_clean := partner[row["method"]])]
+    at = [tuple(row["values"][key]["mean"] for row in pair) for pair in pairs]
+    rivals = [x for x, (_, row) in zip(at, pairs, strict=True) if row["method"] not in YARDSTICKS]
+    lines = []
+    for here, pair in zip(at, pairs, strict=True):
+        row = pair[1]
+        beaten = any(rival != here and rival[0] <= here[0] and rival[1] <= here[1] for rival in rivals)
+        mark = "" if beaten or row["method"] in YARDSTICKS else "best"
+        cells = [Cell(spread(v := r["values"][key]), single=v.get("sd") is None) for r in pair]
+        lines.append([Cell(row["family"] or "-"), Cell(row["title"], mark), *cells])
+    floors = [_floor([pair[i] for pair in pairs], key) for i in (0, 1)]
+    grid = [_floor_line(floors, 2), *lines]
+    notes = [note for note in _notes(grid, [], True) if not note.startswith("Bold")]
+    notes = [*notes, "Bold: no other row is at least as good in both columns."]
+    return Grid(["family", "method", f"clean: {_head(key)}", f"{dirt}: {_head(key)}"], grid, 2, notes)
+
+
+def table(rows: Sequence[Row], world: str) -> str:
+    """Methods by dirt, in the world's main measure, in markdown.
+
+    Args:
+        rows: As :func:`load` gives them.
+        world: A world, ``invariance-WORLD``, or ``linear-gaussian``.
+
+    Raises:
+        ValueError: If there are no such rows.
+    """
+    return table_grid(rows, world).markdown()
+
+
+def detail(rows: Sequence[Row], world: str, dirt: str) -> str:
+    """Every measure for one kind of dirt, in markdown; see :func:`table`."""
+    return detail_grid(rows, world, dirt).markdown()
+
+
+def frontier_table(rows: Sequence[Row], world: str, dirt: str) -> str:
+    """The sweep of strengths: error on clean data beside error on dirty data, in markdown; see :func:`table`."""
+    return frontier_grid(rows, world, dirt).markdown()
+
+
+# -- numbers in a text -----------------------------------------------------------------------------------
+
+_REGION = re.compile(r"(<!-- (table|detail|frontier): ([^<>]*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
+_TABLES: Mapping[str, Callable[..., str]] = {"table": table, "detail": detail, "frontier": frontier_table}
+_NUMBER = re.compile(
+    r"(?<![\w.,])-?\d+(?:\.(?P<decimals>\d+))?(?P<power>e[+-]?\d+)?(?P<stars>\**)"
+    r"<!-- (?P<what>[^<>]*?) -->"
+)
+
+
+def fill(markdown: str, rows: Sequence[Row]) -> str:
+    """Put the tables and numbers of the results into a text; doing it again changes nothing.
+
+    * ``<!-- table: plane --> ... <!-- end -->``, ``<!-- detail: plane inlier -->`` and
+      ``<!-- frontier: plane inlier -->`` likewise: what stands between is replaced.
+    * ``0.071<!-- plane inlier gated-low w2 -->``: place, dirt, method, measure; ``linear-gaussian CLAIM measured``. The
+      number is replaced with as many decimals as it has. ``sd``, ``floor`` or ``floor sd`` at the end give those
+      instead of the mean; ``w2@20`` gives the error with 20 network calls, ``jacobian@0.1`` the norm of the Jacobian at
+      the measured noise level nearest to 0.1.
+
+    Args:
+        markdown: The text.
+        rows: As :func:`load` gives them.
+
+    Raises:
+        ValueError: In one line that names every reference that leads nowhere.
+    """
+    wrong: list[str] = []
+
+    def region(match: re.Match[str]) -> str:
+        start, kind, names, body, end = match.groups()
+        try:
+            if "<!-- table:" in body or "<!-- detail:" in body or "<!-- frontier:" in body:
+                raise ValueError("it has no <!-- end -->")
+            return f"{start}\n{_TABLES[kind](rows, *names.split())}{end}"
+        except (ValueError, TypeError) as error:
+            reason = "wrong number of names" if isinstance(error, TypeError) else str(error)
+            wrong.append(f"{kind}: {names} ({reason})")
+            return match[0]
+
+    def value(match: re.Match[str]) -> str:
+        try:
+            x = _look_up(match["what"], by_key)
+        except ValueError as error:
+            wrong.append(f"{match['what']} ({error})")
+            return match[0]
+        style = "e" if match["power"] else "f"
+        return f"{x:.{len(match['decimals'] or '')}{style}}{match['stars']}<!-- {match['what']} -->"
+
+    by_key = {key_of(row): row for row in rows}
+    text = _NUMBER.sub(value, _REGION.sub(region, markdown))
+    left = _NUMBER.sub("", _REGION.sub("", text))  # what looks like ours, and was not
+    places = {LINEAR, *MAIN, *(f"invariance-{world}" for world in MAIN)}
+    for comment in re.findall(r"<!-- ([^<>]*?) -->", left):
+        if comment == "end" or comment.startswith(("table:", "detail:", "frontier:")):
+            wrong.append(f"{comment} (start and <!-- end --> do not match)")
+        elif comment.split()[:1] and comment.split()[0] in places:
+            wrong.append(f"{comment} (no number before it)")
+    if wrong:
+        raise ValueError(f"references that lead nowhere: {'; '.join(wrong)}")
+    return text
+
+
+def _look_up(reference: str, rows: Mapping[tuple[str, ...], Row]) -> float:
+    """The number that a reference names.
+
+    Raises:
+        ValueError: If there is none, saying why.
+    """
+    words = reference.split()
+    length = 2 if words[:1] == [LINEAR] else 3
+    key, measure, rest = tuple(words[:length]), words[length] if len(words) > length else "", words[length + 1 :]
+    if key not in rows:
+        raise ValueError("no such row")
+    if rest not in ([], ["sd"], ["floor"], ["floor", "sd"]):
+        raise ValueError(f"after the measure: sd, floor or floor sd, not {' '.join(rest)!r}")
+    row = rows[key]
+    name, at, calls = measure.partition("@")
+    if name == "jacobian":
+        levels = row["curves"].get("jacobian_levels", [])
+        if rest or not levels or not re.fullmatch(r"\d*\.?\d+", calls):
+            raise ValueError("no Jacobian there")
+        nearest = min(range(len(levels)), key=lambda i: abs(math.log(levels[i] / float(calls))))
+        return float(row["curves"]["jacobian"][nearest])
+    if at:
+        curves = row["curves"]
+        main = name == MAIN.get(row.get("world", ""))
+        errors = curves.get(f"{name}_by_calls", curves.get("error_by_calls", []) if main else [])
+        found = [error for count, error in zip(curves.get("calls", []), errors, strict=False) if f"{count}" == calls]
+        if rest or not found:
+            raise ValueError(f"no {name} at {calls} network calls")
+        return float(found[0])
+    values = row["floor" if "floor" in rest else "values"]
+    if measure not in values:
+        raise ValueError(f"no such measure: there are {', '.join(values)}")
+    x = values[measure].get("sd" if "sd" in rest else "mean")
+    if x is None:
+        raise ValueError("one seed has no sd")
+    return float(x)
+
+
+# -- page ------------------------------------------------------------------------------------------------
+
+
+def page(
+    rows: Sequence[Row], figures: Sequence[Path], title: str, notes: Sequence[str] = (), results: str = "results"
+) -> str:
+    """One HTML file with everything in it: tables, figures, and behind each number what it rests on.
+
+    Args:
+        rows: As :func:`load` gives them.
+        figures: PNG files; their names, with spaces for dashes, are their captions.
+        title: Of the page.
+        notes: Paragraphs below the title.
+        results: Where the JSON files lie, relative to the page.
+
+    Raises:
+        OSError: If a figure cannot be read.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    source = resources.files("robustdiff.reproduce").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pictures = [(path.stem.replace("-", " "), base64.b64encode(path.read_bytes()).decode("ascii")) for path in figures]
+    places = [_section(rows, place) for place in dict.fromkeys(map(place_of, rows))]
+    return environment.from_string(source).render(
+        title=title, notes=notes, places=places, figures=pictures, results=results
+    )
+
+
+def _section(rows: Sequence[Row], place: str) -> dict[str, Any]:
+    """What the page shows of one place: the table, the details in fold-outs, and what every row rests on."""
+    here = [row for row in rows if place_of(row) == place]
+    if place == LINEAR:
+        cases = [(f"{row['claim']}: every case", detail_grid(rows, place, row["claim"])) for row in here]
+        return {"name": place, "main": table_grid(rows, place), "details": cases, "rows": [_row(row) for row in here]}
+    dirts = sorted({row["dirt"] for row in here}, key=dirt_rank)
+    plain = {row.get("dirt") for row in here if row.get("family") is None}
+    swept = {row.get("dirt") for row in here if row.get("family") is not None}
+    has_clean = "clean" in plain | swept
+    tables = [(f"{dirt}: every measure", detail_grid(rows, place, dirt)) for dirt in dirts if dirt in plain]
+    tables += [
+        (f"{dirt}: the frontier", frontier_grid(rows, place, dirt))
+        for dirt in dirts
+        if dirt in plain & swept and dirt != "clean" and has_clean
+    ]
+    return {
+        "name": place,
+        "main": table_grid(rows, place) if None in {row.get("family") for row in here} else None,
+        "details": tables,
+        "rows": [_row(row) for row in here],
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    """The row, and its values and floors as texts."""
+    texts = {group: {key: spread(value) for key, value in row[group].items()} for group in ("values", "floor")}
+    return {**row, "texts": texts}
