@@ -1,6 +1,6 @@
 """Invariance against equivariance at equal strength, and what theory says of both (T3, T5).
 
-    python experiments/invariance.py [--quick] [--output FOLDER]        # about 10 minutes on 2 cores
+    python experiments/invariance.py [--quick] [--output FOLDER]        # about 8 minutes on 2 cores
 
 The same as ``robustdiff reproduce invariance``, which takes these flags; stopped, it goes on where it was.
 """

@@ -1,6 +1,6 @@
 """Closed forms of the linear-Gaussian world (docs/theory.md) against what the package trains, samples and attacks.
 
-    python experiments/linear_gaussian.py [--quick] [--output FOLDER]        # a few minutes on one core
+    python experiments/linear_gaussian.py [--quick] [--output FOLDER]        # half a minute on one core
 
 The same as ``robustdiff reproduce linear-gaussian``, which takes these flags; stopped, it goes on where it was.
 """

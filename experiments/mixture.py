@@ -1,6 +1,6 @@
 """A ring and a grid of Gaussians: the same, with the exact score beside the learned one.
 
-    python experiments/mixture.py [--quick] [--output FOLDER]        # about an hour on 2 cores
+    python experiments/mixture.py [--quick] [--output FOLDER]        # an hour or more on 2 cores
 
 The same as ``robustdiff reproduce mixture``, which takes these flags; stopped, it goes on where it was.
 """

@@ -1,6 +1,6 @@
 """A plane in space, with inlier noise and with outliers: every method, exact errors, the frontier of strengths.
 
-    python experiments/plane.py [--quick] [--output FOLDER]        # about 45 minutes on 2 cores
+    python experiments/plane.py [--quick] [--output FOLDER]        # about half an hour on 2 cores
 
 The same as ``robustdiff reproduce plane``, which takes these flags; stopped, it goes on where it was.
 """

@@ -6,9 +6,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import DiffusionPipeline
+
+from robustdiff.reproduce import tables
+from robustdiff.reproduce.rows import rows_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -55,7 +59,10 @@ def test_the_file_tree_of_the_readme_is_the_file_tree() -> None:
         assert (ROOT / folder).is_dir()
 
 
-@pytest.mark.parametrize("document", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+DOCUMENTS = ["README.md", "experiments/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_between_files_lead_somewhere(document: str) -> None:
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
@@ -126,6 +133,42 @@ def test_the_noise_experiment_runs_and_its_committed_result_says_how_it_was_got(
     assert now["protocol"] == committed["protocol"]
     assert [row["set"] for row in now["rows"]] == ["digits 8 x 8"]
     assert now["rows"][0].keys() == committed["rows"][0].keys()
+
+
+def committed_rows() -> list[dict[str, Any]]:
+    folders = sorted((ROOT / "experiments" / "results" / "worlds").iterdir())
+    return [row for folder in folders for row in tables.load(folder)]
+
+
+def test_the_numbers_of_the_experiments_are_those_of_the_committed_results() -> None:
+    text = (ROOT / "experiments" / "README.md").read_text()
+    assert tables.fill(text, committed_rows()) == text
+    spoilt = re.sub(r"\d(<!-- plane )", lambda m: f"{(int(m[0][0]) + 1) % 10}{m[1]}", text, count=1)
+    assert spoilt != text
+    assert tables.fill(spoilt, committed_rows()) == text
+
+
+def test_the_prose_about_the_worlds_has_no_number_that_no_result_backs() -> None:
+    """Measured numbers are decimals with a reference behind them; what is set is written in backquotes."""
+    text = (ROOT / "experiments" / "README.md").read_text()
+    prose = text.split("<!-- worlds -->")[1].split("<!-- /worlds -->")[0]
+    prose = re.sub(r"<!-- (table|detail|frontier):.*?<!-- end -->", "", prose, flags=re.DOTALL)
+    prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", prose, flags=re.DOTALL)
+    prose = re.sub(r"-?[\d.]+\**<!--.*?-->", "", prose, flags=re.DOTALL)
+    loose = re.findall(r"\d*\.\d+", prose)
+    assert not loose, loose
+
+
+def test_the_committed_results_are_those_of_the_rows_as_they_are_now() -> None:
+    for row in committed_rows():
+        if row["experiment"] == "linear-gaussian":
+            continue
+        known = {r.name: r for r in rows_of(row["experiment"])}
+        name = f"{row['world']}-{row['dirt']}-{row['method']}"
+        method = known[name].what
+        assert (row["title"], row["told"], row["what"]) == (method.title, method.told, method.what), name
+        assert row["settings"] == row["settings"] | json.loads(json.dumps(dict(method.settings))), name
+        assert len(row["seeds"]) >= known[name].seeds, name
 
 
 def test_every_test_that_the_table_of_faults_names_exists() -> None:

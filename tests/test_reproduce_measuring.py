@@ -25,6 +25,7 @@ from robustdiff.reproduce.measuring import (
     CALLS,
     LEVELS,
     MAIN,
+    MIXTURES,
     ImageOptions,
     build_world,
     choose,
@@ -296,7 +297,7 @@ def test_training_sets_are_frozen_and_dirty_as_said(name: str, dirt: str, share:
 
 def test_training_is_that_of_the_world() -> None:
     assert training_for(Plane(), False) == POINTS
-    assert training_for(Mixture.ring(), True) == POINTS.short
+    assert training_for(Mixture.ring(), True) == MIXTURES.short
     assert training_for(build_world("subspace"), False) == images_training(64)
     assert training_for(build_world("subspace"), True) == images_training(64).short
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -272,10 +273,22 @@ def test_a_digest_tells_settings_apart() -> None:
 
 def test_settings_hold_the_whole_training_and_the_process() -> None:
     settings = settings_of(TINY, "epsilon")
-    assert {**settings, **vars(TINY)} == settings
+    assert {**vars(TINY), **settings} == {**settings, "input_scale": 1.0}
+    assert "input_scale" not in settings
+    assert settings_of(dataclasses.replace(TINY, input_scale=4.0), "epsilon") == {**settings, "input_scale": 4.0}
     assert settings["prediction"] == "epsilon"
     assert digest(settings) != digest(settings_of(TINY, "v_prediction"))
     assert json.loads(json.dumps(settings)) == settings
+
+
+def test_the_input_scale_is_that_of_the_first_layer_before_training() -> None:
+    x0, still = normal(50, 2, dtype=torch.float32), dataclasses.replace(TINY, steps=1, learning_rate=1e-12)
+    one, four = (
+        train(PlainObjective(process_for("epsilon")), x0, dataclasses.replace(still, input_scale=scale), 0)
+        for scale in (1.0, 4.0)
+    )
+    torch.testing.assert_close(four.first.weight, 4 * one.first.weight)
+    torch.testing.assert_close(four.last.weight, one.last.weight)
 
 
 # -- sampling --------------------------------------------------------------------------------------------

@@ -238,8 +238,8 @@ class Mixture:
         object.__setattr__(self, "weights", weights.double() / weights.double().sum())
 
     @classmethod
-    def ring(cls, count: int = 8, radius: float = 0.8, std: float = 0.08) -> Mixture:
-        """``count`` >= 1 equal Gaussians in the plane, evenly spaced on a circle."""
+    def ring(cls, count: int = 8, radius: float = 0.8, std: float = 0.07) -> Mixture:
+        """``count`` >= 1 equal Gaussians in the plane, evenly spaced on a circle; by default 8.7 deviations apart."""
         angle = torch.arange(count, dtype=torch.float64) * (2 * math.pi / count)
         return cls(radius * torch.stack([angle.cos(), angle.sin()], 1), std)
 

@@ -29,6 +29,7 @@ FIELD_LEVEL = 0.1
 CONTRAST = ("plain", "invariance", "gated-low")
 """Fields and trajectories; of the experiment ``invariance``: the methods at m = 0.5."""
 SIDE_BY_SIDE = ("plain", "invariance", "adversarial-shift", "gated-low", "label-floor")
+AGAINST_OUTLIERS = ("plain", "adversarial-shift", "gated-low", "label-floor", "pseudo-huber")
 MEASURE = {
     "w2": "Wasserstein-2 (data units)",
     "frechet": "Frechet distance (squared pixels)",
@@ -141,7 +142,9 @@ def draw_all(
         for dirt in DIRTS:
             x0, _ = training_set(world, dirt, training_for(world, quick), 0)
             only_contrast = f"{name}-clean-invariance-m0.5" in rows
-            methods = ("plain", "invariance-m0.5", "equivariance-m0.5") if only_contrast else SIDE_BY_SIDE
+            methods = SIDE_BY_SIDE if dirt != "outliers" else AGAINST_OUTLIERS
+            if only_contrast:
+                methods = ("plain", "invariance-m0.5", "equivariance-m0.5")
             panels = networks_of(name, world, dirt, methods, rows, networks)
             if len(panels) < 2:
                 continue

@@ -16,7 +16,17 @@ from robustdiff.config import UsageError
 from robustdiff.corruption import Corruption, derive_seed
 from robustdiff.images import load_images
 from robustdiff.process import NoiseProcess
-from robustdiff.reproduce.rows import DIRTS, FLOORS, MAIN, POINTS, RELABELS, SHRINKS, Training, images_training
+from robustdiff.reproduce.rows import (
+    DIRTS,
+    FLOORS,
+    MAIN,
+    MIXTURES,
+    POINTS,
+    RELABELS,
+    SHRINKS,
+    Training,
+    images_training,
+)
 from robustdiff.reproduce.running import Denoiser, draw
 from robustdiff.sampling import RelabelledModel
 from robustdiff.worlds import LinearGaussian, Mixture, Plane, Subspace, World, make_dirty
@@ -77,7 +87,9 @@ def dimension(world: World) -> int:
 
 def training_for(world: World, quick: bool) -> Training:
     """How long and how wide networks are trained there."""
-    full = images_training(dimension(world)) if isinstance(world, Subspace) else POINTS
+    full = MIXTURES if isinstance(world, Mixture) else POINTS
+    if isinstance(world, Subspace):
+        full = images_training(dimension(world))
     return full.short if quick else full
 
 

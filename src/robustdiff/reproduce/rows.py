@@ -40,6 +40,7 @@ class Training:
         learning_rate: Peak rate of AdamW, warmed up over 200 steps, then falling as a half cosine.
         width: Hidden units of the ``PointDenoiser``.
         depth: Hidden layers.
+        input_scale: Factor on the first layer's initial weights: above 1 where sharp modes need a steep function.
         samples: n, the number of draws that every error is measured on.
         calls: Network calls per draw (DDIM, trailing spacing).
     """
@@ -50,6 +51,7 @@ class Training:
     learning_rate: float = 4e-3
     width: int = 128
     depth: int = 3
+    input_scale: float = 1.0
     samples: int = 2000
     calls: int = 200
 
@@ -60,6 +62,8 @@ class Training:
 
 
 POINTS = Training()
+MIXTURES = Training(steps=8000, input_scale=4.0)
+"""With 4000 steps and no scale, plain training on clean data still draws bridges between the modes."""
 IMAGES = Training(points=0, steps=6000, batch_size=128, learning_rate=3e-3, width=192)
 """For 64 pixels; more pixels make the network wider, see ``images_training``."""
 

@@ -79,6 +79,8 @@ def train(
     with torch.random.fork_rng([]):
         torch.manual_seed(derive_seed("initial weights", seed))
         model = PointDenoiser(x0.shape[1], training.width, training.depth)
+        with torch.no_grad():
+            model.first.weight.mul_(training.input_scale)
     generator = torch.Generator().manual_seed(derive_seed("training", seed))
     optimiser = torch.optim.AdamW(
         model.parameters(), training.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
@@ -138,8 +140,9 @@ def load(path: Path, dimension: int, training: Training, settings: object) -> tu
 
 
 def settings_of(training: Training, prediction: Prediction) -> dict[str, object]:
-    """The training as JSON, with the process."""
-    return {**asdict(training), "betas": "linear, 1000", "prediction": prediction, "sampler": "ddim, trailing"}
+    """The training as JSON, with the process; an input scale of 1 is left out."""
+    lengths = {key: value for key, value in asdict(training).items() if (key, value) != ("input_scale", 1.0)}
+    return {**lengths, "betas": "linear, 1000", "prediction": prediction, "sampler": "ddim, trailing"}
 
 
 @torch.no_grad()

@@ -1,0 +1,24 @@
+"""Put the tables and numbers of ``results/worlds`` into ``README.md``; run it again after new results.
+
+python experiments/fill_readme.py [--check]
+"""
+
+import sys
+from pathlib import Path
+
+from robustdiff.reproduce.tables import fill, load
+
+HERE = Path(__file__).parent
+
+
+def filled() -> str:
+    """The README as the committed results make it."""
+    rows = [row for folder in sorted((HERE / "results" / "worlds").iterdir()) for row in load(folder)]
+    return fill((HERE / "README.md").read_text(), rows)
+
+
+if __name__ == "__main__":
+    text = filled()
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if text == (HERE / "README.md").read_text() else "README.md does not say what the results say")
+    (HERE / "README.md").write_text(text)
