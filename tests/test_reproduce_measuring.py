@@ -261,10 +261,10 @@ def test_images_that_are_missing_too_few_or_too_large_get_a_line(tmp_path: Path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="give --data a folder of images"):
         build_world("subspace", ImageOptions(str(tmp_path / "empty")))
-    folder = pictures(tmp_path / "photos", 6, 65)
-    with pytest.raises(UsageError, match=r"images of 4225 pixels are too large .*--resolution 16"):
+    folder = pictures(tmp_path / "photos", 6, 33)
+    with pytest.raises(UsageError, match=r"images of 1089 pixels are too large .*--resolution 16"):
         build_world("subspace", ImageOptions(str(folder), components=2))
-    assert build_world("subspace", ImageOptions(str(folder), resolution=64, components=2)).shape == (1, 64, 64)
+    assert build_world("subspace", ImageOptions(str(folder), resolution=32, components=2)).shape == (1, 32, 32)
     with pytest.raises(UsageError, match=r"--components 6 does not fit: components must be in 1 \.\. 5 for 6 images"):
         build_world("subspace", ImageOptions(str(folder), resolution=8, components=6))
     with pytest.raises(UsageError, match="--components 64 does not fit"):

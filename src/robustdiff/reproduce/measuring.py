@@ -35,7 +35,7 @@ CALLS = (1000, 500, 200, 100, 50, 20, 10, 5)
 """Network calls of the few-step curves; all divide the 1000 noise levels."""
 LEVELS = (10.0, 3.0, 1.0, 0.5, 0.3, 0.2, 0.15, 0.09, 0.07, 0.05, 0.03)
 """Noise levels sigma/alpha at which Jacobians are measured, nearest step of the sampler."""
-MAX_IMAGES, MAX_VALUES = 5000, 4096
+MAX_IMAGES, MAX_VALUES = 5000, 1024
 
 
 @dataclass(frozen=True)
