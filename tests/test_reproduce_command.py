@@ -1,4 +1,7 @@
-"""``robustdiff reproduce``: what it writes, what it does again, what it refuses, and what survives kills."""
+"""``robustdiff reproduce``: what it writes, what it does again, what it refuses, and what survives kills.
+
+Long, because one command is followed through all its ends, with one launcher for the tests of real processes.
+"""
 
 from __future__ import annotations
 
@@ -192,7 +195,7 @@ def test_a_row_ends_with_its_result_its_network_and_a_page(small: None, tmp_path
     kept = load(folder / "networks" / f"{PLAIN}-seed0.safetensors", 3, short, about_network)
     assert kept is not None
     model, seconds = kept
-    assert 0 < seconds <= row["seconds"] + 0.06  # which is rounded to tenths
+    assert 0 < seconds <= row["seconds"]
     world = build_world("plane")
     assert row["runs"]["0"]["values"] == judge(world, Denoiser(model, process_for("v_prediction")), short, 0)
     assert row["runs"]["0"]["floor"] == floor_of(world, short, 0)

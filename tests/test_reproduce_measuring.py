@@ -1,4 +1,7 @@
-"""Exact errors, floors, free baselines and Jacobians, on draws and networks whose answers are known."""
+"""Exact errors, floors, free baselines and Jacobians, on draws and networks whose answers are known.
+
+Long, because each of five worlds has errors of its own.
+"""
 
 from __future__ import annotations
 

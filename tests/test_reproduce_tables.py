@@ -1,4 +1,7 @@
-"""Rows to tables, to numbers in a text, and to the page: what is best, what ties, what leads nowhere."""
+"""Rows to tables, to numbers in a text, and to the page: what is best, what ties, what leads nowhere.
+
+Long, because all read the same hand-made rows.
+"""
 
 import base64
 import json

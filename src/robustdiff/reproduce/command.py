@@ -222,7 +222,7 @@ def _record(row: Row, task: Task, runs: Mapping[str, Any]) -> None:
         "values": _summary([run["values"] for run in runs.values()]),
         "floor": _summary([run["floor"] for run in runs.values()]),
         "curves": first["curves"],
-        "seconds": round(sum(run["seconds"] for run in runs.values()), 1),
+        "seconds": round(sum(run["seconds"] for run in runs.values()), 2),
         "version": __version__,
         "torch": torch.__version__.split("+")[0],
         "hardware": "cpu, 1 thread",
