@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from robustdiff.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from robustdiff.baselines import InputPerturbationObjective as InputPerturbationObjective
     from robustdiff.baselines import InvarianceObjective as InvarianceObjective
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
     from robustdiff.worlds import Subspace as Subspace
     from robustdiff.worlds import make_dirty as make_dirty
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "config": ("CorruptConfig", "SampleConfig", "TrainConfig", "UsageError"),

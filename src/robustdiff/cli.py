@@ -22,6 +22,8 @@ from robustdiff import __version__
 from robustdiff.config import (
     AuditConfig,
     CorruptConfig,
+    EvaluateConfig,
+    ReportConfig,
     ReproduceConfig,
     RobustdiffWarning,
     SampleConfig,
@@ -34,6 +36,8 @@ from robustdiff.machine import is_out_of_memory, processes, rank
 COMMANDS: dict[str, type] = {
     "train": TrainConfig,
     "sample": SampleConfig,
+    "evaluate": EvaluateConfig,
+    "report": ReportConfig,
     "audit": AuditConfig,
     "corrupt": CorruptConfig,
     "reproduce": ReproduceConfig,
@@ -51,6 +55,8 @@ MEMORY_REMEDY = {
     "sample": "lower --batch-size",
     "corrupt": "lower --resolution",
     "audit": "close other programs, or take a smaller part of the data",
+    "evaluate": "lower --batch-size, or -n",
+    "report": "take fewer runs",
     "reproduce": "fewer --workers, or a smaller --resolution",
 }
 DESCRIPTION = "Train diffusion models that stay clean when their training images are not."
@@ -140,6 +146,10 @@ def _run(config: Any) -> int:  # noqa: ANN401 - one of COMMANDS' dataclasses
         return _audit(config)
     if isinstance(config, ReproduceConfig):
         return _reproduce(config)
+    if isinstance(config, EvaluateConfig):
+        return _evaluate(config)
+    if isinstance(config, ReportConfig):
+        return _report(config)
     return _sample(config) if isinstance(config, SampleConfig) else _corrupt(config)
 
 
@@ -271,6 +281,23 @@ def _sample(config: SampleConfig) -> int:
     message = sample_to_files(config)
     if message:
         print(message)
+    return 0
+
+
+def _evaluate(config: EvaluateConfig) -> int:
+    from robustdiff.evaluation.command import evaluate, summary
+
+    _quiet_libraries()
+    written = evaluate(config)
+    if written:
+        print(summary(written))
+    return 0
+
+
+def _report(config: ReportConfig) -> int:
+    from robustdiff.report import report
+
+    print(report(config.runs, config.output, config.title))
     return 0
 
 

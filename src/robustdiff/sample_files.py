@@ -6,12 +6,15 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from diffusers import DiffusionPipeline
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from robustdiff import durable
@@ -34,29 +37,11 @@ def sample_to_files(config: SampleConfig) -> str:
     check_launcher()
     output = _output_path(config)
     pipeline = load_pipeline(config.run)
-    labels = _class_labels(config, pipeline.unet.config["num_class_embeds"])
+    labels = class_labels(config, pipeline.unet.config["num_class_embeds"])
     make_scheduler(config.scheduler, pipeline.scheduler, config.steps)
-    state = PartialState(cpu=without_accelerator())
-    pipeline.unet.to(state.device)
-    with state.split_between_processes(list(range(config.n))) as mine:
-        bar = tqdm(total=len(mine), unit="image", disable=not (state.is_main_process and sys.stderr.isatty()))
-        images = sample(
-            pipeline,
-            mine,
-            seed=config.seed,
-            scheduler=config.scheduler,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            relabel=config.relabel,
-            label_floor=config.label_floor,
-            class_labels=None if labels is None else [labels[i] for i in mine],
-            progress=bar.update,
-        )
-        bar.close()
-    parts = gather_object([to_uint8(images)])
-    if not state.is_main_process:
+    everything = draw(config, pipeline, labels)
+    if everything is None:
         return ""
-    everything = torch.cat(parts)
     archive = output.suffix == ".npz"
     staging = output.with_name(f".{output.name}.tmp" + (".npz" if archive else ""))
     durable.remove(staging)
@@ -76,6 +61,38 @@ def sample_to_files(config: SampleConfig) -> str:
     finally:  # half of it helps nobody, and a full disk needs the room
         durable.remove(staging)
     return f"{output}: {config.n} images and grid.png"
+
+
+def draw(config: SampleConfig, pipeline: DiffusionPipeline, labels: Sequence[int] | None) -> Tensor | None:
+    """Draw images on all processes, with a bar on a terminal.
+
+    Args:
+        config: How many, from which seed, by which sampler.
+        pipeline: Moved to this process's device.
+        labels: The class of each image, for class-conditional pipelines (:func:`class_labels`).
+
+    Returns:
+        uint8 (n, C, H, W) on the main process, None on the others.
+    """
+    state = PartialState(cpu=without_accelerator())
+    pipeline.unet.to(state.device)
+    with state.split_between_processes(list(range(config.n))) as mine:
+        bar = tqdm(total=len(mine), unit="image", disable=not (state.is_main_process and sys.stderr.isatty()))
+        images = sample(
+            pipeline,
+            mine,
+            seed=config.seed,
+            scheduler=config.scheduler,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            relabel=config.relabel,
+            label_floor=config.label_floor,
+            class_labels=None if labels is None else [labels[i] for i in mine],
+            progress=bar.update,
+        )
+        bar.close()
+    parts = gather_object([to_uint8(images)])
+    return torch.cat(parts) if state.is_main_process else None
 
 
 _SAMPLE = re.compile(r"\d{6,}\.png|grid\.png")
@@ -106,7 +123,7 @@ def _output_path(config: SampleConfig) -> Path:
     return output
 
 
-def _class_labels(config: SampleConfig, classes: int | None) -> list[int] | None:
+def class_labels(config: SampleConfig, classes: int | None) -> list[int] | None:
     """The class of each image; None for an unconditional pipeline."""
     if classes is None:
         if config.class_label is not None:

@@ -30,6 +30,8 @@ SIDE_CARS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".xml", ".yaml", 
 """Suffixes of files that commonly lie beside images; they are counted, neither opened nor named."""
 LABEL_KEYS = ("labels", "label", "y")
 """Names under which an ``.npz`` file may hold labels."""
+SAMPLE = re.compile(r"\d{6,}\.png")
+"""Names that `robustdiff sample` gives to images."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 WAYS = "a folder, an .npy, .npz or .parquet file, OWNER/NAME of a data set on the hub, or the word digits"
 
@@ -153,6 +155,9 @@ def _folder(folder: Path, flags: dict[str, str | None]) -> Source:
         )
     _unused("a folder of images", flags)
     notes = {"side-car files ignored (not images)": side_cars} if side_cars else {}
+    if "grid.png" in found and len(found) > 1 and all(SAMPLE.fullmatch(name) for name in found if name != "grid.png"):
+        found.remove("grid.png")  # `robustdiff sample` writes it beside the images
+        notes["grid.png ignored (an overview of the samples)"] = 1
     return Source("folder", found, Files(folder, found), skipped, notes=notes)
 
 

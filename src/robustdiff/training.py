@@ -19,7 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from robustdiff import __version__, durable
+from robustdiff import durable
 from robustdiff.batches import Batch, Batches, Shares, feed
 from robustdiff.checkpoint import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint, step_of
 from robustdiff.config import TrainConfig, UsageError, check_corruptions
@@ -48,6 +48,7 @@ from robustdiff.recording import (
 )
 from robustdiff.sampling import largest_divisor, sample, to_uint8, without_accelerator
 from robustdiff.stopping import Interrupted, stop_signals
+from robustdiff.version import __version__
 
 __all__ = ["Interrupted", "TrainingError", "train"]
 

@@ -1,0 +1,1 @@
+"""What generated images are worth: quality, memorisation, few-step sampling; one JSON per result."""

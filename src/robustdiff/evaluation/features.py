@@ -1,0 +1,307 @@
+"""Features of a whole set of images, and the cache that keeps them.
+
+Cached features are found by content: the pixels, the weights and the settings, not the names of any files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from robustdiff import durable
+from robustdiff.config import RobustdiffWarning, UsageError
+from robustdiff.evaluation.extractors import Extractor, open_extractor, reason_of
+from robustdiff.images import ImageSet, StreamedImages
+from robustdiff.machine import free_memory, is_out_of_memory
+
+__all__ = ["Extractor", "Features", "Images", "default_cache", "extract", "images_sha256", "open_extractor"]
+
+FORMAT = "robustdiff features 1"
+"""Part of every key of the cache: to be changed with anything in the code that changes values."""
+STALE = 86_400
+"""Seconds after which a half-written file in the cache is taken for a killed process's."""
+STEADY = 1e-2
+"""Largest relative change of features from batch to batch that passes for rounding."""
+
+
+class Images(Protocol):
+    """What is asked of images: uint8 (N, C, H, W), C = 1 or 3, cut along the first axis."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(N, C, H, W)."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """Some of them, uint8 (B, C, H, W)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Feature vectors of a set of images.
+
+    Attributes:
+        values: float32, shape (n, d), on the CPU; in the order of the images.
+        extractor: What made them.
+        images_sha256: Digest of the images' shape and pixels (:func:`images_sha256`).
+        cached: Whether they come from the cache.
+    """
+
+    values: Tensor
+    extractor: Extractor
+    images_sha256: str
+    cached: bool
+
+
+def extract(
+    extractor: Extractor,
+    images: Images | ImageSet,
+    *,
+    batch_size: int = 256,
+    cache: Path | None,
+    progress: Callable[[int], object] | None = None,
+) -> Features:
+    """Features of every image, in float32 and without TF32 or autocast.
+
+    The first images are shown twice, alone and in their batch: features that depend on chance or on the other images
+    in the batch are refused. A cache that cannot be used is told and done without.
+
+    Args:
+        extractor: What :func:`open_extractor` gave.
+        images: uint8, shape (N, C, H, W), N >= 1, C = 1 or 3; a tensor, an image set, or anything cut alike. Streamed
+            images are held one batch at a time.
+        batch_size: Images at a time.
+        cache: Folder of the cache, made if it is missing (:func:`default_cache`); None for none. Pixels are never
+            cached: they are cheap.
+        progress: Called with the number of images of each finished batch.
+
+    Raises:
+        UsageError: In one line, if the extractor cannot do it, gives something else than (B, d) finite numbers, or
+            memory runs out.
+        ValueError: If the images are not as said above.
+    """
+    rows: Images = images.images if isinstance(images, ImageSet) else images
+    if batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, got {batch_size}")
+    if len(rows.shape) != 4 or rows.shape[1] not in (1, 3) or not len(rows):
+        raise ValueError(f"images must have shape (N, C, H, W) with N >= 1 and C = 1 or 3, got {tuple(rows.shape)}")
+    digest = images_sha256(images, batch_size)
+    about = {
+        "format": FORMAT,
+        "images": digest,
+        "kind": extractor.kind,
+        "weights": extractor.sha256,
+        "settings": dict(extractor.settings),
+    }
+    key = json.dumps(about, sort_keys=True)
+    path = cache / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors" if cache else None
+    if path is None or extractor.kind == "pixels":
+        return Features(_compute(extractor, rows, batch_size, progress), extractor, digest, False)
+    values = _fetch(path, key, len(rows))
+    if values is not None:
+        if progress is not None:
+            progress(len(rows))
+        return Features(values, extractor, digest, True)
+    values = _compute(extractor, rows, batch_size, progress)
+    _keep(path, key, values)
+    return Features(values, extractor, digest, False)
+
+
+def images_sha256(images: Images | ImageSet, batch_size: int = 256) -> str:
+    """Digest of a set of images: SHA-256 of ``"uint8 N C H W "`` and the SHA-256 of the pixels in that order.
+
+    Image sets know the second part already: streamed ones are not decoded again for it.
+
+    Args:
+        images: As for :func:`extract`.
+        batch_size: Images held at a time.
+
+    Raises:
+        ValueError: If they are not uint8.
+    """
+    if isinstance(images, ImageSet | StreamedImages):
+        shape: Sequence[int] = (images.images if isinstance(images, ImageSet) else images).shape
+        pixels = images.sha256
+    else:
+        shape, running = images.shape, hashlib.sha256()
+        for start in range(0, len(images), batch_size):
+            running.update(_uint8(images[start : start + batch_size]).cpu().contiguous().numpy().data)
+        pixels = running.hexdigest()
+    return hashlib.sha256(f"uint8 {' '.join(map(str, shape))} {pixels}".encode()).hexdigest()
+
+
+def _uint8(batch: Tensor) -> Tensor:
+    if batch.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, got {batch.dtype}")
+    return batch
+
+
+# -- computing ---------------------------------------------------------------------------------------
+
+
+def _compute(extractor: Extractor, images: Images, batch_size: int, progress: Callable[[int], object] | None) -> Tensor:
+    values = torch.empty(0)
+    for start in range(0, len(images), batch_size):
+        batch = _uint8(images[start : start + batch_size])
+        features = _run(extractor, batch, start)
+        if start == 0:
+            _check_steady(extractor, batch, features)
+            values = _room(extractor, len(images), features.shape[1])
+        elif features.shape[1] != values.shape[1]:
+            raise UsageError(
+                f"--extractor {extractor.name} gives {features.shape[1]} features after {values.shape[1]} before"
+            )
+        values[start : start + len(batch)] = features
+        if progress is not None:
+            progress(len(batch))
+    return values
+
+
+def _run(extractor: Extractor, batch: Tensor, start: int = 0) -> Tensor:
+    """Checked features of one batch, float32 on the CPU."""
+    asked = f"--extractor {extractor.name}"
+    device = extractor.device
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), _full_precision(device):
+            given: Any = extractor.model(batch.to(device))
+            good = isinstance(given, Tensor) and given.is_floating_point()
+            features = given.float().cpu() if good else torch.empty(0)
+    except Exception as error:  # whatever the file of a stranger raises
+        if is_out_of_memory(error):
+            raise UsageError(f"{asked}: out of memory with {len(batch)} images; use a smaller --batch-size") from None
+        raise UsageError(f"{asked} fails on images of shape {tuple(batch.shape)}: {reason_of(error)}") from None
+    if not good or features.ndim != 2 or len(features) != len(batch) or not features.shape[1]:
+        what = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise UsageError(f"{asked} must give floating point ({len(batch)}, d) for {len(batch)} images, not {what}")
+    if not (finite := features.isfinite().all(1)).all():
+        place = start + int(finite.int().argmin())
+        raise UsageError(f"{asked} gives features that are not finite, first for image {place} (from 0)")
+    return features
+
+
+def _check_steady(extractor: Extractor, batch: Tensor, features: Tensor) -> None:
+    few = features[: -(-len(features) // 2)][:4]
+    again = _run(extractor, batch[: len(few)])
+    if again.shape != few.shape or not (again - few).norm() <= STEADY * few.norm():
+        raise UsageError(
+            f"--extractor {extractor.name} gives other features for the same images in another batch: it must be saved "
+            "in evaluation mode and draw nothing at random"
+        )
+
+
+def _room(extractor: Extractor, count: int, size: int) -> Tensor:
+    needed, free = count * size * 4, free_memory()
+    if needed > free:
+        raise UsageError(
+            f"--extractor {extractor.name}: {count} x {size} features take {needed / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB are free; use an extractor with fewer features, or fewer images"
+        )
+    return torch.empty(count, size)
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No TF32, which torch allows in convolutions by default: cached features must not depend on the device."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    if hasattr(cudnn, "conv"):  # torch 2.9; asking for the old flag is an error once anyone has used the new one
+        flags: list[tuple[Any, str, Any]] = [(cudnn.conv, "fp32_precision", "ieee"), (matmul, "fp32_precision", "ieee")]
+    else:
+        flags = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+    before = [getattr(owner, name) for owner, name, _ in flags]
+    try:
+        for owner, name, value in flags:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(flags, before, strict=True):
+            setattr(owner, name, value)
+
+
+# -- the cache ---------------------------------------------------------------------------------------
+
+
+def default_cache() -> Path:
+    """Where features are kept: ``features`` in ``$ROBUSTDIFF_CACHE``, or in the user's cache folder.
+
+    The latter is ``$XDG_CACHE_HOME/robustdiff`` or ``~/.cache/robustdiff``.
+    """
+    if own := os.environ.get("ROBUSTDIFF_CACHE"):
+        return Path(own).expanduser() / "features"
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification says to ignore relative paths.
+    return (shared if shared.is_absolute() else Path("~/.cache").expanduser()) / "robustdiff" / "features"
+
+
+def _fetch(path: Path, key: str, count: int) -> Tensor | None:
+    """What the cache has under this key; None if it has nothing, or nothing that is whole."""
+    try:
+        with safe_open(path, "pt") as file:
+            header: dict[str, str] = file.metadata() or {}
+            values: Tensor = file.get_tensor("features").clone()  # the file may be replaced under a mapped tensor
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        reason = f"unreadable ({durable.one_line(error)})"
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        reason = f"damaged ({durable.one_line(error)})"
+    else:
+        told = {name: header.get(name) for name in ("about", "shape", "sha256")}
+        right = values.dtype == torch.float32 and values.ndim == 2 and len(values) == count
+        if right and told == {"about": key, "shape": _shape(values), "sha256": _digest(values)}:
+            return values
+        reason = "damaged (not what the header says)"
+    _warn(f"cached features {path} are {reason}: computing them again")
+    return None
+
+
+def _keep(path: Path, key: str, values: Tensor) -> None:
+    """Put features into the cache: whole or not at all, also when several processes do."""
+    aside = path.with_name(f".{path.stem[:16]}.{uuid.uuid4().hex}.tmp")  # not NAME.tmp: others may be writing the same
+    header = {"format": FORMAT, "about": key, "shape": _shape(values), "sha256": _digest(values)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(".*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > STALE:
+                    left.unlink()
+        save_file({"features": values}, aside, header)
+        durable.fsync_file(aside)
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        _warn(
+            f"features are not cached in {path.parent} ({durable.one_line(error)}); --cache FOLDER puts them elsewhere"
+        )
+
+
+def _shape(values: Tensor) -> str:
+    return " ".join(map(str, values.shape))
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.contiguous().numpy().data).hexdigest()
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RobustdiffWarning, stacklevel=4)

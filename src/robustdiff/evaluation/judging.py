@@ -1,0 +1,114 @@
+"""Two sets of features -> every quality metric with its floor and interval, and what a reader must be warned of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robustdiff.config import UsageError
+from robustdiff.corruption import derive_seed
+from robustdiff.evaluation.features import Features
+from robustdiff.evaluation.neighbours import diversity, precision_recall_density_coverage
+from robustdiff.evaluation.quality import NORMAL_95, Interval, Value, frechet, frechet_bias, half_sampled, kid
+
+NEIGHBOURS = 5
+"""k of precision, recall, density and coverage."""
+LEAST = 2 * (NEIGHBOURS + 1) + 2
+"""Fewest images on either side: half of them must still have k neighbours."""
+CHEAP = 4e9
+"""Multiply-adds up to which a metric is computed again on forty pairs of halves, for its interval."""
+REPEATS = 40
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What :func:`judge` found.
+
+    Attributes:
+        values: Every metric.
+        floor: How the floors were measured, in words.
+        warnings: One line each.
+    """
+
+    values: tuple[Value, ...]
+    floor: str
+    warnings: tuple[str, ...]
+
+
+def judge(generated: Features, reference: Features, held_out: Features | None = None, *, seed: int = 0) -> Quality:
+    """Frechet and kernel distance, precision, recall, density, coverage and diversity of generated images.
+
+    The floor of each is the same metric between real images and real images: ``held_out`` (as many as were generated,
+    if there are) against the whole reference; or else a random part of the reference, at most half of it and at most
+    as many as were generated, against the rest.
+
+    Args:
+        generated: At least :data:`LEAST` images.
+        reference: Real images, likewise; by the same extractor.
+        held_out: Further real images.
+        seed: Of the random parts.
+
+    Raises:
+        UsageError: If there are too few images.
+    """
+    for name, features in (("RUN", generated), ("--reference", reference), ("--held-out", held_out)):
+        if features is not None and len(features.values) < LEAST:
+            raise UsageError(f"{name} has {len(features.values)} images; at least {LEAST} are needed: give more")
+    fake, real = generated.values, reference.values
+    n, m, d = len(fake), len(real), real.shape[1]
+    if held_out is not None:
+        base, other = held_out.values[:n], real
+        floor = f"{len(base)} held-out real images against the {m} of the reference"
+    else:
+        generator = torch.Generator().manual_seed(derive_seed("floor", seed))
+        order, part = torch.randperm(m, generator=generator), min(n, m // 2)
+        base, other = real[order[:part]], real[order[part:]]
+        floor = f"{part} images of the reference against the other {m - part}"
+    warnings = []
+    if (len(base), len(other)) != (n, m):
+        floor += f"; the values are of {n} against {m}"
+        if len(base) < 0.9 * n or len(other) < 0.9 * m:
+            warnings.append(
+                f"the floor is of {len(base)} against {len(other)} real images, the values of {n} against {m}: the "
+                f"floor of {generated.extractor.metric} is too high for them; name more real images with --held-out"
+            )
+    if min(n, m) < 2 * d:
+        warnings.append(
+            f"{min(n, m)} images for {d} features: {generated.extractor.metric} is mostly small-sample bias; read it "
+            f"beside its floor, compare it at equal n only, and trust KID more"
+        )
+
+    metric, about = generated.extractor.metric, {"floor_n": [len(base), len(other)]}
+    kernel_name = "KID" if metric == "FID" else f"KID-{generated.extractor.name}"
+    # -- Frechet
+    found, least = frechet(fake, real), frechet(base, other)
+    interval = None
+    if (n + m) * d * min(d, max(n, m)) <= CHEAP:
+        halves = half_sampled(lambda a, b: {"frechet": frechet(a, b)}, fake, real, repeats=REPEATS, seed=seed)
+        interval = halves["frechet"]
+    bias = {"predicted_floor": frechet_bias(real, n, m)}
+    values = [Value(metric, found, least, "lower", interval, {**about, **bias})]
+    # -- kernel
+    mean, error, size = kid(fake, real, seed=seed)
+    kernel = {"standard_error": error, "subset_size": size, "subsets": 100}
+    around = (mean - NORMAL_95 * error, mean + NORMAL_95 * error)
+    values.append(Value(kernel_name, mean, kid(base, other, seed=seed)[0], "lower", around, {**about, **kernel}))
+    # -- neighbours
+    shares, floors = _shares(real, fake), _shares(other, base)
+    intervals: Mapping[str, Interval] = {}
+    if n * m * d <= CHEAP / 4:
+        rows = {"precision": n, "recall": m, "coverage": m}
+        intervals = half_sampled(lambda a, b: _shares(b, a), fake, real, repeats=REPEATS, seed=seed, shares=rows)
+    for name, share in shares.items():
+        better: Literal["neither", "higher"] = "neither" if name == "density" else "higher"
+        values.append(Value(name, share, floors[name], better, intervals.get(name), {**about, "k": NEIGHBOURS}))
+    values.append(Value("diversity", diversity(fake, real), diversity(base, other), "neither", None, about))
+    return Quality(tuple(values), floor, tuple(warnings))
+
+
+def _shares(real: Tensor, fake: Tensor) -> dict[str, float]:
+    return precision_recall_density_coverage(real, fake, NEIGHBOURS)

@@ -1,0 +1,288 @@
+"""``robustdiff evaluate`` from end to end: known answers, what a result carries, what it refuses, the card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY_UNET
+from PIL import Image
+
+from robustdiff import cli
+from robustdiff.evaluation.card import BEGIN, END, UNMEASURED, fill_card
+from robustdiff.evaluation.extractors import open_extractor
+from robustdiff.evaluation.features import extract
+from robustdiff.evaluation.judging import LEAST, judge
+from robustdiff.evaluation.sheets import GAP
+from robustdiff.linear import coverage_of_one_law
+
+N = 60
+
+
+def pictures(n: int, seed: int, *, size: int = 8) -> np.ndarray:
+    """A law with structure: a bright blob at a random place on a ramp, n images, uint8 (n, size, size)."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size]
+    place = random.uniform(1, size - 2, (n, 2, 1, 1))
+    blob = np.exp(
+        -((x - place[:, :1, 0:1, 0, None].reshape(n, 1, 1)) ** 2 + (y - place[:, 1].reshape(n, 1, 1)) ** 2) / 3
+    )
+    return (40 + 190 * blob + random.normal(0, 6, (n, size, size))).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> dict[str, str]:
+    """Training, held-out and reference images of one law; a replay of the training images; fresh draws; noise."""
+    found = {
+        "training": pictures(N, 1),
+        "reference": pictures(2 * N, 2),
+        "fresh": pictures(N, 3),
+        "held_out": pictures(N, 4),
+        "replay": pictures(N, 1)[::-1].copy(),
+        "noise": np.random.default_rng(5).integers(0, 256, (N, 8, 8), dtype=np.uint8),
+        "one": np.repeat(pictures(1, 6), N, 0),
+    }
+    for name, images in found.items():
+        np.save(tmp_path / f"{name}.npy", images)
+    return {name: str(tmp_path / f"{name}.npy") for name in found}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A pipeline of two steps' training, as ``train`` leaves it."""
+    np.save(tmp_path / "data.npy", pictures(N, 1))
+    (tmp_path / "unet.json").write_text(json.dumps(TINY_UNET))
+    arguments = [
+        "--output-dir",
+        str(tmp_path / "run"),
+        "--images",
+        "16",
+        "--batch-size",
+        "8",
+        "--ddpm-num-steps",
+        "100",
+    ]
+    unet = ["--model-config-name-or-path", str(tmp_path / "unet.json"), "--ddpm-num-inference-steps", "10"]
+    assert cli.main(["train", str(tmp_path / "data.npy"), *arguments, *unet]) == 0
+    return tmp_path / "run"
+
+
+def evaluate(*arguments: str, cache: str = "none") -> int:
+    return cli.main(["evaluate", *arguments, "--cache", cache])
+
+
+def results(folder: Path, kind: str) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{kind}-*.json"))]
+
+
+def values_of(generated: str, sets: dict[str, str], tmp_path: Path, kind: str = "quality", *more: str) -> dict:
+    folder = tmp_path / f"out-{Path(generated).stem}"
+    assert evaluate(generated, "--reference", sets["reference"], "-o", str(folder), *more) == 0
+    (result,) = results(folder, kind)
+    return {name: value["value"] for name, value in result["values"].items()}
+
+
+def test_metrics_order_known_damage(sets, tmp_path) -> None:
+    fresh, noise, one = (values_of(sets[name], sets, tmp_path) for name in ("fresh", "noise", "one"))
+    assert fresh["FD-pixels"] < one["FD-pixels"] < noise["FD-pixels"]
+    assert fresh["KID-pixels"] < one["KID-pixels"]
+    assert fresh["coverage"] > 0.5 > 0.1 > one["coverage"]
+    assert fresh["precision"] > 0.8
+    assert noise["precision"] == 0
+    assert fresh["recall"] > 0.8
+    assert one["recall"] == 0
+    assert one["diversity"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_replay_is_caught_and_fresh_draws_are_not(sets, tmp_path) -> None:
+    more = ("memorisation", "--training", sets["training"])
+    replay = values_of(sets["replay"], sets, tmp_path, *more)
+    assert replay["near-copies"] == 1
+    assert replay["near-copies above null"] > 0.95
+    fresh = values_of(sets["fresh"], sets, tmp_path, *more)
+    assert fresh["near-copies"] <= 0.05
+    assert fresh["close copies above null"] < 0.05
+    (result,) = results(tmp_path / "out-replay", "memorisation")
+    assert result["details"]["pairs"][0][:2] == [0, N - 1]  # replayed in reverse order
+    sheet = Image.open(tmp_path / "out-replay" / result["sheets"]["pairs"])
+    assert sheet.size == (4 * (2 * 64 + 1) + 3 * GAP, 5 * 64 + 4)  # twenty pairs, four in a row, shown at 64 x 64
+    pixels = np.array(sheet)
+    assert np.array_equal(pixels[:64, :64], pixels[:64, 65:129])  # the copy beside its original
+
+
+def test_the_floor_is_real_against_real_of_the_same_size(sets) -> None:
+    extractor = open_extractor("pixels")
+
+    def features(name: str):
+        return extract(extractor, torch.from_numpy(np.load(sets[name]))[:, None], cache=None)
+
+    fresh, reference, held_out = features("fresh"), features("reference"), features("held_out")
+    quality = judge(fresh, reference, held_out)
+    assert quality.floor == f"{N} held-out real images against the {2 * N} of the reference"
+    swapped = judge(held_out, reference, fresh)
+    for value, other in zip(quality.values, swapped.values, strict=True):
+        assert value.floor == pytest.approx(other.value, rel=1e-12)
+        assert other.floor == pytest.approx(value.value, rel=1e-12)
+    halves = judge(fresh, reference)
+    assert halves.floor.startswith(f"{N} images of the reference against the other {N}; the values are of {N} against")
+    assert any("too high" in text for text in halves.warnings)
+    floors = {value.name: value.floor for value in halves.values}
+    assert floors["coverage"] == pytest.approx(coverage_of_one_law(N), abs=0.12)
+    by_name = {value.name: value for value in quality.values}
+    assert by_name["FD-pixels"].about["predicted_floor"] == pytest.approx(by_name["FD-pixels"].floor, rel=0.5)
+    for value in quality.values:
+        if value.interval is not None:
+            assert value.interval[0] <= value.value <= value.interval[1]
+
+
+def test_what_a_result_of_a_run_carries(run, sets, tmp_path, capsys) -> None:
+    few = ("--few-step", "10,5", "--few-step-schedulers", "ddim,dpm")
+    arguments = (str(run), "--reference", sets["reference"], "-n", "20", "--steps", "10", "--told", "nothing", *few)
+    capsys.readouterr()
+    assert evaluate(*arguments) == 0
+    printed = capsys.readouterr().out
+    (quality,) = results(run / "evaluation", "quality")
+    protocol = quality["protocol"]
+    assert quality["format"] == "robustdiff evaluation 1"
+    assert quality["told"] == "nothing"
+    assert protocol["extractor"]["name"] == "pixels"
+    assert (protocol["n_generated"], protocol["n_real"], protocol["image"]) == (20, 2 * N, [1, 8, 8])
+    assert protocol["sampler"]["timesteps"] == list(range(99, 0, -10))
+    assert protocol["sampler"]["ema"] is True
+    assert protocol["reference"]["source"] == "reference.npy"  # the name, no path of this machine
+    assert len(protocol["generated"]["weights"]) == 64
+    assert str(tmp_path) not in json.dumps(quality)
+    for name, value in quality["values"].items():
+        assert f"{value['value']:.5g}" in printed
+        assert value["floor"] is not None, name
+    nearest = Image.open(run / "evaluation" / quality["sheets"]["nearest"])
+    assert nearest.size == (64 + GAP + 4 * 64 + 3, 10 * 64 + 9)
+    training = np.array(Image.open(run / "evaluation" / "training.png"))
+    assert training.shape == (7 * 64 + 6, 7 * 64 + 6)
+    assert np.array_equal(training[:64:8, :64:8], pictures(N, 1)[0])
+    (copying,) = results(run / "evaluation", "memorisation")  # the training images are those of the run
+    assert copying["protocol"]["training"]["count"] == N
+    (curves,) = results(run / "evaluation", "few-step")
+    assert [(c["scheduler"], c["steps"]) for c in curves["details"]["curves"]] == [("ddim", [5, 10]), ("dpm", [5, 10])]
+    ddim = curves["details"]["curves"][0]
+    assert ddim["values"]["FD-pixels"][1] == pytest.approx(quality["values"]["FD-pixels"]["value"], rel=1e-9)
+    assert ddim["timesteps"] == [[99, 79, 59, 39, 19], list(range(99, 0, -10))]
+    card = (run / "README.md").read_text()
+    assert UNMEASURED not in card
+    assert f"{quality['values']['FD-pixels']['value']:.4g}" in card
+
+    drawn = {path: path.stat().st_mtime_ns for path in (run / "evaluation" / "drawn").iterdir()}
+    assert len(drawn) == 4
+    assert evaluate(*arguments) == 0  # nothing is drawn again, the same protocol has the same name
+    assert {path: path.stat().st_mtime_ns for path in (run / "evaluation" / "drawn").iterdir()} == drawn
+    assert len(results(run / "evaluation", "quality")) == 1
+    assert (run / "README.md").read_text() == card
+    next(iter(drawn)).write_bytes(b"half")
+    assert evaluate(*arguments) == 0
+    assert "is damaged" in capsys.readouterr().err
+    assert cli.main(["report", str(run), "-o", str(tmp_path / "report.html")]) == 0
+    assert "FD-pixels" in (tmp_path / "report.html").read_text()
+
+
+def test_sizes_and_channels_are_brought_together(run, tmp_path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, image in enumerate(pictures(40, 7, size=16)):
+        Image.fromarray(image).convert("RGB").save(folder / f"{i}.png")
+    arguments = (str(run), "--reference", str(folder), "-n", "20", "--steps", "10", "--training", "none")
+    assert evaluate(*arguments) == 0
+    (quality,) = results(run / "evaluation", "quality")
+    conversions = quality["protocol"]["reference"]["conversions"]
+    assert conversions == {"reduced": 40, "colour reduced to grey": 40}
+    assert any("--reference: 40 x reduced, 40 x colour" in text for text in quality["warnings"])
+    assert not results(run / "evaluation", "memorisation")
+
+
+def test_a_folder_of_samples_is_judged_without_its_overview(run, sets, tmp_path) -> None:
+    assert cli.main(["sample", str(run), "-n", "20", "--steps", "10", "-o", str(tmp_path / "drawn")]) == 0
+    assert evaluate(str(tmp_path / "drawn"), "--reference", sets["reference"], "-o", str(tmp_path / "out")) == 0
+    (of_folder,) = results(tmp_path / "out", "quality")
+    assert of_folder["protocol"]["n_generated"] == 20
+    assert of_folder["protocol"]["sampler"] is None
+    assert evaluate(str(run), "--reference", sets["reference"], "-n", "20", "--steps", "10") == 0
+    (of_run,) = results(run / "evaluation", "quality")
+    for name, value in of_run["values"].items():
+        assert of_folder["values"][name]["value"] == pytest.approx(value["value"], rel=1e-9)
+
+
+def test_features_are_kept_by_content(sets, tmp_path) -> None:
+    class Mean(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.float()
+            return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)
+
+    torch.jit.script(Mean()).save(str(tmp_path / "mean.pt"))
+    arguments = (sets["fresh"], "--reference", sets["reference"], "--extractor", str(tmp_path / "mean.pt"))
+    for _ in range(2):
+        assert evaluate(*arguments, "-o", str(tmp_path / "out"), cache=str(tmp_path / "cache")) == 0
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+    (result,) = results(tmp_path / "out", "quality")
+    assert "FD-mean" in result["values"]
+    assert result["protocol"]["extractor"]["features"] == 6
+    assert len(result["protocol"]["extractor"]["sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{fresh}"], "--reference is missing"),
+        (["{tmp}/none", "--reference", "{reference}"], "RUN"),
+        (["{fresh}", "--reference", "{tmp}/none"], "--reference"),
+        (["{fresh}", "--reference", "{reference}", "-n", "13"], "-n 13 must be at least 14"),
+        (["{fresh}", "--reference", "{reference}", "-n", "61"], "has 60 images"),
+        (["{fresh}", "--reference", "{reference}", "--steps", "20"], "--steps needs a pipeline"),
+        (["{fresh}", "--reference", "{reference}", "--few-step", "5"], "--few-step needs a pipeline"),
+        (["{run}", "--reference", "{reference}", "--few-step", "7"], "--steps 7 does not divide"),
+        (["{run}", "--reference", "{reference}", "--few-step", "x"], "--few-step x is no list"),
+        (["{run}", "--reference", "{reference}", "--few-step-schedulers", "ddim"], "needs --few-step"),
+        (["{run}", "--reference", "{reference}", "--resolution", "16"], "the pipeline draws 8 x 8"),
+        (["{fresh}", "--reference", "{small}"], "--reference has 10 images; at least"),
+        (["{wide}", "--reference", "{reference}"], "--reference: its images are 8 x 8, the generated ones 12 x 8"),
+        (["{fresh}", "--reference", "{reference}", "--extractor", "{tmp}/w.pt"], "w.pt"),
+        (["{fresh}", "--reference", "{reference}", "--extractor", "pixel"], "--extractor 'pixel' is none of"),
+        (["{fresh}", "--reference", "{reference}", "--extractor", "pixels", "--extractor", "pixels"], "given twice"),
+        (["{fresh}", "--reference", "{reference}", "-o", "{fresh}"], "--output"),
+        (["{fresh}", "--reference", "{reference}", "--training-split", "test"], "--training-split needs --training"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_flag(run, sets, tmp_path, capsys, arguments, says) -> None:
+    np.save(tmp_path / "small.npy", pictures(10, 8))
+    np.save(tmp_path / "wide.npy", np.tile(pictures(N, 8), (1, 1, 2))[:, :, :12])
+    places = {**sets, "run": run, "tmp": tmp_path, "small": tmp_path / "small.npy", "wide": tmp_path / "wide.npy"}
+    capsys.readouterr()
+    assert evaluate(*(argument.format(**places) for argument in arguments)) == 2
+    message = capsys.readouterr().err
+    assert says in message
+    assert message.count("\n") == 1
+    assert LEAST == 14
+
+
+def test_the_card_keeps_what_people_wrote(tmp_path) -> None:
+    folder = tmp_path / "run"
+    (folder / "evaluation").mkdir(parents=True)
+    (folder / "README.md").write_text(f"# My model\n\nAll settings.{UNMEASURED}\n\nMine | too.\n")
+    assert not fill_card(folder)  # nothing was measured
+    protocol = {
+        "sampler": None,
+        "extractor": {"name": "a|b", "sha256": None},
+        "reference": {"source": "real"},
+        "n_generated": 20,
+    }
+    value = {"value": 1.25, "floor": None, "interval": None}
+    result = {"kind": "quality", "protocol": protocol, "values": {"FD-a|b": value}}
+    (folder / "evaluation" / "quality-a.json").write_text(json.dumps(result))
+    assert fill_card(folder)
+    once = (folder / "README.md").read_text()
+    assert "Mine | too." in once
+    assert "| FD-a\\|b | 1.25 |  | 20 | real | a\\|b | images as given |" in once
+    assert fill_card(folder)
+    assert (folder / "README.md").read_text() == once
+    assert once.count(BEGIN) == once.count(END) == 1
