@@ -236,6 +236,19 @@ class TrainConfig:
     """Images per forward pass when sampling previews."""
     ddpm_num_inference_steps: OptionalInt = None
     """DDIM steps of the previews; must divide the noise levels. Default: 50, or the nearest divisor below."""
+    evaluate_every: OptionalText = None
+    """Judge the run every so many images seen (20000, 50k) and at its end: evaluation/during.jsonl; the best pipeline
+    is kept in OUTPUT/best. Needs --evaluate-reference. Default: never."""
+    evaluate_reference: OptionalText = None
+    """Clean real images for --evaluate-every: anything that DATA may be; brought to the size of DATA's."""
+    evaluate_split: OptionalText = None
+    """Part of --evaluate-reference, if it comes in parts. Default: train."""
+    evaluate_extractor: str = "pixels"
+    """What --evaluate-every looks at: see --extractor of `robustdiff evaluate`."""
+    evaluate_n: int = 500
+    """Images drawn for each evaluation, >= 14; always from the same seeds."""
+    evaluate_metric: Literal["fd", "kid"] = "fd"
+    """What the best pipeline is best in: Frechet or kernel distance."""
     logger: OptionalText = None
     """Tracker for accelerate (tensorboard, wandb, ...), which must be installed. Default: metrics.jsonl only."""
 
@@ -299,6 +312,7 @@ class TrainConfig:
         _require(0 <= self.seed <= MAX_SEED, f"--seed must be in 0 .. {MAX_SEED}")
         _require(not (self.overwrite and self.resuming), "--overwrite and --resume exclude each other: give one")
         self._validate_objective()
+        self._validate_evaluation()
         if self.init_from:
             fixed = ("network", "model_config_name_or_path", "prediction_type", "ddpm_num_steps", "ddpm_beta_schedule")
             for name in (*fixed, "rescale_betas_zero_snr"):
@@ -314,6 +328,23 @@ class TrainConfig:
             "--rescale-betas-zero-snr needs --prediction-type v_prediction or sample: "
             "epsilon says nothing about the image at pure noise",
         )
+
+    def _validate_evaluation(self) -> None:
+        """Refuse flags of the evaluation that are wrong or would do nothing."""
+        for name in ("evaluate_every", "evaluate_reference", "evaluate_split", "evaluate_extractor"):
+            flag = "--" + name.replace("_", "-")
+            _require(getattr(self, name) != "", f"{flag} is empty: give a value, or leave the flag out")
+        if self.evaluate_every is None:
+            defaults = {"evaluate_extractor": "pixels", "evaluate_n": 500, "evaluate_metric": "fd"}
+            names = ("evaluate_reference", "evaluate_split", *defaults)
+            given = [name for name in names if getattr(self, name) != defaults.get(name)]
+            _require(not given, f"{_flags(given)} needs --evaluate-every: say after how many images, such as 50k")
+            return
+        parse_count(self.evaluate_every, "--evaluate-every")
+        missing = "--evaluate-every needs --evaluate-reference: name clean real images"
+        _require(self.evaluate_reference is not None, missing)
+        n = self.evaluate_n
+        _require(n >= 14, f"--evaluate-n {n} must be at least 14: neighbours are looked for in halves")
 
     def _validate_objective(self) -> None:
         """Refuse flags of the objective that would do nothing."""

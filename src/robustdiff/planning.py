@@ -244,6 +244,7 @@ class Plan:
             "objective": self.objective,
             "length": f"{self.images:,} images = {self.steps:,} steps of {self.batch}",
             "learning rate": f"{self.learning_rate:g}, {config.lr_scheduler}, {self.warmup_steps} warm-up steps",
+            "evaluation": f"every {config.evaluate_every} images" if config.evaluate_every else "",
             "hardware": hardware,
             "output": str(folder),
             "estimated time": _duration(seconds_per_step * self.steps) + ", previews and checkpoints not counted",
@@ -327,6 +328,7 @@ def claim_output(config: TrainConfig, folder: Path) -> Path | None:
 _FREE = {
     *("resume", "resume_from_checkpoint", "overwrite", "dry_run", "output_dir", "checkpointing_steps"),
     *("checkpoints_total_limit", "logging_steps", "preview_images", "eval_batch_size", "ddpm_num_inference_steps"),
+    *("evaluate_every", "evaluate_reference", "evaluate_split", "evaluate_extractor", "evaluate_n", "evaluate_metric"),
     *("logger", "compile", "max_memory_gib", "dataloader_num_workers", "on_nonfinite"),
     # The pixels and labels themselves are compared.
     *("data", "split", "dataset_config_name", "image_column", "label_column", "max_bad_fraction"),

@@ -79,7 +79,11 @@ class NonFinite(Exception):
 
 
 class Lines:
-    """A file of one JSON object per line, cut back to where a resumed run goes on."""
+    """A file of one JSON object per line, cut back to where a resumed run goes on.
+
+    Attributes:
+        kept: Lines of an earlier part of the run that stay.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         """Keep the lines of an earlier part of the run that end at or before ``step``; later ones come again."""
@@ -93,13 +97,14 @@ class Lines:
             except (ValueError, KeyError, TypeError, RecursionError):  # cut off by a crash: later than the checkpoint
                 break
             kept.append(line)
-        self._kept = kept if len(kept) < len(lines) else None
+        self.kept = tuple(kept)
+        self._cut = len(kept) < len(lines)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line."""
-        if self._kept is not None:  # only now: until it has something to say, a run leaves the file alone
-            durable.write_text(self.path, "".join(self._kept))
-            self._kept = None
+        if self._cut:  # only now: until it has something to say, a run leaves the file alone
+            durable.write_text(self.path, "".join(self.kept))
+            self._cut = False
         with self.path.open("a") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 

@@ -1,4 +1,7 @@
-"""Training: from a configuration to a run folder, in one loop read from top to bottom."""
+"""Training: from a configuration to a run folder, in one loop read from top to bottom.
+
+Longer than most files: the loop and what it keeps in order are one function.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,6 +28,7 @@ from robustdiff.batches import Batch, Batches, Shares, feed
 from robustdiff.checkpoint import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint, step_of
 from robustdiff.config import TrainConfig, UsageError, check_corruptions
 from robustdiff.corruption import derive_seed
+from robustdiff.during import During
 from robustdiff.images import ImageSet, image_grid, load_images, save_png
 from robustdiff.machine import check_launcher, cores, is_out_of_memory
 from robustdiff.objective import LossTerms
@@ -102,6 +107,9 @@ def train(config: TrainConfig) -> Path:
             f"use {nearest}"
         )
     conditional = pipeline.unet.config["num_class_embeds"] is not None
+    during = None
+    if config.evaluate_every is not None:
+        during = During(config, plan, data, preview_steps, accelerator.device)
     if config.resuming:
         check_resumable(config, data, plan, folder, conditional)
     batches = Batches(data, corruptions, config.seed, config.random_flip)
@@ -187,6 +195,8 @@ def train(config: TrainConfig) -> Path:
     accelerator.wait_for_everyone()
     metrics = Metrics(accelerator, config.on_nonfinite == "skip", saved.get("metrics"))
     lines, bad_lines = Lines(folder / "metrics.jsonl", step), Lines(folder / "nonfinite.jsonl", step - 1)
+    if during is not None:
+        during.begin(folder, step)
 
     def settle() -> None:
         """Fetch the metrics; write down what was not finite, and stop for it if it must be."""
@@ -215,43 +225,52 @@ def train(config: TrainConfig) -> Path:
         if accelerator.is_main_process:
             lines.sync()
             bad_lines.sync()
+            if during is not None:
+                during.lines.sync()
             counters = {"images": step * plan.batch, "metrics": metrics.state()}
             # In a row of bad steps nothing is deleted: the checkpoint before it may be the one to go back to.
             keep = sys.maxsize if metrics.streak else config.checkpoints_total_limit
             save_checkpoint(folder / "checkpoints", step, state, counters, keep)
             publish()
 
-    def publish() -> None:
-        """Pipeline, model card and preview."""
+    @contextlib.contextmanager
+    def averaged(doing: str) -> Iterator[None]:
+        """The network with the weights that are saved and sampled; ``doing`` is for the message."""
         if ema is not None:
             ema.store(unet.parameters())
             ema.copy_to(unet.parameters())
-        save_pipeline(folder, pipeline)
-        write_model_card(folder, config, plan, data, dirt, step, conditional)
-        if config.preview_images:
-            labels = [i % len(data.classes) for i in range(config.preview_images)] if conditional else None
-            try:
-                with accelerator.autocast():
-                    images = sample(
-                        pipeline,
-                        config.preview_images,
-                        seed=config.seed,
-                        steps=preview_steps,
-                        batch_size=config.eval_batch_size,
-                        class_labels=labels,
-                    )
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise UsageError(
-                    f"out of memory while drawing the preview, after saving step {step}: lower --eval-batch-size or "
-                    "--preview-images, and go on with --resume"
-                ) from None
-            staging = folder / "samples" / ".preview.tmp"
-            save_png(image_grid(to_uint8(images)), staging)
-            staging.replace(preview_of(step))
-        if ema is not None:
-            ema.restore(unet.parameters())
+        try:
+            with accelerator.autocast():
+                yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UsageError(
+                f"out of memory while {doing} step {step}: lower --eval-batch-size or --preview-images, and go on with "
+                "--resume"
+            ) from None
+        finally:
+            if ema is not None:
+                ema.restore(unet.parameters())
+
+    def publish() -> None:
+        """Pipeline, model card and preview."""
+        with averaged("drawing the preview, after saving"):
+            save_pipeline(folder, pipeline)
+            write_model_card(folder, config, plan, data, dirt, step, conditional)
+            if config.preview_images:
+                labels = [i % len(data.classes) for i in range(config.preview_images)] if conditional else None
+                images = sample(
+                    pipeline,
+                    config.preview_images,
+                    seed=config.seed,
+                    steps=preview_steps,
+                    batch_size=config.eval_batch_size,
+                    class_labels=labels,
+                )
+                staging = folder / "samples" / ".preview.tmp"
+                save_png(image_grid(to_uint8(images)), staging)
+                staging.replace(preview_of(step))
 
     # The loop
     progress = Progress(step, plan, enabled=accelerator.is_main_process)
@@ -295,7 +314,8 @@ def train(config: TrainConfig) -> Path:
                 status = _agree(accelerator, status) if logging or step % agreeing == 0 else 0
             finished = step == plan.steps or status > 0
             saving = finished or step % plan.checkpointing_steps == 0
-            if saving or logging:
+            evaluating = during is not None and during.due(step)
+            if saving or logging or evaluating:
                 settle()
             if logging:
                 seconds = max(time.perf_counter() - since, 1e-9)
@@ -313,8 +333,12 @@ def train(config: TrainConfig) -> Path:
                 progress.show(record)
                 since, since_step = time.perf_counter(), step
             progress.advance(step)
+            if evaluating and during is not None and accelerator.is_main_process:
+                with averaged("evaluating"):
+                    say(during.measure(pipeline, step))
             if saving:
                 save()
+            if saving or evaluating:
                 since, since_step = time.perf_counter(), step
     progress.close()
     # Processes part together, and the wrapper goes before its process group: freed after it, gloo may never return.

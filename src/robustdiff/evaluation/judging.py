@@ -39,7 +39,14 @@ class Quality:
     warnings: tuple[str, ...]
 
 
-def judge(generated: Features, reference: Features, held_out: Features | None = None, *, seed: int = 0) -> Quality:
+def judge(
+    generated: Features,
+    reference: Features,
+    held_out: Features | None = None,
+    *,
+    seed: int = 0,
+    intervals: bool = True,
+) -> Quality:
     """Frechet and kernel distance, precision, recall, density, coverage and diversity of generated images.
 
     The floor of each is the same metric between real images and real images: ``held_out`` (as many as were generated,
@@ -51,6 +58,7 @@ def judge(generated: Features, reference: Features, held_out: Features | None = 
         reference: Real images, likewise; by the same extractor.
         held_out: Further real images.
         seed: Of the random parts.
+        intervals: Compute them where that is cheap; KID has its own in any case.
 
     Raises:
         UsageError: If there are too few images.
@@ -87,7 +95,7 @@ def judge(generated: Features, reference: Features, held_out: Features | None = 
     # -- Frechet
     found, least = frechet(fake, real), frechet(base, other)
     interval = None
-    if (n + m) * d * min(d, max(n, m)) <= CHEAP:
+    if intervals and (n + m) * d * min(d, max(n, m)) <= CHEAP:
         halves = half_sampled(lambda a, b: {"frechet": frechet(a, b)}, fake, real, repeats=REPEATS, seed=seed)
         interval = halves["frechet"]
     bias = {"predicted_floor": frechet_bias(real, n, m)}
@@ -99,13 +107,13 @@ def judge(generated: Features, reference: Features, held_out: Features | None = 
     values.append(Value(kernel_name, mean, kid(base, other, seed=seed)[0], "lower", around, {**about, **kernel}))
     # -- neighbours
     shares, floors = _shares(real, fake), _shares(other, base)
-    intervals: Mapping[str, Interval] = {}
-    if n * m * d <= CHEAP / 4:
+    around_shares: Mapping[str, Interval] = {}
+    if intervals and n * m * d <= CHEAP / 4:
         rows = {"precision": n, "recall": m, "coverage": m}
-        intervals = half_sampled(lambda a, b: _shares(b, a), fake, real, repeats=REPEATS, seed=seed, shares=rows)
+        around_shares = half_sampled(lambda a, b: _shares(b, a), fake, real, repeats=REPEATS, seed=seed, shares=rows)
     for name, share in shares.items():
         better: Literal["neither", "higher"] = "neither" if name == "density" else "higher"
-        values.append(Value(name, share, floors[name], better, intervals.get(name), {**about, "k": NEIGHBOURS}))
+        values.append(Value(name, share, floors[name], better, around_shares.get(name), {**about, "k": NEIGHBOURS}))
     values.append(Value("diversity", diversity(fake, real), diversity(base, other), "neither", None, about))
     return Quality(tuple(values), floor, tuple(warnings))
 

@@ -1,0 +1,125 @@
+"""Quality of a run while it trains: a line of metrics every so many images, and the best pipeline kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from robustdiff import durable
+from robustdiff.config import TrainConfig, UsageError, parse_count
+from robustdiff.evaluation.extractors import open_extractor
+from robustdiff.evaluation.features import Features, default_cache, extract
+from robustdiff.evaluation.judging import LEAST, judge
+from robustdiff.images import DataError, ImageSet, load_images
+from robustdiff.planning import Plan
+from robustdiff.recording import Lines, save_pipeline
+from robustdiff.sampling import sample, to_uint8
+
+BEST = "best"
+"""Folder of the best pipeline, in the run folder."""
+
+
+class During:
+    """Draws images from the same seeds every so many steps, and judges them as ``robustdiff evaluate`` does.
+
+    Writes ``evaluation/during.jsonl``, and, whenever ``--evaluate-metric`` is better than ever before, the pipeline
+    into ``best/`` and its step into ``evaluation/best.json``.
+    """
+
+    def __init__(self, config: TrainConfig, plan: Plan, data: ImageSet, steps: int, device: torch.device) -> None:
+        """Load the extractor and the reference, so that what is wrong with them is known before training.
+
+        Args:
+            config: With ``evaluate_every``.
+            plan: For the images per step.
+            data: Training images, whose size and channels the reference is brought to.
+            steps: Network calls per image.
+            device: Where features are computed.
+
+        Raises:
+            UsageError: If the extractor or the reference cannot be used.
+        """
+        assert config.evaluate_every is not None
+        assert config.evaluate_reference is not None
+        self.config, self.batch, self.sampler_steps, self.total = config, plan.batch, steps, plan.steps
+        self.every = max(1, round(parse_count(config.evaluate_every, "--evaluate-every") / plan.batch))
+        height, width = data.size
+        try:
+            self.extractor = open_extractor(config.evaluate_extractor, device)
+        except UsageError as error:
+            raise UsageError(str(error).replace("--extractor", "--evaluate-extractor", 1)) from None
+        try:
+            reference = load_images(
+                config.evaluate_reference,
+                resolution=height if height == width else None,
+                channels=data.channels,
+                split=config.evaluate_split,
+            )
+        except DataError as error:
+            raise UsageError(f"--evaluate-reference {error}") from None
+        if reference.size != data.size:
+            raise UsageError(
+                f"--evaluate-reference: its images are {reference.size[1]} x {reference.size[0]}, those trained on "
+                f"{width} x {height}: bring them to one size"
+            )
+        if len(reference) < LEAST:
+            raise UsageError(
+                f"--evaluate-reference has {len(reference)} images; at least {LEAST} are needed: give more"
+            )
+        self.reference = self._features(reference)
+        kernel = "KID" if self.extractor.metric == "FID" else f"KID-{self.extractor.name}"
+        self.metric = {"fd": self.extractor.metric, "kid": kernel}[config.evaluate_metric]
+        self.classes = len(data.classes)
+
+    def begin(self, folder: Path, step: int) -> None:
+        """Go on after ``step``: later lines are cut off, and the best of those that stay is to be beaten."""
+        self.folder = folder
+        self.lines = Lines(folder / "evaluation" / "during.jsonl", step)
+        kept = [json.loads(line) for line in self.lines.kept]
+        self.best = min(
+            (line["values"][self.metric]["value"] for line in kept if self.metric in line["values"]), default=None
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether to measure after ``step``."""
+        return step % self.every == 0 or step == self.total
+
+    def measure(self, pipeline: DiffusionPipeline, step: int) -> str:
+        """Judge the pipeline as it is, write the line, keep the pipeline if it is the best.
+
+        Returns:
+            One line for people.
+        """
+        n, classes = self.config.evaluate_n, self.classes
+        conditional = pipeline.unet.config["num_class_embeds"] is not None
+        images = sample(
+            pipeline,
+            n,
+            seed=self.config.seed,
+            steps=self.sampler_steps,
+            batch_size=self.config.eval_batch_size,
+            class_labels=[i % classes for i in range(n)] if conditional else None,
+        )
+        quality = judge(self._features(to_uint8(images), cached=False), self.reference, intervals=False)
+        values = {value.name: value.to_json() for value in quality.values}
+        (self.folder / "evaluation").mkdir(exist_ok=True)
+        self.lines.write({"step": step, "images": step * self.batch, "n": n, "values": values})
+        now = values[self.metric]
+        better = self.best is None or now["value"] < self.best
+        if better:
+            self.best = now["value"]
+            (self.folder / BEST).mkdir(exist_ok=True)
+            save_pipeline(self.folder / BEST, pipeline)
+            about = {"step": step, "images": step * self.batch, "metric": self.metric, "pipeline": BEST}
+            durable.write_json(
+                self.folder / "evaluation" / "best.json", {**about, "value": now["value"], "floor": now["floor"]}
+            )
+        return f"step {step}: {self.metric} {now['value']:.4g} (floor {now['floor']:.4g})" + ", the best" * better
+
+    def _features(self, images: Any, cached: bool = True) -> Features:  # noqa: ANN401 - a tensor or an image set
+        cache = default_cache() if cached else None
+        return extract(self.extractor, images, batch_size=self.config.eval_batch_size, cache=cache)
