@@ -27,6 +27,7 @@ from robustdiff.reproduce import measuring
 from robustdiff.reproduce.measuring import (
     CALLS,
     LEVELS,
+    LIMIT,
     MAIN,
     MIXTURES,
     ImageOptions,
@@ -162,11 +163,13 @@ def test_errors_on_a_gaussian_and_of_draws_that_are_no_numbers() -> None:
     assert isinstance(world, LinearGaussian)
     reference = world.sample(100, seeded())
     assert errors(world, reference + 0.5, reference) == {"w2": pytest.approx(0.5 * math.sqrt(2), rel=1e-5)}
-    for bad in (math.nan, math.inf):
+    for bad in (math.nan, math.inf, -math.inf, 1e30):  # one draw of a hundred ran away: held at the bound
         broken = reference.clone()
         broken[3, 1] = bad
-        with pytest.raises(ArithmeticError, match="was not trained"):
-            errors(world, broken, reference)
+        assert errors(world, broken, reference) == {"w2": pytest.approx(LIMIT / 10, rel=1e-4)}
+    broken[:50, 0] = math.nan
+    with pytest.raises(ArithmeticError, match="was not trained"):
+        errors(world, broken, reference)
 
 
 def test_errors_on_the_subspace() -> None:

@@ -62,9 +62,9 @@ class Training:
 
 
 POINTS = Training()
-MIXTURES = Training(steps=8000, input_scale=4.0)
-"""With 4000 steps and no scale, plain training on clean data still draws bridges between the modes."""
-IMAGES = Training(points=0, steps=6000, batch_size=128, learning_rate=3e-3, width=192)
+MIXTURES = Training(steps=8000, depth=5, input_scale=4.0)
+"""With 4000 steps, three layers and no scale, plain training on clean data still draws bridges between the modes."""
+IMAGES = Training(points=0, steps=12_000, batch_size=128, learning_rate=2e-3, width=192)
 """For 64 pixels; more pixels make the network wider, see ``images_training``."""
 
 
@@ -338,6 +338,7 @@ KEY = (
     "gated-low",
     "gated-mid",
     "gated-low-floor",
+    "pseudo-huber",
     "clean-subset",
 )
 """Rows that conclusions rest on."""
