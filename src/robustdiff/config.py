@@ -589,8 +589,8 @@ class EvaluateConfig:
 class ReportConfig:
     """Make one HTML page of any number of run folders: it needs no network and no other file."""
 
-    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")]
-    """Folders that `train` or `evaluate` wrote."""
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN [RUN ...]")] = ()
+    """Folders that `train` or `evaluate` wrote, at least one."""
     output: Annotated[str, arg(aliases=["-o"], metavar="FILE")] = "report.html"
     """File to write; replaced if it is there."""
     title: OptionalText = None
