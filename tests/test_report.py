@@ -1,4 +1,7 @@
-"""Run folders to one page: what is compared, what ties, what is refused, and that the page needs nothing else."""
+"""Run folders to one page: what is compared, what ties, what is refused, and that the page needs nothing else.
+
+Long, because it takes the page apart section by section on the same runs.
+"""
 
 from __future__ import annotations
 

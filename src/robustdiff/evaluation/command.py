@@ -2,65 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from robustdiff import durable
-from robustdiff.config import EvaluateConfig, RobustdiffWarning, SampleConfig, UsageError
+from robustdiff.config import EvaluateConfig
 from robustdiff.evaluation import few_step, sheets
 from robustdiff.evaluation.card import fill_card
 from robustdiff.evaluation.extractors import Extractor, open_extractor
 from robustdiff.evaluation.features import Features, default_cache, extract
+from robustdiff.evaluation.gathering import (
+    Generated,
+    digest,
+    load_real,
+    load_training,
+    name_of,
+    open_generated,
+    output_folder,
+)
 from robustdiff.evaluation.judging import Quality, judge
 from robustdiff.evaluation.memorisation import memorisation
 from robustdiff.evaluation.neighbours import k_nearest
-from robustdiff.images import DataError, ImageSet, load_images
+from robustdiff.images import ImageSet
 from robustdiff.machine import check_launcher
-from robustdiff.sample_files import class_labels, draw
-from robustdiff.sampling import load_pipeline, make_scheduler, without_accelerator
-from robustdiff.sources import HUB_ID
+from robustdiff.sampling import without_accelerator
 from robustdiff.version import __version__
 
 FORMAT = "robustdiff evaluation 1"
-DEFAULT_N = 1000
 RESHAPED = ("reduced", "enlarged", "cropped to a square", "colour reduced to grey", "grey expanded to RGB")
 """Conversions of ``images.py`` that change what is compared."""
-
-
-@dataclass(frozen=True, eq=False)
-class Generated:
-    """The images to judge, and where they come from.
-
-    Attributes:
-        images: uint8 (n, C, H, W).
-        about: ``generated`` of the protocol.
-        sampler: ``sampler`` of the protocol; None for images as given.
-        draw: (scheduler, steps) -> uint8 images from the same seeds; None for images as given.
-        pipeline: None for images as given.
-    """
-
-    images: Tensor
-    about: Mapping[str, Any]
-    sampler: Mapping[str, Any] | None
-    draw: Callable[[str, int], Tensor] | None = None
-    pipeline: DiffusionPipeline | None = None
 
 
 def evaluate(config: EvaluateConfig) -> list[Path]:
@@ -75,15 +56,15 @@ def evaluate(config: EvaluateConfig) -> list[Path]:
     config.validate()
     check_launcher()
     device = PartialState(cpu=without_accelerator()).device
-    folder = _output(config)
+    folder = output_folder(config)
     extractors = [open_extractor(spec, device) for spec in config.extractor or ("pixels",)]
-    source = _open(config)
+    source = open_generated(config)
     size, channels = source.size, source.channels
     square = size[0] if size[0] == size[1] else None
     resolution = config.resolution or square
-    real = _real(config, "reference", resolution, channels, size)
-    held_out = _real(config, "held_out", resolution, channels, size) if config.held_out else None
-    training, missing = _training(config, resolution, channels, size)
+    real = load_real(config, "reference", resolution, channels, size)
+    held_out = load_real(config, "held_out", resolution, channels, size) if config.held_out else None
+    training, missing = load_training(config, resolution, channels, size)
     generated = source.load()
     if generated is None:
         return []
@@ -93,198 +74,6 @@ def evaluate(config: EvaluateConfig) -> list[Path]:
     written = [path for extractor in extractors for path in evaluation.run(extractor)]
     fill_card(folder.parent)
     return written
-
-
-# -- what is judged ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Source:
-    """Images to come: their size is known before they are drawn or read."""
-
-    size: tuple[int, int]
-    channels: int
-    load: Callable[[], Generated | None]
-
-
-def _is_pipeline(run: str) -> bool:
-    return (Path(run) / "model_index.json").is_file() or (not Path(run).exists() and bool(HUB_ID.fullmatch(run)))
-
-
-def _open(config: EvaluateConfig) -> _Source:
-    if not _is_pipeline(config.run):
-        given = ("steps", "scheduler", "relabel", "label_floor", "few_step")
-        defaults = {field.name: field.default for field in dataclasses.fields(EvaluateConfig)}
-        for name in given:
-            if getattr(config, name) != defaults[name]:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} needs a pipeline: {config.run} holds images, leave it out"
-                )
-        images = _load(config.run, "RUN", config.max_bad_fraction, resolution=config.resolution)
-        count = config.n or len(images)
-        if count > len(images):
-            raise UsageError(f"-n {count}: {config.run} has {len(images)} images; lower it")
-        about = {"source": images.source, "sha256": images.sha256, "skipped": len(images.skipped)}
-        return _Source(images.size, images.channels, lambda: Generated(images.images[:count], about, None))
-    pipeline = load_pipeline(config.run)
-    unet = pipeline.unet.config
-    side = unet["sample_size"]
-    size = (side, side) if isinstance(side, int) else tuple(side)
-    if config.resolution not in (None, size[0]) or (config.resolution and len(set(size)) > 1):
-        raise UsageError(f"--resolution {config.resolution}: the pipeline draws {size[1]} x {size[0]}; leave it out")
-    if unet["in_channels"] not in (1, 3):
-        raise UsageError(f"{config.run} draws {unet['in_channels']} channels: only grey or RGB can be judged")
-    for steps in config.few_step_counts():
-        for name in config.few_step_samplers():
-            make_scheduler(name, pipeline.scheduler, steps)  # says what does not fit before anything is drawn
-    return _Source(size, unet["in_channels"], lambda: _drawn(config, pipeline))
-
-
-def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated | None:
-    """Images of a pipeline; kept, so that another extractor need not draw them again."""
-    weights = _weights(pipeline)
-    asked = SampleConfig(
-        config.run,
-        n=config.n or DEFAULT_N,
-        scheduler=config.scheduler,
-        steps=config.steps,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        relabel=config.relabel,
-        label_floor=config.label_floor,
-    )
-    labels = class_labels(asked, pipeline.unet.config["num_class_embeds"])
-    folder = _output(config) / "drawn"
-
-    def drawing(scheduler: str, steps: int) -> Tensor | None:
-        this = dataclasses.replace(asked, scheduler=scheduler, steps=steps)
-        key = {**dataclasses.asdict(this), "run": weights, "batch_size": None, "overwrite": None}
-        path = folder / f"{scheduler}-{steps}-n{this.n}-{_digest(key)}.npy"
-        state = PartialState(cpu=without_accelerator())
-        found = _kept(path, this.n) if state.is_main_process else None
-        there = [found is not None]
-        if state.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            broadcast_object_list(there)
-        if there[0]:
-            return found
-        images = draw(this, pipeline, labels)
-        if images is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f".{path.name}.{os.getpid()}.npy")
-            np.save(part, images.numpy())
-            durable.fsync_file(part)
-            part.replace(path)
-        return images
-
-    images = drawing(config.scheduler, config.steps)
-    others = {
-        (name, steps): drawing(name, steps) for name in config.few_step_samplers() for steps in config.few_step_counts()
-    }
-    if images is None:
-        return None
-    sampler = {
-        "scheduler": config.scheduler,
-        "steps": config.steps,
-        "timesteps": few_step.timesteps_of(pipeline, config.scheduler, config.steps),
-        "seed": config.seed,
-        "relabel": config.relabel,
-        "label_floor": config.label_floor,
-        "ema": _settings(config.run).get("use_ema"),
-    }
-    about = {"source": _name(config.run), "sha256": _sha256(images), "weights": weights}
-    return Generated(images, about, sampler, lambda name, steps: others[name, steps], pipeline)
-
-
-def _kept(path: Path, n: int) -> Tensor | None:
-    """Images drawn before; None if there are none or the file is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        images = torch.from_numpy(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError):
-        images = torch.empty(0)
-    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != n:
-        _warn(f"{path} is damaged: its images are drawn again")
-        return None
-    return images
-
-
-def _weights(pipeline: DiffusionPipeline) -> str:
-    """SHA-256 over the network's weights, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(pipeline.unet.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-# -- what it is compared with --------------------------------------------------------------------------
-
-
-def _load(source: str, flag: str, max_bad_fraction: float, **options: Any) -> ImageSet:  # noqa: ANN401
-    try:
-        return load_images(source, max_bad_fraction=max_bad_fraction, **options)
-    except DataError as error:
-        raise UsageError(f"{flag} {error}") from None
-
-
-def _real(config: EvaluateConfig, name: str, resolution: int | None, channels: int, size: tuple[int, int]) -> ImageSet:
-    """The reference or the held-out images, brought to the size and the channels of the generated ones."""
-    flag = "--" + name.replace("_", "-")
-    own = {"config": config.dataset_config_name, "image_column": config.image_column}
-    options = {"split": config.split, **own} if name == "reference" else {"split": getattr(config, f"{name}_split")}
-    shape = {"resolution": resolution, "channels": channels}
-    images = _load(getattr(config, name), flag, config.max_bad_fraction, **shape, **options)
-    _same_size(images, flag, size)
-    return images
-
-
-def _same_size(images: ImageSet, flag: str, size: tuple[int, int]) -> None:
-    if images.size != size:
-        raise UsageError(
-            f"{flag}: its images are {images.size[1]} x {images.size[0]}, the generated ones {size[1]} x {size[0]}, "
-            f"which is no square: bring them to one size, or give --resolution N"
-        )
-
-
-def _training(
-    config: EvaluateConfig, resolution: int | None, channels: int, size: tuple[int, int]
-) -> tuple[ImageSet | None, str | None]:
-    """The training images, or why they cannot be looked at."""
-    if config.training == "none":
-        return None, None
-    if config.training is not None:
-        options = {"split": config.training_split, "resolution": resolution, "channels": channels}
-        images = _load(config.training, "--training", config.max_bad_fraction, **options)
-        _same_size(images, "--training", size)
-        return images, None
-    settings = _settings(config.run)
-    if not settings:
-        return None, "copying was not looked for: name the training images with --training"
-    options = {"split": settings.get("split"), "config": settings.get("dataset_config_name")}
-    options["image_column"] = settings.get("image_column")
-    try:
-        images = load_images(settings["data"], resolution=resolution, channels=channels, **options)
-        _same_size(images, "the training images", size)
-    except UsageError as error:
-        return None, f"copying was not looked for, as the training images cannot be read ({error}): give --training"
-    return images, None
-
-
-def _settings(run: str) -> Mapping[str, Any]:
-    """The flags of a run folder's training; empty for other pipelines and images."""
-    path = Path(run) / "config.json"
-    if not (path.is_file() and (Path(run) / "data.json").is_file()):
-        return {}
-    try:
-        settings = durable.read_json(path)["settings"]
-    except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read ({durable.one_line(error)}): repair it") from None
-    if not isinstance(settings, dict) or not isinstance(settings.get("data"), str):
-        raise UsageError(f"{path} has no settings of a run: repair it")
-    return settings
 
 
 # -- results -------------------------------------------------------------------------------------------
@@ -427,7 +216,7 @@ class _Evaluation:
     def _path(self, kind: str, extractor: Extractor, protocol: Mapping[str, Any]) -> Path:
         """Equal protocols have equal names: a repetition replaces, anything else stands beside."""
         name = re.sub(r"[^\w.-]+", "_", extractor.name)[:60]
-        return self.folder / f"{kind}-{name}-{_digest(protocol)}.json"
+        return self.folder / f"{kind}-{name}-{digest(protocol)}.json"
 
     def _write(
         self, path: Path, kind: str, protocol: Mapping[str, Any], body: Mapping[str, Any], started: float
@@ -438,8 +227,8 @@ class _Evaluation:
         result = {
             "format": FORMAT,
             "kind": kind,
-            "run": _name(self.config.run),
-            "title": self.config.title or _name(self.config.run),
+            "run": name_of(self.config.run),
+            "title": self.config.title or name_of(self.config.run),
             "told": self.config.told,
             "protocol": protocol,
             **body,
@@ -471,24 +260,9 @@ def summary(paths: Sequence[Path]) -> str:
     return "\n".join([*lines, *(f"note: {text}" for text in warnings)])
 
 
-def _output(config: EvaluateConfig) -> Path:
-    run = Path(config.run)
-    if config.output is not None:
-        folder = Path(config.output).expanduser()
-    elif (run / "model_index.json").is_file():
-        folder = run / "evaluation"
-    else:
-        folder = Path("evaluation") / (_name(config.run).replace("/", "--") or "images") / "evaluation"
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output {folder} is a file: name a folder")
-    if there := durable.read_only(folder):
-        raise UsageError(f"--output {folder}: {there} is read-only: name another place")
-    return folder
-
-
 def _account(images: ImageSet, split: str | None) -> dict[str, Any]:
     return {
-        "source": _name(images.source),
+        "source": name_of(images.source),
         "split": split,
         "count": len(images),
         "sha256": images.sha256,
@@ -497,25 +271,5 @@ def _account(images: ImageSet, split: str | None) -> dict[str, Any]:
     }
 
 
-def _name(source: str) -> str:
-    """A folder's own name: no result tells where on a machine it was made."""
-    path = Path(source)
-    return path.resolve().name if path.exists() else source
-
-
 def _flat(images: Tensor) -> Tensor:
     return images.flatten(1)
-
-
-def _sha256(images: Tensor) -> str:
-    return hashlib.sha256(images.contiguous().numpy().data).hexdigest()
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _warn(message: str) -> None:
-    import warnings
-
-    warnings.warn(message, RobustdiffWarning, stacklevel=2)
