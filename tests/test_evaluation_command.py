@@ -12,6 +12,7 @@ from helpers import TINY_UNET
 from PIL import Image
 
 from robustdiff import cli
+from robustdiff.config import UsageError
 from robustdiff.evaluation.card import BEGIN, END, UNMEASURED, fill_card
 from robustdiff.evaluation.extractors import open_extractor
 from robustdiff.evaluation.features import extract
@@ -207,6 +208,8 @@ def test_a_folder_of_samples_is_judged_without_its_overview(run, sets, tmp_path)
     (of_folder,) = results(tmp_path / "out", "quality")
     assert of_folder["protocol"]["n_generated"] == 20
     assert of_folder["protocol"]["sampler"] is None
+    assert of_folder["protocol"]["generated"]["source"] == "drawn"
+    assert str(tmp_path) not in json.dumps(of_folder)
     assert evaluate(str(run), "--reference", sets["reference"], "-n", "20", "--steps", "10") == 0
     (of_run,) = results(run / "evaluation", "quality")
     for name, value in of_run["values"].items():
@@ -286,3 +289,8 @@ def test_the_card_keeps_what_people_wrote(tmp_path) -> None:
     assert fill_card(folder)
     assert (folder / "README.md").read_text() == once
     assert once.count(BEGIN) == once.count(END) == 1
+    for damaged in ('{"kind": "quality"}', '{"kind"', json.dumps({**result, "values": {"FD": 1}})):
+        (folder / "evaluation" / "quality-b.json").write_text(damaged)
+        with pytest.raises(UsageError, match=r"quality-b\.json is no result"):
+            fill_card(folder)
+        assert (folder / "README.md").read_text() == once

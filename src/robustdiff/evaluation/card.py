@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from robustdiff import durable
+from robustdiff.config import UsageError
 
 UNMEASURED = " Quality, diversity and copying have not been measured."
 """What a fresh card ends with."""
@@ -21,12 +22,22 @@ def fill_card(folder: Path) -> bool:
     Args:
         folder: A run folder.
 
+    Raises:
+        UsageError: If a result cannot be read; the card is as it was.
+
     Returns:
         Whether there was a card to fill: one that ``train`` wrote, or that was filled before.
     """
     card = folder / "README.md"
-    results = [durable.read_json(path) for path in sorted((folder / "evaluation").glob("*.json"))]
-    lines = [line for result in results if result.get("kind") in ("quality", "memorisation") for line in _rows(result)]
+    lines = []
+    for path in sorted((folder / "evaluation").glob("*.json")):
+        try:
+            result = durable.read_json(path)
+            lines += _rows(result) if result.get("kind") in ("quality", "memorisation") else []
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UsageError(
+                f"{path} is no result ({durable.one_line(error)}): delete it, and evaluate again"
+            ) from None
     try:
         text = card.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

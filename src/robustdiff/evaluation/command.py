@@ -66,13 +66,14 @@ def evaluate(config: EvaluateConfig) -> list[Path]:
     held_out = load_real(config, "held_out", resolution, channels, size) if config.held_out else None
     training, missing = load_training(config, resolution, channels, size)
     generated = source.load()
-    if generated is None:
+    if generated is None or not PartialState().is_main_process:
         return []
     evaluation = _Evaluation(config, folder, generated, real, held_out, training, missing)
     if training is not None:
         sheets.overview(training.images, folder / "training.png")
     written = [path for extractor in extractors for path in evaluation.run(extractor)]
-    fill_card(folder.parent)
+    if folder.name == "evaluation":  # with --output elsewhere there is no card beside it
+        fill_card(folder.parent)
     return written
 
 

@@ -83,8 +83,9 @@ def open_generated(config: EvaluateConfig) -> Source:
         count = config.n or len(images)
         if count > len(images):
             raise UsageError(f"-n {count}: {config.run} has {len(images)} images; lower it")
-        about = {"source": images.source, "sha256": images.sha256, "skipped": len(images.skipped)}
-        return Source(images.size, images.channels, lambda: Generated(images.images[:count], about, None))
+        judged = images.images[:count]
+        about = {"source": name_of(images.source), "sha256": _sha256(judged), "skipped": len(images.skipped)}
+        return Source(images.size, images.channels, lambda: Generated(judged, about, None))
     pipeline = load_pipeline(config.run)
     unet = pipeline.unet.config
     side = unet["sample_size"]
@@ -173,7 +174,7 @@ def _weights(pipeline: DiffusionPipeline) -> str:
     sha256 = hashlib.sha256()
     for name, tensor in sorted(pipeline.unet.state_dict().items()):
         sha256.update(name.encode())
-        sha256.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 
 
@@ -246,7 +247,7 @@ def _settings(run: str) -> Mapping[str, Any]:
     return settings
 
 
-# -- names ---
+# -- names ------------------------------------------------------------------------------------------
 
 
 def output_folder(config: EvaluateConfig) -> Path:
