@@ -82,7 +82,9 @@ def test_numbers_are_those_of_the_command_and_the_weights_do_not_notice(here, ca
     (kept,) = (json.loads(path.read_text()) for path in (here / "out-best").glob("quality-*.json"))
     assert kept["values"]["FD-pixels"]["value"] == pytest.approx(min(values), rel=1e-9)
     assert cli.main(["report", str(here / "run"), "-o", str(here / "report.html")]) == 0
-    assert "evaluated during training" in (here / "report.html").read_text()
+    page = (here / "report.html").read_text()
+    assert "evaluated during training" in page
+    assert "not shown" not in page
 
 
 def test_a_resumed_run_ends_with_the_same_lines_and_the_same_best(here, monkeypatch) -> None:

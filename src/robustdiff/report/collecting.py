@@ -36,6 +36,8 @@ METRICS = (
     "images_per_second",
 )
 """What the page draws of ``metrics.jsonl``."""
+BEST = "best.json"
+"""Which evaluation during training was best: no result of its own, the curve of ``during.jsonl`` shows it."""
 STAGES = 6
 """Preview grids shown per run: the last, and earlier ones evenly spread."""
 
@@ -153,6 +155,8 @@ def _read(folder: Path) -> Run:
     missing: list[str] = []
     evaluations = []
     for path in sorted((folder / "evaluation").glob("*.json")):
+        if path.name == BEST:
+            continue
         if (evaluation := _evaluation(path, missing)) is not None:
             evaluations.append(evaluation)
     samples = _samples(folder / "samples", missing)
