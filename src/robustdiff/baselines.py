@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from robustdiff.objective import Noised, PlainObjective, RobustObjective, Schedule
+from robustdiff.levels import Noised
+from robustdiff.objective import PlainObjective, RobustObjective, Schedule
 from robustdiff.perturbation import AdversarialPerturbation
 from robustdiff.process import Generators, draw_normal, to_device
 
@@ -54,8 +56,10 @@ class InputPerturbationObjective(PlainObjective):
         if not self.gamma >= 0:
             raise ValueError(f"InputPerturbationObjective needs gamma >= 0, got {self.gamma}")
 
-    def _noise(self, x0: Tensor, generator: Generators, t: Tensor | None, eps: Tensor | None) -> Noised:
-        noised = super()._noise(x0, generator, t, eps)
+    def _noise(
+        self, x0: Tensor, generator: Generators, t: Tensor | None, eps: Tensor | None, noise_level: Tensor | None
+    ) -> Noised:
+        noised = super()._noise(x0, generator, t, eps, noise_level)
         xi = draw_normal(x0, generator)
         return replace(noised, x_t=self.process.add_noise(x0, noised.eps + self.gamma * xi, noised.t))
 
@@ -64,7 +68,8 @@ class InputPerturbationObjective(PlainObjective):
 class PseudoHuberObjective(PlainObjective):
     """Pseudo-Huber denoising loss ``2 c (sqrt(e^2 + c^2) - c)`` per element, with a width c set by the noise level.
 
-    Close to ``e^2`` for errors below c and to ``2 c |e|`` above, so that outliers pull less.
+    Close to ``e^2`` for errors below c and to ``2 c |e|`` above, so that outliers pull less. It does not take
+    ``noise_level``: what a noisy image tells of the clean one is a mean, and this loss has its least value elsewhere.
 
     Args:
         process: The noise process.
@@ -78,6 +83,7 @@ class PseudoHuberObjective(PlainObjective):
     """
 
     width: float | Schedule | None = None
+    takes_noise_level: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check a constant width."""

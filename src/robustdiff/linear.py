@@ -100,6 +100,41 @@ def relabelled(alpha_bar: Numbers, v: Tensor, relabel: float = 1.0, label_floor:
     return asked / (_double(v) + asked) / s
 
 
+def levelled_optimum(alpha_bar: Numbers, v: Tensor, noise: Tensor, told: Tensor, share: Tensor) -> Tensor:
+    """The network that images converge to which carry noise and say how much (``noise_level``), rightly or not.
+
+    Group j, a share c_j of the images, carries noise sigma_j and says s_j; it trains the levels L = s/a above s_j. The
+    result is the ordinary :func:`optimum` for variance ``v + d``::
+
+        d = sum_j c_j g_j^2 (sigma_j^2 - s_j^2) / sum_j c_j g_j^2,      g_j = 1 - (s_j / L)^2, over all s_j < L
+
+    So the truth (s_j = sigma_j) gives the clean network at every level, and silence (s_j = 0) plain training on dirt.
+
+    Args:
+        alpha_bar: Noise level in [0, 1), () or (K,).
+        v: Eigenvalues of the clean covariance, >= 0, shape (d,).
+        noise: sigma_j >= 0, shape (J,).
+        told: s_j >= 0, shape (J,).
+        share: c_j > 0, weight of each group in the loss at a level, shape (J,), or (K, J) where it depends on it.
+
+    Returns:
+        Eigenvalues of W, shape (d,) or (K, d).
+
+    Raises:
+        ValueError: If a level is trained by no group.
+
+    Source: derived for this project from Daras et al. (2024), arXiv 2411.02780; docs/theory.md T13.
+    """
+    a, s = _scales(alpha_bar)
+    rho = (a * _double(told) / s).square()
+    weight = torch.where(rho < 1, _double(share) * (1 - rho).square(), 0.0)
+    total = weight.sum(-1, keepdim=True)
+    if not bool((total > 0).all()):
+        raise ValueError("a noise level lies below every level told: no image trains it")
+    left = (weight * (_double(noise).square() - _double(told).square())).sum(-1, keepdim=True) / total
+    return optimum(alpha_bar, _double(v) + left)
+
+
 # -- what samplers make of it ------------------------------------------------------------------------
 
 

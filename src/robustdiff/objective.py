@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from robustdiff.levels import Noised, add_noise, first_timesteps
 from robustdiff.perturbation import (
     AdversarialPerturbation,
     Perturbation,
@@ -147,16 +148,6 @@ def _kept_random_stream(device: torch.device) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Noised:
-    """One batch on its way through an objective."""
-
-    t: Tensor  # (B,), where it was drawn (the CPU, unless the caller gave it): schedules cost no device sync
-    eps: Tensor
-    x_t: Tensor
-    target: Tensor
-
-
-@dataclass(frozen=True)
 class PlainObjective:
     """The denoising loss ``||output - target||^2`` (Ho et al. 2020, Eq. 14), uniform in t.
 
@@ -165,6 +156,8 @@ class PlainObjective:
     """
 
     process: NoiseProcess
+    takes_noise_level: ClassVar[bool] = True
+    """Whether the minimum stays where it is when images are noisy and say how much."""
 
     def __call__(
         self,
@@ -174,6 +167,7 @@ class PlainObjective:
         generator: Generators = None,
         t: Tensor | None = None,
         eps: Tensor | None = None,
+        noise_level: Tensor | None = None,
         **model_kwargs: Any,  # noqa: ANN401 - passed through
     ) -> LossTerms:
         """Loss terms of a batch.
@@ -184,10 +178,16 @@ class PlainObjective:
             generator: Source of all draws: one generator, one per image, or None for torch's global one.
             t: Timesteps, shape (B,), if the caller draws them itself.
             eps: Noise, shape of ``x0``, if the caller draws it itself.
+            noise_level: sigma_n >= 0, standard deviation of the Gaussian noise that each image carries already, in the
+                units of ``x0``, shape (B,), best on the CPU. Such an image is trained only at noise levels above its
+                own, each equally often, and there towards the clean image (``levels.py``: formulas, and what that does
+                to the timesteps); 0 is plain training, bit for bit.
             **model_kwargs: Passed to the model (``class_labels``, ``encoder_hidden_states`` ...).
 
         Raises:
-            ValueError: If ``x0`` is not floating point, or ``t``, ``eps`` or the model's output do not fit its shape.
+            ValueError: If ``x0`` is not floating point, or ``t``, ``eps``, ``noise_level`` or the model's output do not
+                fit its shape; if a noise level is not below the largest of the process, or ``t`` not above it; or if
+                this objective cannot use noise levels.
         """
         check_generators(generator, x0.shape[0])
         if not x0.is_floating_point():
@@ -196,19 +196,28 @@ class PlainObjective:
             raise ValueError(f"t must have shape ({x0.shape[0]},), got {tuple(t.shape)}")
         if eps is not None and eps.shape != x0.shape:
             raise ValueError(f"eps must have the shape of x0, {tuple(x0.shape)}, got {tuple(eps.shape)}")
+        if noise_level is not None and not self.takes_noise_level:
+            raise ValueError(f"{type(self).__name__} cannot use noise_level: its optimum would no longer be clean")
+        if noise_level is not None and noise_level.shape != x0.shape[:1]:
+            raise ValueError(f"noise_level must have shape ({x0.shape[0]},), got {tuple(noise_level.shape)}")
         x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
-        noised = self._noise(x0, generator, t, eps)
+        noised = self._noise(x0, generator, t, eps, noise_level)
         output = call_model(model, noised.x_t, to_device(noised.t, x0.device), model_kwargs)
         return self._terms(model, x0, noised, output, generator, model_kwargs)
 
-    def _noise(self, x0: Tensor, generator: Generators, t: Tensor | None, eps: Tensor | None) -> Noised:
+    def _noise(
+        self, x0: Tensor, generator: Generators, t: Tensor | None, eps: Tensor | None, noise_level: Tensor | None
+    ) -> Noised:
+        first = None if noise_level is None else first_timesteps(self.process, noise_level)
         if t is None:
-            t = self.process.draw_timesteps(x0.shape[0], generator)
+            t = self.process.draw_timesteps(x0.shape[0], generator, first)
+        elif first is not None and bool((t < to_device(first, t.device)).any()):
+            raise ValueError("t is not above the noise_level of every image: draw it from levels.first_timesteps on")
         eps = draw_normal(x0, generator) if eps is None else eps.to(x0.dtype)
-        return Noised(t, eps, self.process.add_noise(x0, eps, t), self.process.target(x0, eps, t))
+        return add_noise(self.process, x0, eps, t, noise_level)
 
     def _denoising(self, noised: Noised, output: Tensor) -> Tensor:
-        return mean_square(output - noised.target)
+        return mean_square(noised.kept(output) - noised.target)
 
     def _terms(
         self, model: Model, x0: Tensor, noised: Noised, output: Tensor, generator: Generators, kwargs: dict[str, Any]
@@ -290,7 +299,7 @@ class RobustObjective(PlainObjective):
         part, part_output, part_kwargs, part_generator = noised, output, kwargs, generator
         if index is not None and len(index) < x0.shape[0]:
             here = to_device(index, x0.device)
-            part = Noised(noised.t[index], noised.eps[here], noised.x_t[here], noised.target[here])
+            part = noised.rows(index, here)
             part_output, part_kwargs = output[here], _select(kwargs, index, x0.shape[0])
             if isinstance(generator, Sequence):
                 part_generator = [generator[i] for i in index.tolist()]
@@ -361,7 +370,8 @@ class RobustObjective(PlainObjective):
         """The quantity whose mean square is the regulariser, shape (B, ...)."""
         if self.target == "noise":
             # The state x_t' holds the noise eps + omega; its target is that of the clean state, moved alike.
-            return self.process.equivariance_residual(perturbed - noised.target, omega, t)
+            error = noised.kept(perturbed) - noised.target
+            return self.process.equivariance_residual(error, noised.kept(omega), t)
         output, perturbed = self._branches(output, perturbed)
         return self.process.equivariance_residual(perturbed - output, omega, t)
 

@@ -151,13 +151,26 @@ class NoiseProcess:
         alpha_bar = expand_to(alpha_bar.reshape(-1), x)
         return alpha_bar.sqrt().to(x.dtype), (1 - alpha_bar).sqrt().to(x.dtype)
 
-    def draw_timesteps(self, count: int, generator: Generators = None) -> Tensor:
-        """``count`` timesteps, uniform on 0 .. T-1, shape (count,), int64, on the generator's device (CPU if none)."""
+    def draw_timesteps(self, count: int, generator: Generators = None, first: Tensor | None = None) -> Tensor:
+        """``count`` timesteps, uniform on ``first`` .. T-1, int64, on the generator's device (CPU if none).
+
+        Args:
+            count: B.
+            generator: Source of randomness; one number is drawn per timestep, whatever ``first`` is.
+            first: Least timestep of each, int64, shape (B,), below T. Default: 0.
+
+        Returns:
+            Shape (B,).
+        """
         check_generators(generator, count)
-        first = (generator[0] if generator else None) if isinstance(generator, Sequence) else generator
-        device = torch.device("cpu") if first is None else first.device
+        one = (generator[0] if generator else None) if isinstance(generator, Sequence) else generator
+        device = torch.device("cpu") if one is None else one.device
         u = draw_uniform(torch.empty(count, dtype=torch.float64, device=device), generator)
-        return (u * self.num_timesteps).long().clamp_(max=self.num_timesteps - 1)
+        if first is None:
+            return (u * self.num_timesteps).long().clamp_(max=self.num_timesteps - 1)
+        first = to_device(first, device)
+        left = self.num_timesteps - first
+        return first + (u * left).long().minimum(left - 1)
 
     # -- states and targets ------------------------------------------------------------------------
 

@@ -1,0 +1,109 @@
+"""Images that carry Gaussian noise of a known size: the timesteps they may train, and what the loss becomes there.
+
+Below its own noise level an image ``y = x0 + sigma_n n`` says nothing of ``x0``; above it, as much as a clean image.
+Objectives take ``sigma_n`` as ``noise_level``. With ``L = s / a`` the level of timestep t, ``z ~ N(0, I)``,
+``rho = (sigma_n / L)^2 < 1`` and::
+
+    e     = sqrt(1 - rho) z                    the noise that is added, in units of s
+    x_t   = a y + s e                          distributed as a x0 + s eps
+    image = (1 - rho) y - (sigma_n^2 / L) e    stands for y in the target
+
+the residual, whose mean square is the loss, is that of the plain loss with ``e`` and ``image`` for noise and image, and
+the output damped::
+
+    epsilon       (1 - rho) output - e                     = -(a/s) R
+    sample        (1 - rho) output - image                 =        R      R = rho x_t / a + (1 - rho) x0_hat(x_t) - y
+    v_prediction  (1 - rho) output - (a e - s image)       = -(1/s) R
+
+Since ``E[y | x_t] = rho x_t / a + (1 - rho) E[x0 | x_t]`` (Tweedie's formula twice), the clean denoiser has the least
+loss, and ``|residual|^2`` is ``NoiseProcess.x0_weight(t) * |R|^2``: weighted as the plain loss. Nothing is divided by a
+or by 1 - rho, and sigma_n = 0 gives the plain loss bit for bit.
+
+Each image draws t uniformly from the timesteps above its level. So a noisy image trains as often as a clean one, but
+puts all its weight on high noise, the more the noisier it is; low noise is left to the cleaner images, and below the
+level of the cleanest nothing is trained at all (sample with a label floor there). The loss also differs: it holds the
+noise of y, and an error of ``x0_hat`` counts ``(1 - rho)^2`` times what it does for a clean image.
+
+Source: Daras et al. (2024), arXiv 2411.02780, in this package's variance-preserving notation; docs/theory.md T13.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustdiff.process import NoiseProcess, expand_to, to_device
+
+
+def first_timesteps(process: NoiseProcess, noise_level: Tensor) -> Tensor:
+    """The least timestep whose noise level sigma/alpha is above that of each image.
+
+    Args:
+        process: The noise process; its levels must not fall with t.
+        noise_level: sigma_n, standard deviation of the noise in each image, >= 0, in units of the data, shape (B,).
+
+    Returns:
+        int64, shape (B,), where ``noise_level`` lies; 0 for a clean image.
+
+    Raises:
+        ValueError: If a level is negative, not finite, or not below the largest one of the process.
+    """
+    table = process.noise_to_signal(torch.arange(process.num_timesteps, device=noise_level.device)).double()
+    if not bool((table.diff().nan_to_num(0.0) >= 0).all()):  # inf - inf is no fall
+        raise ValueError("noise_level needs a process whose noise grows with t: sort alphas_cumprod downwards")
+    level = noise_level.double()
+    bad = level[~(level.isfinite() & (level >= 0))]
+    if len(bad):
+        raise ValueError(f"noise_level must be finite and 0 or more, got {bad[0].item():g}")
+    first = torch.searchsorted(table, level.contiguous(), right=True)
+    if bool((first == process.num_timesteps).any()):
+        raise ValueError(
+            f"noise_level {level.max().item():.4g} is not below {table[-1].item():.4g}, the largest noise level "
+            "sigma/alpha of the process: no timestep is left for such an image"
+        )
+    return first
+
+
+@dataclass(frozen=True)
+class Noised:
+    """One batch on its way through an objective."""
+
+    t: Tensor  # (B,), where it was drawn (the CPU, unless the caller gave it): schedules cost no device sync
+    eps: Tensor
+    x_t: Tensor
+    target: Tensor
+    keep: Tensor | None = None  # 1 - rho, (B, 1, ...), of images that may have noise of their own
+
+    def kept(self, x: Tensor) -> Tensor:
+        """An output, or a shift of it, (B, ...), damped as the noise of the image itself demands."""
+        return x if self.keep is None else self.keep * x
+
+    def rows(self, index: Tensor, here: Tensor) -> Noised:
+        """Some images; ``index`` on the device of t, ``here`` the same on that of the images."""
+        keep = None if self.keep is None else self.keep[here]
+        return Noised(self.t[index], self.eps[here], self.x_t[here], self.target[here], keep)
+
+
+def add_noise(process: NoiseProcess, x0: Tensor, z: Tensor, t: Tensor, noise_level: Tensor | None) -> Noised:
+    """State and target of images at their timesteps, by the formulas above.
+
+    Args:
+        process: The noise process.
+        x0: Images, shape (B, ...): y, where they have noise of their own.
+        z: Standard normal numbers of that shape.
+        t: Timesteps, shape (B,), not below :func:`first_timesteps`.
+        noise_level: sigma_n, shape (B,), or None if every image is clean.
+
+    Returns:
+        The batch; its ``eps`` is e.
+    """
+    if noise_level is None:
+        return Noised(t, z, process.add_noise(x0, z, t), process.target(x0, z, t))
+    level = to_device(noise_level, t.device).double()
+    ratio = level / process.noise_to_signal(t).double()  # to 0 at zero terminal SNR
+    # 1 - rho in double precision: little is left of it where L is hardly above sigma_n
+    keep, pull = (expand_to(to_device(c.to(x0.dtype), x0.device), x0) for c in (1 - ratio.square(), level * ratio))
+    e = keep.sqrt() * z
+    return Noised(t, e, process.add_noise(x0, e, t), process.target(keep * x0 - pull * e, e, t), keep)
