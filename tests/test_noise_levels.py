@@ -1,6 +1,6 @@
 """Images that say how noisy they are train above that noise only: the same as plain training where they are clean.
 
-The second half is T13 of docs/theory.md. ``tests/test_training_levels.py`` has the command line.
+The second half is T13 of docs/theory.md. ``tests/test_told.py`` has the command line.
 """
 
 from __future__ import annotations

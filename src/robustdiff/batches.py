@@ -29,22 +29,32 @@ class Batches:
         corruptions: Frozen dirt, a function of (seed, index of the image).
         seed: The run's seed.
         random_flip: Mirror left-right with probability 1/2, a function of (seed, counter).
+        only: Indices of the images that are used, int64; their dirt is the same. Default: all.
+        sigma: Standard deviation of the noise that each image carries, by index, shape (N,), if it is known.
     """
 
     images: ImageSet
     corruptions: tuple[Corruption, ...]
     seed: int
     random_flip: bool
+    only: Tensor | None = None
+    sigma: Tensor | None = None
     _epoch: int = -1
     _order: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def index(self, counter: int) -> int:
         """Which image the run sees as its ``counter``-th: a fresh permutation per pass over the data."""
-        epoch, place = divmod(counter, len(self.images))
+        count = len(self.images) if self.only is None else len(self.only)
+        epoch, place = divmod(counter, count)
         if self._epoch != epoch:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-            self._epoch, self._order = epoch, torch.randperm(len(self.images), generator=generator)
+            order = torch.randperm(count, generator=generator)
+            self._epoch, self._order = epoch, order if self.only is None else self.only[order]
         return int(self._order[place])
+
+    def noise_levels(self, counters: range) -> Tensor | None:
+        """What ``noise_level`` of the objectives is for the images with these counters, shape (B,), if it is known."""
+        return None if self.sigma is None else self.sigma[[self.index(counter) for counter in counters]]
 
     def __call__(self, counters: range) -> Batch:
         """The images with these counters."""

@@ -20,6 +20,8 @@ MAX_SEED = 2**32 - 1
 """torch's CPU generators use the low 32 bits only: a larger seed would repeat a smaller one."""
 MAX_SIDE, MAX_BATCH, MAX_WORKERS = 2**16, 2**20, 1024
 """Larger numbers are slips of the pen that would only be noticed when memory is gone."""
+FROM_CORRUPT = "corrupt"
+"""``--noise-levels``: not a file, but the dirt that the run itself adds."""
 OptionalText = Annotated[str | None, arg(metavar="TEXT")]
 OptionalInt = Annotated[int | None, arg(metavar="INT")]
 OptionalFloat = Annotated[float | None, arg(metavar="NUMBER")]
@@ -130,6 +132,8 @@ class TrainConfig:
     corrupt: UseAppendAction[tuple[str, ...]] = ()
     """Dirty the training images, for experiments: KIND:NAME=VALUE,... (repeatable; kinds: see `robustdiff corrupt -h`).
     Per image, frozen, a function of (seed, index) alone; in the [-1, 1] range, unclipped."""
+    clean_subset: bool = False
+    """Train only on the images that --corrupt does not hit: what knowing the clean ones is worth, for experiments."""
     max_bad_fraction: float = 0.01
     """Largest share of unreadable images that is skipped rather than an error, 0 to 1."""
     max_memory_gib: OptionalGiB = None
@@ -139,6 +143,10 @@ class TrainConfig:
     """Worker processes that decode and dirty images ahead, 0 = none. Default: 0 if images are held, else up to 4."""
 
     # -- objective --
+    noise_levels: OptionalText = None
+    """Gaussian noise that each image carries, above which only it is then trained: a CSV of NAME,SIGMA (sigma in the
+    [-1, 1] range, at the size that is trained; images not named are clean), a JSON object, the manifest.json of
+    `robustdiff corrupt`, or the word `corrupt`: as --corrupt gaussian adds it. Default: nothing is known."""
     preset: Literal["paper", "gated", "plain"] = "gated"
     """Objective settings to start from; the flags of this group override single ones. gated: random perturbation at low
     noise levels only (2 forward passes there); paper: the published adversarial settings; plain: no regulariser."""
@@ -269,6 +277,7 @@ class TrainConfig:
             "dataset_config_name",
             "image_column",
             "label_column",
+            "noise_levels",
         ):
             flag = "DATA" if name == "data" else "--" + name.replace("_", "-")
             _require(getattr(self, name) != "", f"{flag} is empty: name a file or folder, or leave the flag out")
@@ -312,6 +321,7 @@ class TrainConfig:
         _require(0 <= self.seed <= MAX_SEED, f"--seed must be in 0 .. {MAX_SEED}")
         _require(not (self.overwrite and self.resuming), "--overwrite and --resume exclude each other: give one")
         self._validate_objective()
+        self._validate_told()
         self._validate_evaluation()
         if self.init_from:
             fixed = ("network", "model_config_name_or_path", "prediction_type", "ddpm_num_steps", "ddpm_beta_schedule")
@@ -345,6 +355,21 @@ class TrainConfig:
         _require(self.evaluate_reference is not None, missing)
         n = self.evaluate_n
         _require(n >= 14, f"--evaluate-n {n} must be at least 14: neighbours are looked for in halves")
+
+    def _validate_told(self) -> None:
+        """Refuse knowledge of the images that nobody has, or nobody uses."""
+        _require(not self.clean_subset or bool(self.corrupt), "--clean-subset needs --corrupt: add it, or leave it out")
+        if self.noise_levels is None:
+            return
+        unfit = self.objective == "pseudo-huber"
+        _require(not unfit, "--noise-levels has no clean optimum with --objective pseudo-huber: use another objective")
+        if self.noise_levels == FROM_CORRUPT:
+            flag, kinds = f"--noise-levels {FROM_CORRUPT}", [c.kind for c in check_corruptions(self.corrupt)]
+            _require(bool(kinds), f"{flag} needs --corrupt gaussian:sigma=...: add it, or name a file")
+            other = next((kind for kind in kinds if kind != "gaussian"), None)
+            message = f"{flag}: an image hit by {other} has no noise level: use --corrupt gaussian only, or name a file"
+            _require(other is None, message)
+            _require(not self.clean_subset, f"{flag} does nothing with --clean-subset: give one")
 
     def _validate_objective(self) -> None:
         """Refuse flags of the objective that would do nothing."""

@@ -34,6 +34,7 @@ from robustdiff.objective import PRESETS, Gate, PlainObjective, RobustObjective
 from robustdiff.perturbation import AdversarialPerturbation
 from robustdiff.process import NoiseProcess
 from robustdiff.sampling import load_pipeline
+from robustdiff.told import NoiseLevels
 
 # -- from flags to objects ---------------------------------------------------------------------------
 
@@ -80,6 +81,20 @@ def build_objective(config: TrainConfig, process: NoiseProcess) -> PlainObjectiv
     if config.gradient is not None:
         settings["gradient"] = config.gradient
     return (InvarianceObjective if config.objective == "invariance" else RobustObjective)(process, **settings)
+
+
+def check_gate(objective: PlainObjective, levels: NoiseLevels) -> None:
+    """Refuse a regulariser that no image meets.
+
+    Raises:
+        UsageError: If its gate lies below the noise of every image.
+    """
+    gate, floor = getattr(objective, "strength", None), levels.describe()["untrained_below"]
+    if isinstance(gate, Gate) and gate.high < floor:
+        raise UsageError(
+            f"--noise-levels: every image has more noise than {gate.high:g}, where the regulariser's gate ends, and is "
+            "not trained there: use --preset plain, or widen --gate"
+        )
 
 
 def build_pipeline(config: TrainConfig, data: ImageSet) -> tuple[DiffusionPipeline, str]:
@@ -187,12 +202,27 @@ class Plan:
 
     @classmethod
     def resolve(
-        cls, config: TrainConfig, data: ImageSet, processes: int, unet: UNet2DModel, network: str, objective: str
+        cls,
+        config: TrainConfig,
+        data: ImageSet,
+        trained: int,
+        processes: int,
+        unet: UNet2DModel,
+        network: str,
+        objective: str,
     ) -> Plan:
-        """Fill in every default that depends on the data, the network or the number of processes."""
+        """Fill in every default that depends on the data, the network or the number of processes.
+
+        ``trained`` is how many of the images are trained on.
+        """
         total = parse_count(config.images, "--images")
-        total = total if config.num_epochs is None else config.num_epochs * len(data)
+        total = total if config.num_epochs is None else config.num_epochs * trained
         batch = config.train_batch_size * config.gradient_accumulation_steps * processes
+        if config.clean_subset and trained < batch:
+            raise UsageError(
+                f"--clean-subset: --corrupt spares {trained} of {len(data)} images, a step takes {batch}: lower its "
+                "fraction, or --train-batch-size"
+            )
         steps = max(1, round(total / batch))
         warmup = min(500, steps // 20) if config.lr_warmup_steps is None else config.lr_warmup_steps
         warmup = 0 if config.lr_scheduler == "constant" else warmup
@@ -222,6 +252,7 @@ class Plan:
         unet: UNet2DModel,
         workers: int,
         dirt: tuple[str, ...],
+        told: Mapping[str, str],
         folder: Path,
         hardware: str,
         seconds_per_step: float,
@@ -240,6 +271,7 @@ class Plan:
             "skipped": _counts(Counter(reason for _, reason in data.skipped)),
             "converted": _counts(data.notes),
             "dirt": "; ".join(dirt),
+            **told,
             "network": f"UNet2DModel {self.network}, {self.parameters / 1e6:.2f} M parameters",
             "objective": self.objective,
             "length": f"{self.images:,} images = {self.steps:,} steps of {self.batch}",
@@ -330,26 +362,30 @@ _FREE = {
     *("checkpoints_total_limit", "logging_steps", "preview_images", "eval_batch_size", "ddpm_num_inference_steps"),
     *("evaluate_every", "evaluate_reference", "evaluate_split", "evaluate_extractor", "evaluate_n", "evaluate_metric"),
     *("logger", "compile", "max_memory_gib", "dataloader_num_workers", "on_nonfinite"),
-    # The pixels and labels themselves are compared.
-    *("data", "split", "dataset_config_name", "image_column", "label_column", "max_bad_fraction"),
+    # The pixels, labels and noise levels themselves are compared.
+    *("noise_levels", "data", "split", "dataset_config_name", "image_column", "label_column", "max_bad_fraction"),
     *("train_batch_size", "gradient_accumulation_steps"),  # only their product with the processes counts: plan.batch
 }
 
 
-def check_resumable(config: TrainConfig, data: ImageSet, plan: Plan, folder: Path, conditional: bool) -> None:
-    """Refuse to go on with other settings or other data than the run was started with.
+def check_resumable(
+    config: TrainConfig, data: ImageSet, levels: NoiseLevels | None, plan: Plan, folder: Path, conditional: bool
+) -> None:
+    """Refuse to go on with other settings, other data or other noise levels than the run was started with.
 
     Raises:
         UsageError: Naming the flags that differ.
     """
     try:
-        saved, before = durable.read_json(folder / "config.json"), durable.read_json(folder / "data.json")["data"]
-        earlier, batch = dict(saved["settings"]), saved["plan"]["batch"]
+        saved, account = durable.read_json(folder / "config.json"), durable.read_json(folder / "data.json")
+        earlier, batch, before = dict(saved["settings"]), saved["plan"]["batch"], account["data"]
         pixels, labels = before["sha256"], before.get("labels_sha256")
+        told = account["noise_levels"]["sha256"] if account.get("noise_levels") else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = durable.one_line(error)
         raise UsageError(f"--resume: {folder} has no readable config.json and data.json ({reason})") from None
     now = json.loads(json.dumps(dataclasses.asdict(config)))
+    earlier.setdefault("clean_subset", False)  # runs of before there was the flag
     differing = sorted(name for name in now if name not in _FREE and now[name] != earlier.get(name))
     if differing:
         flags = ", ".join(f"--{n.replace('_', '-')} (was {earlier.get(n)!r:.80}, now {now[n]!r})" for n in differing)
@@ -363,3 +399,5 @@ def check_resumable(config: TrainConfig, data: ImageSet, plan: Plan, folder: Pat
         raise UsageError(f"--resume: DATA {config.data} holds other images than those {folder} was trained on")
     if conditional and labels != data.describe()["labels_sha256"]:
         raise UsageError(f"--resume: DATA {config.data} holds other labels than those {folder} was trained on")
+    if told != (None if levels is None else levels.sha256):
+        raise UsageError(f"--resume: --noise-levels are others than those {folder} was trained with: give the same")

@@ -295,13 +295,21 @@ with torch.no_grad():
 
 
 def write_model_card(
-    folder: Path, config: TrainConfig, plan: Plan, data: ImageSet, dirt: tuple[str, ...], step: int, conditional: bool
+    folder: Path,
+    config: TrainConfig,
+    plan: Plan,
+    data: ImageSet,
+    dirt: tuple[str, ...],
+    told: Mapping[str, str],
+    step: int,
+    conditional: bool,
 ) -> None:
     """Write ``README.md``: what the model is, what it was trained on and how, and what was not measured."""
     header = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", tags=["robustdiff"])
     height, width = data.size
     usage = (_CONDITIONAL if conditional else _UNCONDITIONAL).format(name=folder.name)
     colours = "1 channel" if data.channels == 1 else f"{data.channels} channels"
+    known = "".join(f"| {name} | {value} |\n" for name, value in told.items())
     body = f"""# {folder.name}
 
 A diffusion model of {width} x {height} images ({colours}), trained with robustdiff.
@@ -310,7 +318,7 @@ A diffusion model of {width} x {height} images ({colours}), trained with robustd
 |---|---|
 | data | {len(data)} images ({len(data.skipped)} unreadable, skipped), see `data.json` |
 | dirt added for the experiment | {"; ".join(dirt) or "none"} |
-| network | UNet2DModel, {plan.network}, {plan.parameters:,} parameters |
+{known}| network | UNet2DModel, {plan.network}, {plan.parameters:,} parameters |
 | objective | `{plan.objective}` |
 | classes | {", ".join(data.classes) if conditional else "unconditional"} |
 | images seen | {step * plan.batch:,} of {plan.images:,} |

@@ -29,13 +29,14 @@ from robustdiff.checkpoint import TrainingState, list_checkpoints, load_checkpoi
 from robustdiff.config import TrainConfig, UsageError, check_corruptions
 from robustdiff.corruption import derive_seed
 from robustdiff.during import During
-from robustdiff.images import ImageSet, image_grid, load_images, save_png
+from robustdiff.images import image_grid, load_images, save_png
 from robustdiff.machine import check_launcher, cores, is_out_of_memory
 from robustdiff.objective import LossTerms
 from robustdiff.planning import (
     Plan,
     build_objective,
     build_pipeline,
+    check_gate,
     check_resumable,
     claim_output,
     describe_objective,
@@ -53,6 +54,7 @@ from robustdiff.recording import (
 )
 from robustdiff.sampling import largest_divisor, sample, to_uint8, without_accelerator
 from robustdiff.stopping import Interrupted, stop_signals
+from robustdiff.told import told_levels, trained_images
 from robustdiff.version import __version__
 
 __all__ = ["Interrupted", "TrainingError", "train"]
@@ -92,13 +94,29 @@ def train(config: TrainConfig) -> Path:
         max_memory=None if config.max_memory_gib is None else int(config.max_memory_gib * 2**30),
         **source_options(config),
     )
-    _check_alike(accelerator, data)
+    _check_alike(accelerator, data.sha256, f"DATA {data.source} holds other images")
     workers = config.dataloader_num_workers
     workers = (min(4, cores()) if data.streamed else 0) if workers is None else workers
     pipeline, network = build_pipeline(config, data)
     process = NoiseProcess.from_scheduler(pipeline.scheduler)
     objective = build_objective(config, process)
-    plan = Plan.resolve(config, data, accelerator.num_processes, pipeline.unet, network, describe_objective(objective))
+    trained, levels = trained_images(data, corruptions, config.seed, config.clean_subset), None
+    if config.noise_levels is not None:
+        levels = told_levels(config.noise_levels, data, trained, corruptions, config.seed, process)
+        _check_alike(accelerator, levels.sha256, f"--noise-levels {config.noise_levels} are others")
+    plan = Plan.resolve(
+        config,
+        data,
+        len(trained),
+        accelerator.num_processes,
+        pipeline.unet,
+        network,
+        describe_objective(objective),
+    )
+    told = {"trained on": f"{len(trained)} images: those that --corrupt spares"} if config.clean_subset else {}
+    if levels is not None:
+        check_gate(objective, levels)
+        told |= levels.rows()
     preview_steps = config.ddpm_num_inference_steps or largest_divisor(process.num_timesteps, at_most=50)
     if process.num_timesteps % preview_steps:
         nearest = largest_divisor(process.num_timesteps, at_most=preview_steps)
@@ -111,8 +129,9 @@ def train(config: TrainConfig) -> Path:
     if config.evaluate_every is not None:
         during = During(config, plan, data, preview_steps, accelerator.device)
     if config.resuming:
-        check_resumable(config, data, plan, folder, conditional)
-    batches = Batches(data, corruptions, config.seed, config.random_flip)
+        check_resumable(config, data, levels, plan, folder, conditional)
+    sigma = None if levels is None else levels.sigma
+    batches = Batches(data, corruptions, config.seed, config.random_flip, trained, sigma)
     size = config.train_batch_size
 
     # Model and optimiser on the device
@@ -145,21 +164,21 @@ def train(config: TrainConfig) -> Path:
         extra["scaler"] = accelerator.scaler
     state = TrainingState(unet, optimizer.optimizer, ema, extra)
 
-    def terms_of(batch: Batch, first: int) -> LossTerms:
-        """Loss terms of this process's share of one pass; ``first`` is the counter of its first image."""
+    def terms_of(counters: range, batch: Batch) -> LossTerms:
+        """Loss terms of this process's share of one pass, the images with these counters."""
         x0, generators, labels = batch
         x0 = to_device(x0, accelerator.device)
         if accelerator.device.type == "cuda":
             x0 = x0.contiguous(memory_format=torch.channels_last)
         kwargs = {"class_labels": to_device(labels, accelerator.device)} if conditional and labels is not None else {}
-        torch.manual_seed(derive_seed(config.seed, "dropout", first))
+        torch.manual_seed(derive_seed(config.seed, "dropout", counters[0]))
         with accelerator.autocast():
-            return objective(model, x0, generator=generators, **kwargs)
+            return objective(model, x0, generator=generators, noise_level=batches.noise_levels(counters), **kwargs)
 
     # The plan, with a measured estimate; the timed steps change no weight
     for _ in range(2):
         started = time.perf_counter()
-        accelerator.backward(terms_of(batches(range(size)), 0).total.mean())
+        accelerator.backward(terms_of(range(size), batches(range(size))).total.mean())
         _synchronize(accelerator.device)
         seconds = time.perf_counter() - started
     optimizer.zero_grad()
@@ -167,7 +186,7 @@ def train(config: TrainConfig) -> Path:
     dirt = tuple(str(corruption) for corruption in corruptions)
     seconds *= config.gradient_accumulation_steps
     slowest = accelerator.gather(torch.tensor([seconds], device=accelerator.device)).max().item()
-    say(plan.text(config, data, pipeline.unet, workers, dirt, folder, hardware, seconds))
+    say(plan.text(config, data, pipeline.unet, workers, dirt, told, folder, hardware, seconds))
     if config.dry_run:
         say("dry run: nothing was written")
         return folder
@@ -188,7 +207,8 @@ def train(config: TrainConfig) -> Path:
         versions = {"robustdiff": __version__, "torch": torch.__version__}
         settings = {"settings": dataclasses.asdict(config), "plan": dataclasses.asdict(plan), "versions": versions}
         durable.write_json(folder / "config.json", settings)
-        account = {"data": data.describe(), "corrupt": dirt, "corrupt_seed": config.seed}
+        account = {"data": data.describe(), "corrupt": dirt, "corrupt_seed": config.seed, "trained": len(trained)}
+        account["noise_levels"] = None if levels is None else levels.describe()
         durable.write_json(folder / "data.json", account)
         (folder / "samples").mkdir(exist_ok=True)
     tracker = Tracker(accelerator, config.logger, dataclasses.asdict(config))
@@ -257,7 +277,7 @@ def train(config: TrainConfig) -> Path:
         """Pipeline, model card and preview."""
         with averaged("drawing the preview, after saving"):
             save_pipeline(folder, pipeline)
-            write_model_card(folder, config, plan, data, dirt, step, conditional)
+            write_model_card(folder, config, plan, data, dirt, told, step, conditional)
             if config.preview_images:
                 labels = [i % len(data.classes) for i in range(config.preview_images)] if conditional else None
                 images = sample(
@@ -290,7 +310,7 @@ def train(config: TrainConfig) -> Path:
                 last = part == config.gradient_accumulation_steps - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
                     counters, batch = next(loading)
-                    parts.append(terms_of(batch, counters[0]))
+                    parts.append(terms_of(counters, batch))
                     loss = parts[-1].total.mean()
                     # times 1, but not a number where the loss is infinite: no process may miss it in the gradient
                     loss = loss * (1 + 0 * loss.detach())
@@ -355,17 +375,17 @@ def train(config: TrainConfig) -> Path:
     return folder
 
 
-def _check_alike(accelerator: Accelerator, data: ImageSet) -> None:
-    """Every process must have read the same images, or none would notice what is trained on.
+def _check_alike(accelerator: Accelerator, digest: str, what: str) -> None:
+    """Every process must have read the same, or none would notice what is trained on.
 
     Raises:
-        UsageError: If a process has others, from a copy on its own machine, say.
+        UsageError: If a process has something else, from a copy on its own machine, say.
     """
     if accelerator.num_processes > 1:
-        mine = torch.tensor([int(data.sha256[:12], 16)], device=accelerator.device)
+        mine = torch.tensor([int(digest[:12], 16)], device=accelerator.device)
         every = accelerator.gather(mine)
         if not bool((every == every[0]).all()):
-            raise UsageError(f"DATA {data.source} holds other images on some machines than on others: make it the same")
+            raise UsageError(f"{what} on some machines than on others: make it the same")
 
 
 def steps_between_votes(seconds: float) -> int:
