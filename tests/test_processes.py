@@ -340,7 +340,9 @@ def test_four_processes_evaluate_and_sample_as_one_and_go_on_with_its_run(base, 
 
 @pytest.mark.slow
 def test_two_processes_follow_the_adversarial_objective_as_one(base: TrainConfig, tmp_path: Path) -> None:
+    """Told how noisy their images are, too."""
     config = dataclasses.replace(base, preset="paper", gate=None, images=str(4 * EVERY), preview_images=0)
+    config = dataclasses.replace(config, noise_levels="corrupt")
     one = train(dataclasses.replace(config, output_dir=str(tmp_path / "one")))
     launch(*flags(halved(config, tmp_path / "two")), processes=2)
     assert {line["regularised"] for line in metrics(one)} == {1.0}

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -169,6 +170,12 @@ def test_the_word_corrupt_is_the_truth_about_this_runs_own_dirt(config: TrainCon
     told = run(config, "told", corrupt=dirt, seed=2, noise_levels="corrupt")
     assert same(told, run(config, "truth", corrupt=dirt, seed=2, noise_levels=str(tmp_path / "truth.json")))
     assert not same(told, run(config, "untold", corrupt=dirt, seed=2, noise_levels=None))
+
+
+def test_processes_with_other_levels_are_refused() -> None:
+    accelerator = SimpleNamespace(num_processes=2, device="cpu", gather=lambda mine: torch.cat([mine, mine + 1]))
+    with pytest.raises(UsageError, match="--noise-levels f are others on some machines than on others"):
+        training._check_alike(accelerator, "0a" * 32, "--noise-levels f are others")
 
 
 # -- what is said of it ------------------------------------------------------------------------------
