@@ -1,6 +1,6 @@
 """Images that carry Gaussian noise of a known size: the timesteps they may train, and what the loss becomes there.
 
-Below its own noise level an image ``y = x0 + sigma_n n`` says nothing of ``x0``; above it, as much as a clean image.
+Below its own noise level no state of the process can be made of an image ``y = x0 + sigma_n n``; above it, any can be.
 Objectives take ``sigma_n`` as ``noise_level``. With ``L = s / a`` the level of timestep t, ``z ~ N(0, I)``,
 ``rho = (sigma_n / L)^2 < 1`` and::
 
