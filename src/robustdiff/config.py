@@ -632,40 +632,50 @@ class ReportConfig:
         _require(self.title != "", "--title is empty: give a text, or leave the flag out")
 
 
-EXPERIMENTS = ("plane", "mixture", "subspace", "linear-gaussian", "invariance")
+EXPERIMENTS = ("plane", "mixture", "subspace", "linear-gaussian", "invariance", "cifar10", "celeba", "lsun")
+IMAGE_GRIDS = ("cifar10", "celeba", "lsun")
+"""Experiments on images that the user has."""
 
 
 @dataclass(frozen=True)
 class ReproduceConfig:
-    """Run an experiment on distributions whose truth is known; run it again, and it goes on where it was stopped.
+    """Run an experiment; run it again, and it goes on where it was stopped.
 
-    NAME is plane, mixture, subspace, linear-gaussian or invariance. Writes one JSON per row, figures and a page.
+    NAME is plane, mixture, subspace, linear-gaussian or invariance (distributions whose truth is known), or cifar10,
+    celeba or lsun (the image grid). Writes one JSON per row, figures and a page.
     """
 
     name: Annotated[Positional[str], arg(metavar="NAME")]
-    """plane | mixture | subspace | linear-gaussian | invariance."""
+    """plane | mixture | subspace | linear-gaussian | invariance | cifar10 | celeba | lsun."""
     output: Annotated[str | None, arg(aliases=["-o", "--output-dir"], metavar="FOLDER")] = None
-    """Folder for results, networks and figures. Default: reproduce/NAME, or reproduce/NAME-quick."""
+    """Folder for results, networks and figures. Default: reproduce/NAME (image grids: NAME-SCALE), -quick added."""
     quick: bool = False
     """Few rows, one seed, short training: shows what happens in a minute or two; its numbers prove nothing."""
     rows: UseAppendAction[tuple[str, ...]] = ()
     """Only rows whose name matches, e.g. 'plane-inlier-*' (repeatable; shell wildcards; see --list)."""
     list: bool = False
     """Print the names of the rows and stop; writes nothing."""
-    seeds: int = 3
-    """Seeds of the rows that conclusions rest on, from 0; the others have one."""
+    seeds: OptionalInt = None
+    """Seeds of the rows that conclusions rest on, from 0; the others have one. Default: 3; image grids: 2."""
     workers: OptionalInt = None
-    """Rows trained side by side, one core each, >= 1. Default: one per core."""
+    """Rows run side by side, >= 1. Default: one per core, one core each; on a GPU 1."""
     data: OptionalText = None
-    """Images of `subspace`: anything that `robustdiff train` reads. Default: digits, which are built in."""
+    """Images: anything that `robustdiff train` reads. Image grids need it; `subspace` has digits built in."""
     resolution: OptionalInt = None
-    """For --data: resize the shorter side to this many pixels and crop the centre square; they are made grey."""
+    """For --data of `subspace`: resize the shorter side to this many pixels and crop the centre square; made grey."""
     components: OptionalInt = None
     """Principal components that span the image world of `subspace`, >= 1. Default: 16."""
     dimension: OptionalInt = None
     """Dimension of `linear-gaussian`, >= 2 and at most 64. Default: 16."""
     spectrum: OptionalText = None
     """Variances of `linear-gaussian`: powerlaw, flat or two-level. Default: powerlaw."""
+    scale: Literal["cpu", "gpu-10min", "gpu-1h", "gpu"] | None = None
+    """How large an image grid is. cpu: 16 x 16 grey, 8 to 25 minutes a row on one core; gpu: 32 x 32 RGB, the paper's
+    length; gpu-10min, gpu-1h: shorter runs of a smaller network. Default: cpu."""
+    extractor: UseAppendAction[tuple[str, ...]] = ()
+    """What image grids are judged by, beside pixels: see --extractor of `robustdiff evaluate`; the first one ranks."""
+    minutes: OptionalFloat = None
+    """Image grids: save and stop after so many minutes; the same command goes on. Default: when all is done."""
     overwrite: bool = False
     """Delete what FOLDER holds and start anew."""
 
@@ -679,22 +689,34 @@ class ReproduceConfig:
         hint = f"; did you mean {near[0]}?" if near else ""
         _require(self.name in EXPERIMENTS, f"no experiment {self.name!r}{hint}; there are {', '.join(EXPERIMENTS)}")
         _require(self.output != "", "--output is empty: name a folder, or leave the flag out")
-        _require(1 <= self.seeds <= 100, f"--seeds {self.seeds} must be in 1 .. 100")
-        _require(not (self.quick and self.seeds != 3), "--quick has one seed: leave out --seeds")
+        seeds = self.seeds
+        _require(seeds is None or 1 <= seeds <= 100, f"--seeds {seeds} must be in 1 .. 100")
+        _require(not (self.quick and seeds is not None), "--quick has one seed: leave out --seeds")
         workers = self.workers
         _require(workers is None or 1 <= workers <= MAX_WORKERS, f"--workers {workers} must be in 1 .. {MAX_WORKERS}")
-        owners = {"subspace": ("data", "resolution", "components"), "linear-gaussian": ("dimension", "spectrum")}
-        for owner, names in owners.items():
-            for name in names:
-                idle = self.name != owner and getattr(self, name) is not None
-                _require(not idle, f"--{name} belongs to {owner}: leave it out")
+        owners = {
+            "data": ("subspace", *IMAGE_GRIDS),
+            **dict.fromkeys(("resolution", "components"), ("subspace",)),
+            **dict.fromkeys(("dimension", "spectrum"), ("linear-gaussian",)),
+            **dict.fromkeys(("scale", "extractor", "minutes"), IMAGE_GRIDS),
+        }
+        for name, names in owners.items():
+            idle = self.name not in names and getattr(self, name) not in (None, ())
+            _require(not idle, f"--{name} belongs to {', '.join(names)}: leave it out")
         if self.name == "linear-gaussian":
-            _require(self.seeds == 3 and workers is None, "linear-gaussian runs alone: leave out --seeds and --workers")
+            _require(seeds is None and workers is None, "linear-gaussian runs alone: leave out --seeds and --workers")
         _require(not (self.resolution and self.data is None), "--resolution needs --data: digits are 8 x 8")
         for name in ("resolution", "components"):
             value = getattr(self, name)
             _require(value is None or 1 <= value <= MAX_SIDE, f"--{name} {value} must be in 1 .. {MAX_SIDE}")
         _require(self.data != "", "--data is empty: name a source of images, or leave the flag out")
+        needed = self.name in IMAGE_GRIDS and self.data is None and not self.list
+        _require(not needed, f"{self.name} needs images: add --data PATH (docs/data.md says in which forms they come)")
+        good = self.minutes is None or (math.isfinite(self.minutes) and self.minutes > 0)
+        _require(good, f"--minutes {self.minutes} must be more than 0")
+        _require("" not in self.extractor, "--extractor is empty: name one, or leave the flag out")
+        twice = [name for name in self.extractor if self.extractor.count(name) > 1]
+        _require(not twice, f"--extractor {twice[0] if twice else ''} is given twice: leave one out")
 
 
 @dataclass(frozen=True)

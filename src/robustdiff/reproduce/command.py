@@ -6,7 +6,6 @@ import contextlib
 import json
 import multiprocessing
 import signal
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -18,11 +17,13 @@ from typing import Any
 import torch
 
 from robustdiff import __version__, durable
-from robustdiff.config import ReproduceConfig, UsageError
+from robustdiff.config import IMAGE_GRIDS, ReproduceConfig, UsageError
 from robustdiff.machine import cores
 from robustdiff.reproduce import linear_gaussian, tables
 from robustdiff.reproduce.gallery import draw_all
+from robustdiff.reproduce.image_grid import reproduce_images
 from robustdiff.reproduce.measuring import ImageOptions, build_world, training_for
+from robustdiff.reproduce.results import summary
 from robustdiff.reproduce.rows import DIRTS, Row, pick, rows_of
 from robustdiff.reproduce.running import Denoiser, digest
 from robustdiff.reproduce.working import Task, begin, row_settings, trained_network, work
@@ -38,9 +39,11 @@ def reproduce(config: ReproduceConfig) -> Path | None:
         UsageError: If the flags do not fit, or the folder holds results of other settings.
         Interrupted: If stopped from outside; every finished row and seed is on disk.
     """
+    if config.name in IMAGE_GRIDS:
+        return reproduce_images(config)
     if config.name == "linear-gaussian":
         return _closed_forms(config)
-    rows = pick(rows_of(config.name, quick=config.quick, seeds=config.seeds), config.rows)
+    rows = pick(rows_of(config.name, quick=config.quick, seeds=_seeds(config)), config.rows)
     if config.list:
         print("\n".join(f"{row.name}  ({row.seeds} seed{'s'[: row.seeds > 1]}): {row.what.what}" for row in rows))
         return None
@@ -55,6 +58,10 @@ def reproduce(config: ReproduceConfig) -> Path | None:
     print(f"{folder}: {total} results, {total - todo} of them done, {len(tasks)} networks to go", flush=True)
     _run(tasks, min(config.workers or cores(), max(1, len(tasks))))
     return _finish(folder, config, images)
+
+
+def _seeds(config: ReproduceConfig) -> int:
+    return 3 if config.seeds is None else config.seeds
 
 
 def _images(config: ReproduceConfig, images: ImageOptions) -> dict[str, Any] | None:
@@ -121,7 +128,7 @@ def _finish(folder: Path, config: ReproduceConfig, images: ImageOptions) -> Path
     rows = tables.load(folder / "results")
     by_name = {f"{row['world']}-{row['dirt']}-{row['method']}": row for row in rows}
     names = dict.fromkeys(row["world"] for row in rows)
-    planned = {row.name: row for row in rows_of(config.name, quick=config.quick, seeds=config.seeds)}
+    planned = {row.name: row for row in rows_of(config.name, quick=config.quick, seeds=_seeds(config))}
 
     def network(world: str, dirt: str, method: str) -> Denoiser | None:
         row = planned.get(f"{world}-{dirt}-{method}")
@@ -219,8 +226,8 @@ def _record(row: Row, task: Task, runs: Mapping[str, Any]) -> None:
         "settings": row_settings(row, task.quick, task.images),
         "seeds": [int(seed) for seed in runs],
         "n": training_for(build_world(row.world, task.images), task.quick).samples,
-        "values": _summary([run["values"] for run in runs.values()]),
-        "floor": _summary([run["floor"] for run in runs.values()]),
+        "values": summary([run["values"] for run in runs.values()]),
+        "floor": summary([run["floor"] for run in runs.values()]),
         "curves": first["curves"],
         "seconds": round(sum(run["seconds"] for run in runs.values()), 2),
         "version": __version__,
@@ -229,16 +236,6 @@ def _record(row: Row, task: Task, runs: Mapping[str, Any]) -> None:
         "runs": runs,
     }
     durable.write_json(task.folder / "results" / f"{row.name}.json", about)
-
-
-def _summary(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Mean, standard deviation (None for one seed) and every seed's value, by measure."""
-    found = {}
-    for key in runs[0]:
-        each = [run[key] for run in runs]
-        sd = statistics.stdev(each) if len(each) > 1 else None
-        found[key] = {"mean": statistics.fmean(each), "sd": sd, "per_seed": each}
-    return found
 
 
 # -- side by side ----------------------------------------------------------------------------------------

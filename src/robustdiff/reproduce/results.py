@@ -7,12 +7,14 @@ Rows are grouped by place: their world, or ``invariance-WORLD`` for the experime
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from robustdiff.config import UsageError
 from robustdiff.durable import one_line, read_json
+from robustdiff.reproduce.grid import IMAGE_DIRTS, IMAGE_METHODS, IMAGE_WORLDS
 from robustdiff.reproduce.rows import DIRTS, FRONTIER, INVARIANCE, MAIN, METHODS
 
 Row = dict[str, Any]
@@ -51,21 +53,34 @@ MEASURES: Mapping[str, Measure] = {
     },
     "noise_gain": Measure("share of the noise reported", "at sigma/alpha = 10", None),
     "noise_gain_predicted": Measure("the same, predicted", "at sigma/alpha = 10", None),
+    "precision": Measure("precision", "share", True),
+    "recall": Measure("recall", "share", True),
+    "density": Measure("density", "", None),
+    "coverage_of_real": Measure("coverage", "share", True),
+    "diversity": Measure("diversity", "real = 1", "one"),
+    "near-copies": Measure("near-copies", "share", False),
+    "noise": Measure("blind noise estimate", "[-1, 1]", None),
+    "image_spread": Measure("spread of the pixels", "real = 1", "one"),
     "predicted": Measure("predicted", "", None),
     "measured": Measure("measured", "", None),
     "relative_error": Measure("relative error", "", None),
 }
 """Keys of ``values``; a key that is not here is shown by its own name and not judged."""
-YARDSTICKS = ("clean-subset", "ideal")
-"""Methods that were told which data are clean, or the law itself: shown, but neither best nor a tie."""
+EVALUATED: Mapping[str, Measure] = {
+    "FD": Measure("Frechet distance", "", False),
+    "KID": Measure("kernel distance", "", False),
+}
+"""Distances of ``robustdiff evaluate``, before the dash; what follows is the extractor."""
+YARDSTICKS = ("clean-subset", "ideal", "told")
+"""Methods that were told which data are clean or how noisy, or the law itself: shown, neither best nor a tie."""
 LINEAR = "linear-gaussian"
 _NEEDED: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("experiment", "title", "what", "told", "version", "hardware", "torch"), str),
     **dict.fromkeys(("settings", "values", "floor", "curves"), dict),
     **{"seeds": list, "n": int, "seconds": (int, float)},
 }
-_ORDER = {name: i for i, name in enumerate(dict.fromkeys([*METHODS, *INVARIANCE, *FRONTIER]))}
-_DIRT_ORDER = {name: i for i, name in enumerate(DIRTS)}
+_ORDER = {name: i for i, name in enumerate(dict.fromkeys([*METHODS, *IMAGE_METHODS, *INVARIANCE, *FRONTIER]))}
+_DIRT_ORDER = {name: i for i, name in enumerate(dict.fromkeys([*DIRTS, *IMAGE_DIRTS]))}
 
 
 # -- reading ---------------------------------------------------------------------------------------------
@@ -95,7 +110,9 @@ def load(folder: Path) -> list[Row]:
         rows.append({**row, "file": path.name})
     if not rows:
         raise UsageError(f"{folder} holds no results: run `robustdiff reproduce NAME` first")
-    places = {place: i for i, place in enumerate([*MAIN, *(f"invariance-{world}" for world in MAIN), LINEAR])}
+    places = {
+        place: i for i, place in enumerate([*MAIN, *(f"invariance-{world}" for world in MAIN), *IMAGE_WORLDS, LINEAR])
+    }
     rows.sort(
         key=lambda row: (
             places.get(place_of(row), 99),
@@ -117,15 +134,18 @@ def _wrong(row: Row) -> str:
             return f"it has no {key!r}"
         if not isinstance(row[key], kind) or isinstance(row[key], bool):
             return f"{key!r} is {row[key]!r:.40}"
-    if not linear and row["world"] not in MAIN:
-        return f"its world is {row['world']!r:.40}, not one of {', '.join(MAIN)}"
+    known = (*MAIN, *IMAGE_WORLDS)
+    if not linear and row["world"] not in known:
+        return f"its world is {row['world']!r:.40}, not one of {', '.join(known)}"
+    if not linear and row["world"] in IMAGE_WORLDS and not isinstance(row.get("main"), str):
+        return "it has no 'main'"
     for group in ("values", "floor"):
         for key, value in row[group].items():
             if not isinstance(value, dict) or not all(_number(value.get(name)) for name in ("mean", "sd")):
                 return f"{group}[{key!r}] has no mean"
             if value.get("mean") is None:
                 return f"{group}[{key!r}] has no mean"
-    main = "measured" if linear else MAIN[row["world"]]
+    main = main_of(row)
     return "" if main in row["values"] else f"values has no {main!r}"
 
 
@@ -159,6 +179,33 @@ def method_rank(row: Row) -> int:
 def _claim_rank(row: Row) -> int:
     """T3 before T10."""
     return int("0" + "".join(filter(str.isdecimal, row.get("claim", ""))))
+
+
+def main_of(row: Row) -> str:
+    """The measure that rows of its place are ranked by."""
+    main: str = "measured" if row["experiment"] == LINEAR else row.get("main") or MAIN[row["world"]]
+    return main
+
+
+def measure(key: str) -> Measure:
+    """What a key of ``values`` means; that of an evaluation carries its extractor, as ``FD-pixels`` or ``FID``."""
+    if key in MEASURES:
+        return MEASURES[key]
+    metric, dash, extractor = key.partition("-")
+    if (metric in EVALUATED and dash) or key in ("FID", "KID"):
+        name, unit, better = EVALUATED["FD" if key == "FID" else metric]
+        return Measure(f"{name}, {extractor}" if dash else key, unit, better)
+    return Measure(key, "", None)
+
+
+def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Mean, standard deviation (None for one seed) and every seed's value, by measure."""
+    found = {}
+    for key in runs[0]:
+        each = [run[key] for run in runs]
+        sd = statistics.stdev(each) if len(each) > 1 else None
+        found[key] = {"mean": statistics.fmean(each), "sd": sd, "per_seed": each}
+    return found
 
 
 # -- numbers ---------------------------------------------------------------------------------------------

@@ -14,16 +14,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from robustdiff.reproduce.grid import IMAGE_WORLDS
 from robustdiff.reproduce.results import (
     LINEAR,
     MEASURES,
     YARDSTICKS,
-    Measure,
     Row,
     dirt_rank,
     key_of,
     load,
+    main_of,
     marks,
+    measure,
     method_rank,
     number,
     place_of,
@@ -71,7 +73,7 @@ def _escape(text: str) -> str:
 
 def _head(key: str) -> str:
     """Name, unit and direction of a measure."""
-    name, unit, better = MEASURES.get(key, Measure(key, "", None))
+    name, unit, better = measure(key)
     arrow = {True: " ↑", False: " ↓", "one": "", None: ""}[better]
     return f"{name}{f' ({unit})' if unit else ''}{arrow}"
 
@@ -118,7 +120,7 @@ def _columns(lines: Sequence[tuple[list[Cell], Sequence[Row | None]]], keys: Seq
         here = [line[j] for _, line in lines]
         values = [row["values"].get(key) if row else None for row in here]
         judged = [v if r and r.get("method") not in YARDSTICKS else None for v, r in zip(values, here, strict=True)]
-        found = marks(judged, MEASURES.get(key, Measure(key, "", None)).higher_is_better)
+        found = marks(judged, measure(key).higher_is_better)
         for texts, value, mark in zip(grid, values, found, strict=True):
             texts.append(Cell(spread(value), mark, value.get("sd") is None) if value else Cell("-"))
     return grid
@@ -136,7 +138,7 @@ def table_grid(rows: Sequence[Row], place: str) -> Grid:
         keys = ("predicted", "measured", "relative_error")
         lines = [[Cell(r["claim"]), Cell(r["title"]), *(_plain(r["values"].get(key)) for key in keys)] for r in found]
         return Grid(["claim", "what", *map(_head, keys)], lines, 2)
-    key = MAIN[found[0]["world"]]
+    key = main_of(found[0])
     dirts = sorted(dict.fromkeys(row["dirt"] for row in found), key=dirt_rank)
     by_method: dict[str, dict[str, Row]] = {}
     for row in found:
@@ -165,6 +167,7 @@ def detail_grid(rows: Sequence[Row], place: str, dirt: str) -> Grid:
     found = _at(rows, place, dirt)
     there = dict.fromkeys(key for row in found for key in row["values"])
     keys = [key for key in MEASURES if key in there] + [key for key in there if key not in MEASURES]
+    keys.sort(key=lambda key: key != main_of(found[0]))  # the main measure first, the others as they were
     grid = [_floor_line([_floor(found, key) for key in keys], 1)]
     grid += _columns([([Cell(row["title"])], [row] * len(keys)) for row in found], keys)
     return Grid(["method", *map(_head, keys)], grid, 1, _notes(grid, found, True))
@@ -188,7 +191,7 @@ def _cases(rows: Sequence[Row], claim: str) -> Grid:
 def frontier_grid(rows: Sequence[Row], place: str, dirt: str) -> Grid:
     """The sweep of strengths, and the other methods beside it: price on clean data against error on dirty data."""
     dirty = _at(rows, place, dirt, swept=True) + _at(rows, place, dirt)
-    key = MAIN[dirty[0]["world"]]
+    key = main_of(dirty[0])
     clean = {row["method"]: row for row in rows if place_of(row) == place and row["dirt"] == "clean"}
     # On clean data, training on the clean part is plain training.
     partner = {row["method"]: clean.get("plain" if row["method"] in YARDSTICKS else row["method"]) for row in dirty}
@@ -284,7 +287,7 @@ def fill(markdown: str, rows: Sequence[Row]) -> str:
     by_key = {key_of(row): row for row in rows}
     text = _NUMBER.sub(value, _REGION.sub(region, markdown))
     left = _NUMBER.sub("", _REGION.sub("", text))  # what looks like ours, and was not
-    places = {LINEAR, *MAIN, *(f"invariance-{world}" for world in MAIN)}
+    places = {LINEAR, *MAIN, *(f"invariance-{world}" for world in MAIN), *IMAGE_WORLDS}
     for comment in re.findall(r"<!-- ([^<>]*?) -->", left):
         if comment == "end" or comment.startswith(("table:", "detail:", "frontier:")):
             wrong.append(f"{comment} (start and <!-- end --> do not match)")
@@ -318,7 +321,7 @@ def _look_up(reference: str, rows: Mapping[tuple[str, ...], Row]) -> float:
         return float(row["curves"]["jacobian"][nearest])
     if at:
         curves = row["curves"]
-        main = name == MAIN.get(row.get("world", ""))
+        main = name == main_of(row)
         errors = curves.get(f"{name}_by_calls", curves.get("error_by_calls", []) if main else [])
         found = [error for count, error in zip(curves.get("calls", []), errors, strict=False) if f"{count}" == calls]
         if rest or not found:
