@@ -219,6 +219,24 @@ def test_a_folder_of_samples_is_judged_without_its_overview(run, sets, tmp_path)
         assert of_folder["values"][name]["value"] == pytest.approx(value["value"], rel=1e-9)
 
 
+def test_files_that_are_left_out_are_told(sets, tmp_path, capsys) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, image in enumerate(pictures(20, 7)):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    (folder / "half.png").write_bytes((folder / "3.png").read_bytes()[:60])
+    (folder / "notes.txt").write_text("not an image")
+    capsys.readouterr()
+    assert evaluate(str(folder), "--reference", str(folder), "-o", str(tmp_path / "out")) == 0
+    (result,) = results(tmp_path / "out", "quality")
+    assert result["protocol"]["generated"]["skipped"] == 1
+    assert result["protocol"]["generated"]["conversions"] == {"side-car files ignored (not images)": 1}
+    printed = capsys.readouterr().out
+    for flag in ("RUN", "--reference"):
+        assert f"note: {flag}: 1 of its files left out, the first is half.png (" in printed
+    assert "subsets of 10" in printed  # of KID: half of twenty images
+
+
 def test_features_are_kept_by_content(sets, tmp_path) -> None:
     class Mean(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

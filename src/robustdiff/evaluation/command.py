@@ -26,6 +26,7 @@ from robustdiff.evaluation.features import Features, default_cache
 from robustdiff.evaluation.gathering import (
     Generated,
     digest,
+    left_out,
     load_real,
     load_training,
     name_of,
@@ -154,10 +155,11 @@ class _Evaluation:
         return self._write(path, "quality", protocol, body, started)
 
     def _conversions(self) -> list[str]:
-        """What was done to real images to bring them to the size and the channels of the generated ones."""
+        """What was left out, and what was done to real images to bring them to the size of the generated ones."""
         height, width = self.generated.images.shape[2:]
-        told = []
+        told = list(self.generated.remarks)
         for flag, images in (("--reference", self.real), ("--held-out", self.held_out), ("--training", self.training)):
+            told += left_out(flag, images) if images else []
             done = {note: images.notes[note] for note in RESHAPED if note in images.notes} if images else {}
             if done:
                 counted = ", ".join(f"{count} x {note}" for note, count in done.items())
@@ -291,6 +293,8 @@ def summary(paths: Sequence[Path]) -> str:
                 text += f"  ({value['interval'][0]:.5g} to {value['interval'][1]:.5g})"
             if value["floor"] is not None:
                 text += f"  floor {value['floor']:.5g}"
+            if size := value["about"].get("subset_size"):
+                text += f"  subsets of {size}"
             lines.append(text)
         warnings.update(dict.fromkeys(result["warnings"]))
     return "\n".join([*lines, *(f"note: {text}" for text in warnings)])

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Generated:
         sampler: ``sampler`` of the protocol; None for images as given.
         few_step: uint8 images from the same seeds by (scheduler, steps), for --few-step.
         pipeline: None for images as given.
+        remarks: What a reader must know of them.
     """
 
     images: Tensor
@@ -49,6 +50,7 @@ class Generated:
     sampler: Mapping[str, Any] | None
     few_step: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
     pipeline: DiffusionPipeline | None = None
+    remarks: Sequence[str] = ()
 
 
 # -- what is judged ------------------------------------------------------------------------------------
@@ -88,7 +90,10 @@ def open_generated(config: EvaluateConfig) -> Source:
         check_enough("RUN", count)
         judged = images.images[:count]
         about = {"source": name_of(images.source), "sha256": _sha256(judged), "skipped": len(images.skipped)}
-        return Source(images.size, images.channels, lambda: Generated(judged, about, None))
+        given_as = Generated(
+            judged, {**about, "conversions": dict(images.notes)}, None, remarks=left_out("RUN", images)
+        )
+        return Source(images.size, images.channels, lambda: given_as)
     pipeline = load_pipeline(config.run)
     unet = pipeline.unet.config
     side = unet["sample_size"]
@@ -177,6 +182,14 @@ def _weights(pipeline: DiffusionPipeline) -> str:
         sha256.update(name.encode())
         sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
+
+
+def left_out(flag: str, images: ImageSet) -> list[str]:
+    """One line if files of a set could not be read; none otherwise."""
+    if not images.skipped:
+        return []
+    name, reason = images.skipped[0]
+    return [f"{flag}: {len(images.skipped)} of its files left out, the first is {name} ({reason})"]
 
 
 # -- what it is compared with --------------------------------------------------------------------------
