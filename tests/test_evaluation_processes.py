@@ -15,7 +15,7 @@ from robustdiff import cli
 
 N = 60
 
-# `robustdiff`, telling which batches this process computes, and in the second one broken if asked.
+# `robustdiff`, telling which batches this process computes; one is broken or reads another reference if asked.
 PROGRAM = """
 import os, sys
 from robustdiff import cli
@@ -31,7 +31,8 @@ def compute(extractor, images, batch_size, progress=None, starts=None, original=
     return original(extractor, images, batch_size, progress, starts)
 
 together.compute = compute
-sys.exit(cli.main(sys.argv[1:]))
+other = os.environ.get("OTHER") == rank
+sys.exit(cli.main([text.replace("reference.npy", "training.npy") if other else text for text in sys.argv[1:]]))
 """
 
 
@@ -124,3 +125,17 @@ def test_a_process_that_fails_in_its_share_ends_all(place: Path, tmp_path: Path)
         assert "(process 1)" in line or line.endswith("another process stopped: see its message"), error
     assert not list((tmp_path / "out").glob("*.json"))
     assert not list((tmp_path / "out").glob("cache/*"))
+
+
+@pytest.mark.slow
+def test_processes_with_other_images_are_refused(place: Path, tmp_path: Path) -> None:
+    """Or nobody would notice what is judged."""
+    arguments = command(place, tmp_path / "out")
+    more = {"COMPUTED": str(tmp_path / "computed"), "OTHER": "1"}
+    with launched(str(place / "program.py"), *arguments, folder=tmp_path, **more) as launcher:
+        _, error = launcher.communicate(timeout=LIMIT)
+    assert launcher.returncode not in (0, None)
+    ours = [line for line in error.splitlines() if line.startswith("robustdiff (process ")]
+    assert any("--reference or --extractor pixels: not all processes read the same images" in line for line in ours)
+    assert all("not all processes" in line or "another process stopped" in line for line in ours), error
+    assert not list((tmp_path / "out").glob("*.json"))
