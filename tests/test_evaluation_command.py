@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 import torch
 from helpers import TINY_UNET
 from PIL import Image
+from tqdm.auto import tqdm
 
 from robustdiff import cli
 from robustdiff.config import UsageError
+from robustdiff.evaluation import command
 from robustdiff.evaluation.card import BEGIN, END, UNMEASURED, fill_card
 from robustdiff.evaluation.extractors import open_extractor
 from robustdiff.evaluation.features import extract
@@ -216,6 +219,24 @@ def test_a_folder_of_samples_is_judged_without_its_overview(run, sets, tmp_path)
         assert of_folder["values"][name]["value"] == pytest.approx(value["value"], rel=1e-9)
 
 
+def test_files_that_are_left_out_are_told(sets, tmp_path, capsys) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, image in enumerate(pictures(20, 7)):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    (folder / "half.png").write_bytes((folder / "3.png").read_bytes()[:60])
+    (folder / "notes.txt").write_text("not an image")
+    capsys.readouterr()
+    assert evaluate(str(folder), "--reference", str(folder), "-o", str(tmp_path / "out")) == 0
+    (result,) = results(tmp_path / "out", "quality")
+    assert result["protocol"]["generated"]["skipped"] == 1
+    assert result["protocol"]["generated"]["conversions"] == {"side-car files ignored (not images)": 1}
+    printed = capsys.readouterr().out
+    for flag in ("RUN", "--reference"):
+        assert f"note: {flag}: 1 of its files left out, the first is half.png (" in printed
+    assert "subsets of 10" in printed  # of KID: half of twenty images
+
+
 def test_features_are_kept_by_content(sets, tmp_path) -> None:
     class Mean(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -294,3 +315,23 @@ def test_the_card_keeps_what_people_wrote(tmp_path) -> None:
         with pytest.raises(UsageError, match=r"quality-b\.json is no result"):
             fill_card(folder)
         assert (folder / "README.md").read_text() == once
+
+
+def test_the_neighbour_search_shows_how_far_it_is(sets, tmp_path, monkeypatch) -> None:
+    """On a terminal, a bar for each long part, which ends at its total."""
+    bars: list[tqdm] = []
+
+    class Recorded(tqdm):
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__(*arguments, **options)
+            bars.append(self)
+
+    monkeypatch.setattr(command, "tqdm", Recorded)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    more = ("--training", sets["training"], "--held-out", sets["held_out"])
+    assert evaluate(sets["fresh"], "--reference", sets["reference"], *more, "-o", str(tmp_path / "out")) == 0
+    found = {bar.desc.rstrip(": "): (bar.n, bar.total) for bar in bars}
+    # two searches of 2 m + n rows and the distances within four sets; n + m twice, in pixels and in features
+    rows, copies = 2 * (2 * 2 * N + N) + 2 * (N + 2 * N), 2 * (N + 2 * N)
+    assert found["neighbours"] == (rows, rows)  # a bar that is not shown counts nothing
+    assert found["copies"] == (copies, copies)

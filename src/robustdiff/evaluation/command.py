@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,10 +22,11 @@ from robustdiff.config import EvaluateConfig
 from robustdiff.evaluation import few_step, sheets
 from robustdiff.evaluation.card import fill_card
 from robustdiff.evaluation.extractors import Extractor, open_extractor
-from robustdiff.evaluation.features import Features, default_cache, extract
+from robustdiff.evaluation.features import Features, default_cache
 from robustdiff.evaluation.gathering import (
     Generated,
     digest,
+    left_out,
     load_real,
     load_training,
     name_of,
@@ -34,6 +36,7 @@ from robustdiff.evaluation.gathering import (
 from robustdiff.evaluation.judging import Quality, judge
 from robustdiff.evaluation.memorisation import memorisation
 from robustdiff.evaluation.neighbours import k_nearest
+from robustdiff.evaluation.together import extract_together, release
 from robustdiff.images import ImageSet
 from robustdiff.machine import check_launcher
 from robustdiff.sampling import without_accelerator
@@ -45,7 +48,9 @@ RESHAPED = ("reduced", "enlarged", "cropped to a square", "colour reduced to gre
 
 
 def evaluate(config: EvaluateConfig) -> list[Path]:
-    """Judge as ``robustdiff evaluate`` does, under accelerate with all processes drawing, and write the results.
+    """Judge as ``robustdiff evaluate`` does, and write the results.
+
+    Under accelerate all processes draw and extract features; the first one caches, judges and writes.
 
     Returns:
         The JSON files written; none on other processes than the main one.
@@ -65,19 +70,34 @@ def evaluate(config: EvaluateConfig) -> list[Path]:
     real = load_real(config, "reference", resolution, channels, size)
     held_out = load_real(config, "held_out", resolution, channels, size) if config.held_out else None
     training, missing = load_training(config, resolution, channels, size)
-    generated = source.load()
-    if generated is None or not PartialState().is_main_process:
+    evaluation = _Evaluation(config, folder, source.load(), real, held_out, training, missing)
+    # All features first: processes part here, and none may wait for the first one to search neighbours.
+    features = [evaluation.extract(extractor) for extractor in extractors]
+    release()
+    if not PartialState().is_main_process:
         return []
-    evaluation = _Evaluation(config, folder, generated, real, held_out, training, missing)
     if training is not None:
         sheets.overview(training.images, folder / "training.png")
-    written = [path for extractor in extractors for path in evaluation.run(extractor)]
+    written = [path for found in features if found is not None for path in evaluation.run(found)]
     if folder.name == "evaluation":  # with --output elsewhere there is no card beside it
         fill_card(folder.parent)
     return written
 
 
 # -- results -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Extracted:
+    """Every set of images as one extractor sees it."""
+
+    extractor: Extractor
+    fake: Features
+    real: Features
+    held_out: Features | None
+    training: Features | None
+    few_step: Mapping[tuple[str, int], Features]
+    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,26 +110,37 @@ class _Evaluation:
     training: ImageSet | None
     missing: str | None
 
-    def run(self, extractor: Extractor) -> list[Path]:
-        """Every result by one extractor."""
-        started = time.perf_counter()
-        fake, real = self._features(extractor, self.generated.images), self._features(extractor, self.real)
-        held_out = None if self.held_out is None else self._features(extractor, self.held_out)
-        quality = judge(fake, real, held_out, seed=self.config.seed)
-        written = [self._quality(extractor, fake, real, quality, started)]
-        if self.training is not None:
-            written.append(self._copying(extractor, fake, real, time.perf_counter()))
-        if self.config.few_step is not None:
-            written.append(self._few_step(extractor, real, quality, time.perf_counter()))
-        return written
-
-    def _features(self, extractor: Extractor, images: Tensor | ImageSet) -> Features:
-        cache = None
+    def extract(self, extractor: Extractor) -> _Extracted | None:
+        """Features of everything, by all processes; None on others than the first."""
+        started, cache = time.perf_counter(), None
         if self.config.cache != "none":
             cache = Path(self.config.cache).expanduser() if self.config.cache else default_cache()
-        bar = tqdm(total=len(images), unit="image", desc=extractor.name, disable=not sys.stderr.isatty(), leave=False)
-        with bar:
-            return extract(extractor, images, batch_size=self.config.batch_size, cache=cache, progress=bar.update)
+
+        def features(images: Tensor | ImageSet, what: str) -> Features | None:
+            with _bar(extractor.name, len(images), "image") as tell:
+                size = self.config.batch_size
+                return extract_together(extractor, images, what, batch_size=size, cache=cache, progress=tell)
+
+        fake, real = features(self.generated.images, "RUN"), features(self.real, "--reference")
+        held_out = None if self.held_out is None else features(self.held_out, "--held-out")
+        training = None if self.training is None else features(self.training, "--training")
+        drawn = {key: features(images, "--few-step") for key, images in self.generated.few_step.items()}
+        few = {key: found for key, found in drawn.items() if found is not None}
+        if fake is None or real is None:
+            return None
+        return _Extracted(extractor, fake, real, held_out, training, few, time.perf_counter() - started)
+
+    def run(self, found: _Extracted) -> list[Path]:
+        """Every result by one extractor."""
+        started = time.perf_counter() - found.seconds
+        extractor, fake, real = found.extractor, found.fake, found.real
+        quality = judge(fake, real, found.held_out, seed=self.config.seed, bars=_bar)
+        written = [self._quality(extractor, fake, real, quality, started)]
+        if found.training is not None:
+            written.append(self._copying(extractor, fake, real, found.training, time.perf_counter()))
+        if self.config.few_step is not None:
+            written.append(self._few_step(extractor, found.few_step, real, quality, time.perf_counter()))
+        return written
 
     def _quality(self, extractor: Extractor, fake: Features, real: Features, quality: Quality, started: float) -> Path:
         protocol = self._protocol(extractor, fake, quality.floor)
@@ -124,10 +155,11 @@ class _Evaluation:
         return self._write(path, "quality", protocol, body, started)
 
     def _conversions(self) -> list[str]:
-        """What was done to real images to bring them to the size and the channels of the generated ones."""
+        """What was left out, and what was done to real images to bring them to the size of the generated ones."""
         height, width = self.generated.images.shape[2:]
-        told = []
+        told = list(self.generated.remarks)
         for flag, images in (("--reference", self.real), ("--held-out", self.held_out), ("--training", self.training)):
+            told += left_out(flag, images) if images else []
             done = {note: images.notes[note] for note in RESHAPED if note in images.notes} if images else {}
             if done:
                 counted = ", ".join(f"{count} x {note}" for note, count in done.items())
@@ -136,7 +168,9 @@ class _Evaluation:
                 )
         return told
 
-    def _copying(self, extractor: Extractor, fake: Features, real: Features, started: float) -> Path:
+    def _copying(
+        self, extractor: Extractor, fake: Features, real: Features, training: Features, started: float
+    ) -> Path:
         assert self.training is not None
         same = self.training.sha256 == self.real.sha256
         null, null_features = (None, None) if same else (self.real, real.values)
@@ -146,13 +180,15 @@ class _Evaluation:
                 "the reference is the training set: without held-out real images near-copies have no null to be read "
                 "against; name others with --reference"
             )
-        features = (fake.values, self._features(extractor, self.training).values, null_features)
-        found = memorisation(
-            _flat(self.generated.images),
-            _flat(self.training.images[:]),
-            None if null is None else _flat(null.images[:]),
-            features=features,
-        )
+        features = (fake.values, training.values, null_features)
+        with _bar("copies", 2 * (len(fake.values) + (0 if null is None else len(null))), "row") as tell:
+            found = memorisation(
+                _flat(self.generated.images),
+                _flat(self.training.images[:]),
+                None if null is None else _flat(null.images[:]),
+                features=features,
+                progress=tell,
+            )
         null_of = f"{len(self.real)} images of the reference, scored like generated ones"
         protocol = self._protocol(extractor, fake, "none: the reference is the training set" if same else null_of)
         path = self._path("memorisation", extractor, protocol)
@@ -162,21 +198,22 @@ class _Evaluation:
         body = {**found.to_json(list(self.training.names)), "sheets": {"pairs": sheet.name}, "warnings": warnings}
         return self._write(path, "memorisation", protocol, body, started)
 
-    def _few_step(self, extractor: Extractor, real: Features, quality: Quality, started: float) -> Path:
-        generated = self.generated
-        assert generated.draw is not None
-        assert generated.pipeline is not None
-        curves = [
-            few_step.curve(
-                generated.draw,
-                generated.pipeline,
-                real,
-                name,
-                self.config.few_step_counts(),
-                self.config.batch_size,
-            )
-            for name in self.config.few_step_samplers()
-        ]
+    def _few_step(
+        self,
+        extractor: Extractor,
+        drawn: Mapping[tuple[str, int], Features],
+        real: Features,
+        quality: Quality,
+        started: float,
+    ) -> Path:
+        assert self.generated.pipeline is not None
+        counts, names = self.config.few_step_counts(), self.config.few_step_samplers()
+        rows = sum(2 * len(real.values) + len(fake.values) for fake in drawn.values())
+        with _bar("few steps", rows, "row") as tell:
+            curves = [
+                few_step.curve([drawn[name, n] for n in counts], self.generated.pipeline, real, name, counts, tell)
+                for name in names
+            ]
         protocol = self._protocol(extractor, None, quality.floor)
         floors = {value.name: value for value in quality.values}
         values = {}
@@ -256,9 +293,19 @@ def summary(paths: Sequence[Path]) -> str:
                 text += f"  ({value['interval'][0]:.5g} to {value['interval'][1]:.5g})"
             if value["floor"] is not None:
                 text += f"  floor {value['floor']:.5g}"
+            if size := value["about"].get("subset_size"):
+                text += f"  subsets of {size}"
             lines.append(text)
         warnings.update(dict.fromkeys(result["warnings"]))
     return "\n".join([*lines, *(f"note: {text}" for text in warnings)])
+
+
+@contextmanager
+def _bar(what: str, total: int, unit: str = "row") -> Iterator[Callable[[int], object]]:
+    """A bar on the first process's terminal; nothing elsewhere."""
+    shown = PartialState().is_main_process and sys.stderr.isatty()
+    with tqdm(total=total, unit=unit, desc=what, disable=not shown, leave=False) as bar:
+        yield bar.update
 
 
 def _account(images: ImageSet, split: str | None) -> dict[str, Any]:

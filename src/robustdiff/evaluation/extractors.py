@@ -114,7 +114,8 @@ def _read(spec: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UsageError(f"--extractor {spec}: cannot read {path}: {durable.one_line(error)}") from None
+        reason = durable.one_line(error)
+        raise UsageError(f"--extractor {spec}: cannot read {path}: {reason}; name the file of an extractor") from None
 
 
 def reason_of(error: BaseException) -> str:

@@ -96,31 +96,20 @@ def extract(
             memory runs out.
         ValueError: If the images are not as said above.
     """
-    rows: Images = images.images if isinstance(images, ImageSet) else images
-    if batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1, got {batch_size}")
-    if len(rows.shape) != 4 or rows.shape[1] not in (1, 3) or not len(rows):
-        raise ValueError(f"images must have shape (N, C, H, W) with N >= 1 and C = 1 or 3, got {tuple(rows.shape)}")
-    digest = images_sha256(images, batch_size)
-    about = {
-        "format": FORMAT,
-        "images": digest,
-        "kind": extractor.kind,
-        "weights": extractor.sha256,
-        "settings": dict(extractor.settings),
-    }
-    key = json.dumps(about, sort_keys=True)
-    path = cache / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors" if cache else None
-    if path is None or extractor.kind == "pixels":
-        return Features(_compute(extractor, rows, batch_size, progress), extractor, digest, False)
-    values = _fetch(path, key, len(rows))
-    if values is not None:
-        if progress is not None:
-            progress(len(rows))
-        return Features(values, extractor, digest, True)
-    values = _compute(extractor, rows, batch_size, progress)
-    _keep(path, key, values)
-    return Features(values, extractor, digest, False)
+    shelf = shelf_of(extractor, images, batch_size=batch_size, cache=cache)
+    values = shelf.fetch()
+    cached = values is not None
+    if values is None:
+        values = compute(extractor, rows_of(images), batch_size, progress)
+        shelf.keep(values)
+    elif progress is not None:
+        progress(len(values))
+    return Features(values, extractor, shelf.images_sha256, cached)
+
+
+def rows_of(images: Images | ImageSet) -> Images:
+    """The images of a set, which can be cut."""
+    return images.images if isinstance(images, ImageSet) else images
 
 
 def images_sha256(images: Images | ImageSet, batch_size: int = 256) -> str:
@@ -155,19 +144,41 @@ def _uint8(batch: Tensor) -> Tensor:
 # -- computing ---------------------------------------------------------------------------------------
 
 
-def _compute(extractor: Extractor, images: Images, batch_size: int, progress: Callable[[int], object] | None) -> Tensor:
-    values = torch.empty(0)
-    for start in range(0, len(images), batch_size):
+def compute(
+    extractor: Extractor,
+    images: Images,
+    batch_size: int,
+    progress: Callable[[int], object] | None = None,
+    starts: Sequence[int] | None = None,
+) -> Tensor:
+    """Features without the cache; :func:`extract` says what is checked.
+
+    Args:
+        extractor: As for :func:`extract`.
+        images: uint8, shape (N, C, H, W).
+        batch_size: Images at a time.
+        progress: As for :func:`extract`.
+        starts: First images of the batches to compute, multiples of ``batch_size``; default: of all.
+
+    Returns:
+        float32, one row per image of those batches, in their order; shape (0,) if there are none.
+    """
+    starts = range(0, len(images), batch_size) if starts is None else starts
+    count = sum(min(batch_size, len(images) - start) for start in starts)
+    values, done = torch.empty(0), 0
+    for start in starts:
         batch = _uint8(images[start : start + batch_size])
         features = _run(extractor, batch, start)
         if start == 0:
             _check_steady(extractor, batch, features)
-            values = _room(extractor, len(images), features.shape[1])
+        if done == 0:
+            values = _room(extractor, count, features.shape[1])
         elif features.shape[1] != values.shape[1]:
             raise UsageError(
                 f"--extractor {extractor.name} gives {features.shape[1]} features after {values.shape[1]} before"
             )
-        values[start : start + len(batch)] = features
+        values[done : done + len(batch)] = features
+        done += len(batch)
         if progress is not None:
             progress(len(batch))
     return values
@@ -250,6 +261,57 @@ def default_cache() -> Path:
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG specification says to ignore relative paths.
     return (shared if shared.is_absolute() else Path("~/.cache").expanduser()) / "robustdiff" / "features"
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where the features of one set of images by one extractor have their place in the cache.
+
+    Attributes:
+        key: All that decides their values, as JSON; equal for equal features.
+        images_sha256: Digest of the images (:func:`images_sha256`).
+        count: How many images.
+        path: The file; None if nothing is cached.
+    """
+
+    key: str
+    images_sha256: str
+    count: int
+    path: Path | None
+
+    def fetch(self) -> Tensor | None:
+        """What is there; None if there is nothing, or nothing that is whole, which is told."""
+        return None if self.path is None else _fetch(self.path, self.key, self.count)
+
+    def keep(self, values: Tensor) -> None:
+        """Put features there; that it cannot be done is told."""
+        if self.path is not None:
+            _keep(self.path, self.key, values)
+
+
+def shelf_of(extractor: Extractor, images: Images | ImageSet, *, batch_size: int, cache: Path | None) -> Shelf:
+    """The place in the cache; arguments as for :func:`extract`.
+
+    Raises:
+        UsageError: If ``batch_size`` is below 1.
+        ValueError: If these are no images.
+    """
+    rows = rows_of(images)
+    if batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, got {batch_size}")
+    if len(rows.shape) != 4 or rows.shape[1] not in (1, 3) or not len(rows):
+        raise ValueError(f"images must have shape (N, C, H, W) with N >= 1 and C = 1 or 3, got {tuple(rows.shape)}")
+    digest = images_sha256(images, batch_size)
+    about = {
+        "format": FORMAT,
+        "images": digest,
+        "kind": extractor.kind,
+        "weights": extractor.sha256,
+        "settings": dict(extractor.settings),
+    }
+    key = json.dumps(about, sort_keys=True)
+    name = f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    return Shelf(key, digest, len(rows), cache / name if cache and extractor.kind != "pixels" else None)
 
 
 def _fetch(path: Path, key: str, count: int) -> Tensor | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from torch import Tensor
 
-from robustdiff.evaluation.features import Extractor, Features, extract
-from robustdiff.evaluation.neighbours import precision_recall_density_coverage
+from robustdiff.evaluation.features import Extractor, Features
+from robustdiff.evaluation.neighbours import Progress, precision_recall_density_coverage
 from robustdiff.evaluation.quality import frechet, kid
 from robustdiff.sampling import make_scheduler
 
@@ -25,32 +24,32 @@ def timesteps_of(pipeline: DiffusionPipeline, scheduler: str, steps: int) -> lis
 
 
 def curve(
-    draw: Callable[[str, int], Tensor],
+    fakes: Sequence[Features],
     pipeline: DiffusionPipeline,
     reference: Features,
     scheduler: str,
     steps: Sequence[int],
-    batch_size: int,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """One curve of a result file: distances at each number of network calls.
 
     Args:
-        draw: (scheduler, steps) -> uint8 (n, C, H, W); the same starting noise for all.
+        fakes: Features of the images drawn with each of ``steps``, from the same starting noise.
         pipeline: For its noise levels.
         reference: Features of real images.
         scheduler: Name of the sampler.
         steps: Network calls per image.
-        batch_size: Of the extractor.
+        progress: Told of finished rows of the neighbour search.
     """
     extractor: Extractor = reference.extractor
     metric = extractor.metric
     kernel = "KID" if metric == "FID" else f"KID-{extractor.name}"
     values: dict[str, list[float]] = {metric: [], kernel: [], "recall": [], "precision": []}
-    for count in steps:
-        fake = extract(extractor, draw(scheduler, count), batch_size=batch_size, cache=None).values
+    for features in fakes:
+        fake = features.values
         values[metric].append(frechet(fake, reference.values))
         values[kernel].append(kid(fake, reference.values)[0])
-        shares = precision_recall_density_coverage(reference.values, fake)
+        shares = precision_recall_density_coverage(reference.values, fake, progress=progress)
         values["precision"].append(shares["precision"])
         values["recall"].append(shares["recall"])
     return {

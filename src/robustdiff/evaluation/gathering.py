@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch import Tensor
 from robustdiff import durable
 from robustdiff.config import EvaluateConfig, RobustdiffWarning, SampleConfig, UsageError
 from robustdiff.evaluation import few_step
+from robustdiff.evaluation.judging import check_enough
+from robustdiff.evaluation.together import share
 from robustdiff.images import DataError, ImageSet, load_images
 from robustdiff.sample_files import class_labels, draw
 from robustdiff.sampling import load_pipeline, make_scheduler, without_accelerator
@@ -38,15 +40,17 @@ class Generated:
         images: uint8 (n, C, H, W).
         about: ``generated`` of the protocol.
         sampler: ``sampler`` of the protocol; None for images as given.
-        draw: (scheduler, steps) -> uint8 images from the same seeds; None for images as given.
+        few_step: uint8 images from the same seeds by (scheduler, steps), for --few-step.
         pipeline: None for images as given.
+        remarks: What a reader must know of them.
     """
 
     images: Tensor
     about: Mapping[str, Any]
     sampler: Mapping[str, Any] | None
-    draw: Callable[[str, int], Tensor] | None = None
+    few_step: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
     pipeline: DiffusionPipeline | None = None
+    remarks: Sequence[str] = ()
 
 
 # -- what is judged ------------------------------------------------------------------------------------
@@ -58,7 +62,7 @@ class Source:
 
     size: tuple[int, int]
     channels: int
-    load: Callable[[], Generated | None]
+    load: Callable[[], Generated]
 
 
 def _is_pipeline(run: str) -> bool:
@@ -83,9 +87,13 @@ def open_generated(config: EvaluateConfig) -> Source:
         count = config.n or len(images)
         if count > len(images):
             raise UsageError(f"-n {count}: {config.run} has {len(images)} images; lower it")
+        check_enough("RUN", count)
         judged = images.images[:count]
         about = {"source": name_of(images.source), "sha256": _sha256(judged), "skipped": len(images.skipped)}
-        return Source(images.size, images.channels, lambda: Generated(judged, about, None))
+        given_as = Generated(
+            judged, {**about, "conversions": dict(images.notes)}, None, remarks=left_out("RUN", images)
+        )
+        return Source(images.size, images.channels, lambda: given_as)
     pipeline = load_pipeline(config.run)
     unet = pipeline.unet.config
     side = unet["sample_size"]
@@ -100,8 +108,8 @@ def open_generated(config: EvaluateConfig) -> Source:
     return Source(size, unet["in_channels"], lambda: _drawn(config, pipeline))
 
 
-def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated | None:
-    """Images of a pipeline; kept, so that another extractor need not draw them again."""
+def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated:
+    """Images of a pipeline, on all processes; kept, so that another extractor need not draw them again."""
     weights = _weights(pipeline)
     asked = SampleConfig(
         config.run,
@@ -116,7 +124,7 @@ def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated | N
     labels = class_labels(asked, pipeline.unet.config["num_class_embeds"])
     folder = output_folder(config) / "drawn"
 
-    def drawing(scheduler: str, steps: int) -> Tensor | None:
+    def drawing(scheduler: str, steps: int) -> Tensor:
         this = dataclasses.replace(asked, scheduler=scheduler, steps=steps)
         key = {**dataclasses.asdict(this), "run": weights, "batch_size": None, "overwrite": None}
         path = folder / f"{scheduler}-{steps}-n{this.n}-{digest(key)}.npy"
@@ -126,7 +134,7 @@ def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated | N
         if state.num_processes > 1:
             broadcast_object_list(there)
         if there[0]:
-            return found
+            return share(found)
         images = draw(this, pipeline, labels)
         if images is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,14 +142,12 @@ def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated | N
             np.save(part, images.numpy())
             durable.fsync_file(part)
             part.replace(path)
-        return images
+        return share(images)
 
     images = drawing(config.scheduler, config.steps)
     others = {
         (name, steps): drawing(name, steps) for name in config.few_step_samplers() for steps in config.few_step_counts()
     }
-    if images is None:
-        return None
     sampler = {
         "scheduler": config.scheduler,
         "steps": config.steps,
@@ -152,7 +158,7 @@ def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated | N
         "ema": _settings(config.run).get("use_ema"),
     }
     about = {"source": name_of(config.run), "sha256": _sha256(images), "weights": weights}
-    return Generated(images, about, sampler, lambda name, steps: others[name, steps], pipeline)
+    return Generated(images, about, sampler, others, pipeline)
 
 
 def _kept(path: Path, n: int) -> Tensor | None:
@@ -178,6 +184,14 @@ def _weights(pipeline: DiffusionPipeline) -> str:
     return sha256.hexdigest()
 
 
+def left_out(flag: str, images: ImageSet) -> list[str]:
+    """One line if files of a set could not be read; none otherwise."""
+    if not images.skipped:
+        return []
+    name, reason = images.skipped[0]
+    return [f"{flag}: {len(images.skipped)} of its files left out, the first is {name} ({reason})"]
+
+
 # -- what it is compared with --------------------------------------------------------------------------
 
 
@@ -198,6 +212,7 @@ def load_real(
     shape = {"resolution": resolution, "channels": channels}
     images = _load(getattr(config, name), flag, config.max_bad_fraction, **shape, **options)
     _same_size(images, flag, size)
+    check_enough(flag, len(images))
     return images
 
 

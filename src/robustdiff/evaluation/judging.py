@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from robustdiff.config import UsageError
 from robustdiff.corruption import derive_seed
 from robustdiff.evaluation.features import Features
-from robustdiff.evaluation.neighbours import diversity, precision_recall_density_coverage
+from robustdiff.evaluation.neighbours import Progress, diversity, precision_recall_density_coverage
 from robustdiff.evaluation.quality import NORMAL_95, Interval, Value, frechet, frechet_bias, half_sampled, kid
 
 NEIGHBOURS = 5
@@ -22,6 +23,14 @@ LEAST = 2 * (NEIGHBOURS + 1) + 2
 CHEAP = 4e9
 """Multiply-adds up to which a metric is computed again on forty pairs of halves, for its interval."""
 REPEATS = 40
+Bars = Callable[[str, int], AbstractContextManager[Progress]]
+"""(what, rows) -> a progress bar: entered, it is told of finished rows, and closed at the end."""
+
+
+@contextmanager
+def no_bar(what: str, rows: int) -> Iterator[Progress]:
+    """A bar that shows nothing."""
+    yield lambda done: None
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ def judge(
     *,
     seed: int = 0,
     intervals: bool = True,
+    bars: Bars = no_bar,
 ) -> Quality:
     """Frechet and kernel distance, precision, recall, density, coverage and diversity of generated images.
 
@@ -59,13 +69,14 @@ def judge(
         held_out: Further real images.
         seed: Of the random parts.
         intervals: Compute them where that is cheap; KID has its own in any case.
+        bars: Shows how far the neighbour search is, which takes longest where there are many images.
 
     Raises:
         UsageError: If there are too few images.
     """
     for name, features in (("RUN", generated), ("--reference", reference), ("--held-out", held_out)):
-        if features is not None and len(features.values) < LEAST:
-            raise UsageError(f"{name} has {len(features.values)} images; at least {LEAST} are needed: give more")
+        if features is not None:
+            check_enough(name, len(features.values))
     fake, real = generated.values, reference.values
     n, m, d = len(fake), len(real), real.shape[1]
     if held_out is not None:
@@ -106,7 +117,10 @@ def judge(
     around = (mean - NORMAL_95 * error, mean + NORMAL_95 * error)
     values.append(Value(kernel_name, mean, kid(base, other, seed=seed)[0], "lower", around, {**about, **kernel}))
     # -- neighbours
-    shares, floors = _shares(real, fake), _shares(other, base)
+    sizes = (len(base), len(other))
+    with bars("neighbours", 3 * (m + sizes[1]) + 2 * (n + sizes[0])) as tell:
+        shares, floors = _shares(real, fake, tell), _shares(other, base, tell)
+        spreads = diversity(fake, real, progress=tell), diversity(base, other, progress=tell)
     around_shares: Mapping[str, Interval] = {}
     if intervals and n * m * d <= CHEAP / 4:
         rows = {"precision": n, "recall": m, "coverage": m}
@@ -114,9 +128,23 @@ def judge(
     for name, share in shares.items():
         better: Literal["neither", "higher"] = "neither" if name == "density" else "higher"
         values.append(Value(name, share, floors[name], better, around_shares.get(name), {**about, "k": NEIGHBOURS}))
-    values.append(Value("diversity", diversity(fake, real), diversity(base, other), "neither", None, about))
+    values.append(Value("diversity", *spreads, "neither", None, about))
     return Quality(tuple(values), floor, tuple(warnings))
 
 
-def _shares(real: Tensor, fake: Tensor) -> dict[str, float]:
-    return precision_recall_density_coverage(real, fake, NEIGHBOURS)
+def check_enough(what: str, count: int) -> None:
+    """Refuse sets too small to be judged.
+
+    Args:
+        what: What the error calls them.
+        count: Images, at least :data:`LEAST`.
+
+    Raises:
+        UsageError: If there are fewer.
+    """
+    if count < LEAST:
+        raise UsageError(f"{what} has {count} images; at least {LEAST} are needed: give more")
+
+
+def _shares(real: Tensor, fake: Tensor, progress: Progress | None = None) -> dict[str, float]:
+    return precision_recall_density_coverage(real, fake, NEIGHBOURS, progress=progress)

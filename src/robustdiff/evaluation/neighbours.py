@@ -139,12 +139,13 @@ def precision_recall_density_coverage(
     }
 
 
-def mean_distance(x: Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> float:
+def mean_distance(x: Tensor, *, chunk_bytes: int = CHUNK_BYTES, progress: Progress | None = None) -> float:
     """Mean Euclidean distance over all pairs of different rows.
 
     Args:
         x: Shape (n, d), n >= 2.
         chunk_bytes: As in :func:`k_nearest`.
+        progress: Told of finished rows; n in all.
     """
     check_sets(2, x=x)
     x, _ = _centred(x, x)
@@ -153,12 +154,17 @@ def mean_distance(x: Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> float:
         block = torch.addmm(squares, x[rows], x.T, alpha=-2).add_(squares[rows, None]).clamp_(min=0)
         block.diagonal(rows.start).zero_()
         total += float(block.sqrt_().sum())
+        if progress is not None:
+            progress(len(block))
     return total / (len(x) * (len(x) - 1))
 
 
-def diversity(generated: Tensor, real: Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> float:
+def diversity(
+    generated: Tensor, real: Tensor, *, chunk_bytes: int = CHUNK_BYTES, progress: Progress | None = None
+) -> float:
     """:func:`mean_distance` of generated images divided by that of real ones: 1 for equal laws, 0 for one image.
 
     Above 1 is no better than below: noise is diverse.
     """
-    return mean_distance(generated, chunk_bytes=chunk_bytes) / mean_distance(real, chunk_bytes=chunk_bytes)
+    of_generated, of_real = (mean_distance(x, chunk_bytes=chunk_bytes, progress=progress) for x in (generated, real))
+    return of_generated / of_real
