@@ -1,4 +1,4 @@
-"""Put the tables and numbers of ``results/worlds`` into ``README.md``; run it again after new results.
+"""Put the tables and numbers of ``results`` into ``README.md``; run it again after new results.
 
 python experiments/fill_readme.py [--check]
 """
@@ -13,7 +13,8 @@ HERE = Path(__file__).parent
 
 def filled() -> str:
     """The README as the committed results make it."""
-    rows = [row for folder in sorted((HERE / "results" / "worlds").iterdir()) for row in load(folder)]
+    folders = [folder for kind in ("worlds", "images") for folder in sorted((HERE / "results" / kind).iterdir())]
+    rows = [row for folder in folders for row in load(folder)]
     return fill((HERE / "README.md").read_text(), rows)
 
 

@@ -12,6 +12,8 @@ import pytest
 from diffusers import DiffusionPipeline
 
 from robustdiff.reproduce import tables
+from robustdiff.reproduce.grid import IMAGE_EXPERIMENTS, SCALE, image_rows
+from robustdiff.reproduce.image_rows import settings_of
 from robustdiff.reproduce.rows import rows_of
 
 ROOT = Path(__file__).parents[1]
@@ -136,7 +138,8 @@ def test_the_noise_experiment_runs_and_its_committed_result_says_how_it_was_got(
 
 
 def committed_rows() -> list[dict[str, Any]]:
-    folders = sorted((ROOT / "experiments" / "results" / "worlds").iterdir())
+    results = ROOT / "experiments" / "results"
+    folders = [folder for kind in ("worlds", "images") for folder in sorted((results / kind).iterdir())]
     return [row for folder in folders for row in tables.load(folder)]
 
 
@@ -148,10 +151,11 @@ def test_the_numbers_of_the_experiments_are_those_of_the_committed_results() -> 
     assert tables.fill(spoilt, committed_rows()) == text
 
 
-def test_the_prose_about_the_worlds_has_no_number_that_no_result_backs() -> None:
+@pytest.mark.parametrize("part", ["worlds", "images"])
+def test_the_prose_about_experiments_has_no_number_that_no_result_backs(part: str) -> None:
     """Measured numbers are decimals with a reference behind them; what is set is written in backquotes."""
     text = (ROOT / "experiments" / "README.md").read_text()
-    prose = text.split("<!-- worlds -->")[1].split("<!-- /worlds -->")[0]
+    prose = text.split(f"<!-- {part} -->")[1].split(f"<!-- /{part} -->")[0]
     prose = re.sub(r"<!-- (table|detail|frontier):.*?<!-- end -->", "", prose, flags=re.DOTALL)
     prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", prose, flags=re.DOTALL)
     prose = re.sub(r"-?[\d.]+\**<!--.*?-->", "", prose, flags=re.DOTALL)
@@ -159,9 +163,21 @@ def test_the_prose_about_the_worlds_has_no_number_that_no_result_backs() -> None
     assert not loose, loose
 
 
+def check_image_row(row: dict[str, Any]) -> None:
+    """An image row says what the grid says of it, its commands included."""
+    scale = row["world"].removeprefix(f"{row['experiment']}-")
+    known = {r.name: r for r in image_rows(row["experiment"], scale)}
+    method = known[f"{row['world']}-{row['dirt']}-{row['method']}"]
+    assert (row["title"], row["told"], row["what"]) == (method.what.title, method.what.told, method.what.what)
+    assert row["settings"] == settings_of(method, SCALE[scale])
+
+
 def test_the_committed_results_are_those_of_the_rows_as_they_are_now() -> None:
     for row in committed_rows():
         if row["experiment"] == "linear-gaussian":
+            continue
+        if row["experiment"] in IMAGE_EXPERIMENTS:
+            check_image_row(row)
             continue
         known = {r.name: r for r in rows_of(row["experiment"])}
         name = f"{row['world']}-{row['dirt']}-{row['method']}"

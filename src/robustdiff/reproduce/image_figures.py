@@ -81,4 +81,5 @@ def draw_samples(path: Path, panels: dict[str, Tensor]) -> Path:
             one.set_xticks([])
             one.set_yticks([])
             one.grid(False)
+            one.spines[:].set_visible(False)
     return path

@@ -79,7 +79,8 @@ _NEEDED: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("settings", "values", "floor", "curves"), dict),
     **{"seeds": list, "n": int, "seconds": (int, float)},
 }
-_ORDER = {name: i for i, name in enumerate(dict.fromkeys([*METHODS, *IMAGE_METHODS, *INVARIANCE, *FRONTIER]))}
+_ORDER = {name: i for i, name in enumerate(dict.fromkeys([*METHODS, *INVARIANCE, *FRONTIER]))}
+_IMAGE_ORDER = {name: i for i, name in enumerate(IMAGE_METHODS)}
 _DIRT_ORDER = {name: i for i, name in enumerate(dict.fromkeys([*DIRTS, *IMAGE_DIRTS]))}
 
 
@@ -172,7 +173,9 @@ def dirt_rank(dirt: str) -> int:
 
 
 def method_rank(row: Row) -> int:
-    """Place of a row's method in the order of ``rows.METHODS``; unknown ones come last."""
+    """Place of a row's method in the order of ``rows.METHODS``, or of the image grid's; unknown ones come last."""
+    if row.get("world") in IMAGE_WORLDS:
+        return _IMAGE_ORDER.get(row.get("method", ""), len(_IMAGE_ORDER))
     return _ORDER.get(row.get("method", ""), len(_ORDER))
 
 
