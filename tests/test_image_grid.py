@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from robustdiff.config import ReproduceConfig, TrainConfig, UsageError
 from robustdiff.corruption import Corruption
 from robustdiff.planning import build_objective
 from robustdiff.process import NoiseProcess
-from robustdiff.reproduce import image_grid, image_rows, tables
+from robustdiff.reproduce import image_folder, image_grid, image_rows, tables
 from robustdiff.reproduce.grid import (
     IMAGE_DIRTS,
     IMAGE_EXPERIMENTS,
@@ -36,6 +38,7 @@ from robustdiff.reproduce.grid import (
     image_rows as rows_of,
 )
 from robustdiff.reproduce.image_rows import Command, ImageTask, commands
+from robustdiff.stopping import Interrupted
 
 WORLD = "cifar10-cpu"
 DIRT = "gaussian-p0.9-s0.2"
@@ -99,7 +102,6 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in (image_rows.TRAINING, image_rows.REFERENCE, image_rows.VALIDATION):
         images = torch.randint(0, 256, (30, 1, 8, 8), generator=generator, dtype=torch.uint8)
         image_rows.save_array(images, tmp_path / name)
-    monkeypatch.setattr(image_rows, "_finished", lambda run: (run / "whole").is_file())
     monkeypatch.setattr(image_rows, "list_checkpoints", lambda folder: sorted(folder.glob("step-*")))
 
     def perform(command: Command) -> None:
@@ -107,16 +109,19 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         if isinstance(config, TrainConfig):
             run = tmp_path / config.output_dir
             run.mkdir(parents=True, exist_ok=True)
-            (run / "whole").touch()
             lines = [{"images": 100, "images_per_second": 50.0}, {"images": 300, "images_per_second": 20.0}]
             (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             return
         config.validate()
         folder = tmp_path / config.output
         (folder / "drawn").mkdir(parents=True, exist_ok=True)
+        sha256 = None
         if not config.run.endswith(".npy"):
             images = torch.randint(0, 256, (config.n, 1, 8, 8), generator=generator, dtype=torch.uint8)
             np.save(folder / "drawn" / f"ddim-{config.steps}-n{config.n}-0.npy", images.numpy())
+            np.save(folder / "drawn" / "ddim-99-n1-stale.npy", 255 - images.numpy())
+            (folder / "drawn" / ".half.npy").write_bytes(b"half")
+            sha256 = hashlib.sha256(images.numpy().data).hexdigest()
         best = {"relabel": 1.2, "label_floor": 0.15}
         error = 1.0 + sum(abs(getattr(config, name) - best[name]) for name in best)
         if config.run.endswith(".npy"):
@@ -124,7 +129,8 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         for name in [Path(e).stem for e in config.extractor]:
             values = {f"FD-{name}": {"value": error, "floor": 0.5}, f"KID-{name}": {"value": 0.1, "floor": 0.0}}
             values |= {"precision": {"value": 0.7, "floor": 0.8}, "coverage": {"value": 0.6, "floor": 0.9}}
-            result = {"kind": "quality", "values": values, "protocol": {"extractor": {"name": name}}, "hardware": "cpu"}
+            protocol = {"extractor": {"name": name}, "generated": {"sha256": sha256}}
+            result = {"kind": "quality", "values": values, "protocol": protocol, "hardware": "cpu"}
             (folder / f"quality-{name}.json").write_text(json.dumps(result))
             curve = {"steps": [2], "values": {f"FD-{name}": [9.0]}}
             few = {"kind": "few-step", "values": {}, "details": {"curves": [curve]}}
@@ -151,7 +157,7 @@ def run(task: ImageTask, perform: Any) -> tuple[list[Command], dict[str, dict[st
 
 def task(folder: Path, *methods: str, seed: int = 0) -> ImageTask:
     rows = tuple(ImageRow(WORLD, DIRT, method, 2) for method in methods)
-    return ImageTask(rows, seed, TINY, ("some/net.pt", "pixels"), folder)
+    return ImageTask(rows, seed, TINY, ("some/net.pt", "pixels"), ("net", "pixels"), "FD-net", folder)
 
 
 def test_free_baselines_share_the_plain_run_and_take_the_best_setting(tmp_path: Path, pretend: Any) -> None:
@@ -163,7 +169,8 @@ def test_free_baselines_share_the_plain_run_and_take_the_best_setting(tmp_path: 
     assert {c.reference for c in choosing} == {image_rows.VALIDATION}
     assert {c.reference for c in judged if c not in choosing} == {image_rows.REFERENCE}
     assert {c.held_out for c in judged if c not in choosing} == {image_rows.VALIDATION}
-    assert not {c.seed for c in choosing} & {c.seed for c in judged if c not in choosing}
+    drawn = [{i for c in judged if (c in choosing) == which for i in range(c.seed, c.seed + c.n)} for which in (0, 1)]
+    assert not drawn[0] & drawn[1]
     assert results["plain"]["main"] == "FD-net"
     assert results["plain"]["curves"] == {
         "calls": [2, TINY.steps],
@@ -175,14 +182,18 @@ def test_free_baselines_share_the_plain_run_and_take_the_best_setting(tmp_path: 
 
 def test_shrinking_is_done_on_images_about_their_mean(tmp_path: Path, pretend: Any) -> None:
     _, results = run(task(tmp_path, "plain"), pretend)
-    drawn = image_rows.drawn_images(tmp_path / f"evaluations/{DIRT}-plain-seed0", TINY.samples).double()
+    drawn = image_rows.drawn_images(tmp_path / f"evaluations/{DIRT}-plain-seed0").double()
     pretend.wanted = 0.8 * float(drawn.std())
-    _, results = run(task(tmp_path, "shrunk"), pretend)
-    assert results["shrunk"]["chosen"] == 0.8
+    done, results = run(task(tmp_path, "plain", "shrunk"), pretend)
+    assert not [command for command in done if command.arguments[0] == "train"]  # it was trained before
+    assert results["shrunk"]["chosen"] in image_rows.ImageRow(WORLD, DIRT, "shrunk", 1).what.tried
+    drawn = image_rows.drawn_images(tmp_path / f"evaluations/{DIRT}-plain-seed0").double()
     shrunk = image_rows.read_array(tmp_path / f"evaluations/{DIRT}-shrunk-seed0/shrunk.npy").double()
     mean = drawn.mean(0)
-    torch.testing.assert_close(shrunk, mean + 0.8 * (drawn - mean), atol=0.51, rtol=0)
-    assert results["shrunk"]["values"]["image_spread"] < 0.95
+    factor = results["shrunk"]["chosen"]
+    torch.testing.assert_close(shrunk, mean + factor * (drawn - mean), atol=0.51, rtol=0)
+    spread = {name: results[name]["values"]["image_spread"] for name in ("plain", "shrunk")}
+    assert spread["shrunk"] == pytest.approx(factor * spread["plain"], rel=0.02)
 
 
 def test_a_fine_tuned_row_starts_from_the_plain_run(tmp_path: Path, pretend: Any) -> None:
@@ -200,6 +211,34 @@ def test_a_run_that_was_cut_off_goes_on_or_starts_anew(tmp_path: Path, pretend: 
     path.mkdir(parents=True) if "step" in left else (path.parent.mkdir(parents=True), path.touch())
     first = next(step for step in commands(task(tmp_path, "plain")) if isinstance(step, Command))
     assert first.arguments[-1] == flag
+
+
+def test_a_run_is_whole_only_when_its_command_has_ended_well(tmp_path: Path, pretend: Any) -> None:
+    steps = commands(task(tmp_path, "plain"))
+    first = next(steps)
+    assert isinstance(first, Command)
+    pretend(first)  # done, but killed before anyone noted it
+    (tmp_path / f"runs/{DIRT}-plain-seed0/checkpoints/step-5").mkdir(parents=True)
+    again = next(commands(task(tmp_path, "plain")))
+    assert isinstance(again, Command)
+    assert again.arguments == (*first.arguments, "--resume")
+    assert not [command for command in run(task(tmp_path, "plain"), pretend)[0] if command == first]
+    note = tmp_path / f"runs/{DIRT}-plain-seed0.json"
+    note.write_text(json.dumps({"arguments": ["train", "otherwise"]}))
+    with pytest.raises(UsageError, match="was trained with other flags: delete it"):
+        next(commands(task(tmp_path, "plain")))
+
+
+def test_results_of_another_protocol_are_not_taken_for_a_rows_own(tmp_path: Path, pretend: Any) -> None:
+    folder = tmp_path / f"evaluations/{DIRT}-plain-seed0"
+    folder.mkdir(parents=True)
+    (folder / "quality-zzz.json").write_text(json.dumps({"kind": "quality", "values": {"FD-net": {"value": -5.0}}}))
+    (folder / "memorisation-zzz.json").write_text(
+        json.dumps({"kind": "memorisation", "values": {"near-copies": {"value": 1.0, "floor": 0}}})
+    )
+    results = run(task(tmp_path, "plain"), pretend)[1]
+    assert results["plain"]["values"]["FD-net"] > 0
+    assert results["plain"]["values"]["near-copies"] == 0.01
 
 
 def test_a_row_holds_every_seed_and_the_tables_read_it(tmp_path: Path, pretend: Any) -> None:
@@ -235,7 +274,12 @@ def test_results_without_a_main_measure_are_refused(tmp_path: Path) -> None:
 
 def prepared(folder: Path, name: str, data: Path, **sizes: int) -> dict[str, Any]:
     scale = dataclasses.replace(TINY, **{"resolution": 4, "batch": 1, "validation": 0, "reference": 1, **sizes})
-    return image_grid.prepare(ReproduceConfig(name, data=str(data)), scale, folder)
+    about = {"data": data.name}
+    image_folder.check_claim(folder, about)
+    images = None
+    if not image_folder.prepared(folder):
+        images = image_folder.read_images(ReproduceConfig(name, data=str(data)), scale)
+    return image_folder.claim(folder, about, images)
 
 
 def celeba(folder: Path) -> None:
@@ -260,13 +304,15 @@ def test_lsun_has_a_split_too_small_to_judge_by_so_the_last_training_images_are_
     few = prepared(tmp_path / "b", "lsun", tmp_path / "lsun", reference=2, validation=1)
     assert (few["training"], few["reference"], few["validation"]) == (6, 2, 1)
     assert "not trained on" in few["judged_on"]
-    again = prepared(tmp_path / "b", "lsun", tmp_path / "gone")  # what is there is not read again
-    assert again == few
+    shutil.rmtree(tmp_path / "lsun")
+    assert prepared(tmp_path / "b", "lsun", tmp_path / "lsun") == few  # what is there is not read again
+    with pytest.raises(UsageError, match="holds an experiment with another data"):
+        prepared(tmp_path / "b", "lsun", tmp_path / "church")
 
 
 def test_too_few_images_say_how_many_are_needed(tmp_path: Path) -> None:
     celeba(tmp_path / "celeba")
-    with pytest.raises(UsageError, match="4 images in train: 2 are needed to judge and at least 5 to train"):
+    with pytest.raises(UsageError, match="4 training images: 2 of them are needed to judge and at least 5 to train"):
         prepared(tmp_path / "out", "celeba", tmp_path / "celeba", reference=2, batch=5)
 
 
@@ -295,6 +341,77 @@ def test_what_a_user_gets_wrong_is_one_line(
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_a_slip_claims_and_deletes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "grid"
+    line = ["reproduce", "cifar10", "--quick", "--output", str(folder)]
+    assert cli.main([*line, "--data", "digitz"]) == 2
+    assert cli.main([*line, "--data", "digits", "--extractor", "no.pt"]) == 2
+    assert "no.pt" in capsys.readouterr().err
+    assert not folder.exists()
+    image_folder.claim(folder, {"experiment": "cifar10"}, ({}, {"training": 1}))
+    (folder / "runs").mkdir()
+    assert cli.main([*line, "--data", "digitz", "--overwrite"]) == 2
+    assert (folder / "runs").is_dir()
+    (folder / "experiment.json").write_text("{")
+    capsys.readouterr()
+    assert cli.main([*line, "--data", "digits"]) == 2
+    assert "experiment.json cannot be read" in capsys.readouterr().err
+
+
+def test_extractors_in_another_order_are_another_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        torch.jit.script(torch.nn.Flatten()).save(str(tmp_path / f"{name}.pt"))
+    monkeypatch.setattr(image_grid._Grid, "run", lambda grid: None)
+    monkeypatch.setattr(image_grid, "finish", lambda folder, config: folder)
+    line = ["reproduce", "cifar10", "--quick", "--data", "digits", "--output", str(tmp_path / "grid")]
+    first, second = (["--extractor", str(tmp_path / f"{name}.pt")] for name in ("a", "b"))
+    assert cli.main([*line, *first, *second]) == 0
+    assert cli.main([*line, *first, *second]) == 0
+    assert cli.main([*line, *second, *first]) == 2
+    assert "another extractors" in capsys.readouterr().err
+
+
+def test_two_grids_in_one_folder_and_the_clock(
+    tmp_path: Path, pretend: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = image_folder.locked(tmp_path)
+    with image_folder.locked(tmp_path), pytest.raises(UsageError, match="another grid is at work"):
+        second.__enter__()
+    with image_folder.locked(tmp_path):
+        pass
+    for name in ("results", "logs"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(image_grid.subprocess, "Popen", pretended(pretend))
+    with pytest.raises(Interrupted, match="out of --minutes") as caught:
+        image_grid._Grid("cifar10", {}, [task(tmp_path, "plain")], 1, time.monotonic()).run()
+    assert caught.value.status == image_grid.OUT_OF_TIME
+    image_grid._Grid("cifar10", {}, [task(tmp_path, "plain")], 1, time.monotonic() + 60).run()
+    assert "all done" in capsys.readouterr().out
+
+
+def pretended(perform: Any, failing: str = "none") -> type:
+    """What stands for subprocess.Popen: performs the command at once, or ends with status 3."""
+
+    class Process:
+        def __init__(self, line: list[str], **_: Any) -> None:
+            self.returncode = 3 if any(failing in word for word in line) else 0
+            if self.returncode == 0:
+                perform(Command(tuple(line[3:]), ""))
+
+        def poll(self) -> int:
+            return self.returncode
+
+        def send_signal(self, number: int) -> None:
+            raise ProcessLookupError
+
+        def wait(self, timeout: float) -> int:
+            return self.returncode
+
+    return Process
 
 
 def test_the_rows_are_listed_without_images(
@@ -358,18 +475,10 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(
     for name in ("results", "logs"):
         (tmp_path / name).mkdir()
     waiting = [task(tmp_path, "gated"), task(tmp_path, "plain")]
-
-    class Process:
-        def __init__(self, line: list[str], **_: Any) -> None:
-            self.returncode = 3 if any("-gated-" in word for word in line) else 0
-            if self.returncode == 0:
-                pretend(Command(tuple(line[3:]), ""))
-
-        def poll(self) -> int:
-            return self.returncode
-
-    monkeypatch.setattr(image_grid.subprocess, "Popen", Process)
-    with pytest.raises(image_grid.RowFailed, match=r"training gated .* status 3 \(see logs/.*gated-seed0.txt"):
+    monkeypatch.setattr(image_grid.subprocess, "Popen", pretended(pretend, "-gated-"))
+    with pytest.raises(
+        image_grid.RowFailed, match=r"training gated .* status 3 \(see logs/.*gated-seed0.txt.*without a result: gated"
+    ):
         image_grid._Grid("cifar10", {}, waiting, 2, None).run()
     assert [path.name for path in (tmp_path / "results").iterdir()] == [f"{WORLD}-{DIRT}-plain.json"]
     assert "failed: training gated" in capsys.readouterr().out

@@ -57,7 +57,7 @@ MEMORY_REMEDY = {
     "audit": "close other programs, or take a smaller part of the data",
     "evaluate": "lower --batch-size, or -n",
     "report": "take fewer runs",
-    "reproduce": "fewer --workers, or a smaller --resolution",
+    "reproduce": "fewer --workers; for subspace, a smaller --resolution",
 }
 DESCRIPTION = "Train diffusion models that stay clean when their training images are not."
 
@@ -66,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit status: 0 done, 1 training failed, 2 wrong usage, 130 stopped by Ctrl-C, 143 by SIGTERM. One process of
-        several that fails ends at once with its status, so that its launcher ends the others.
+        The exit status: 0 done, 1 training failed, 2 wrong usage, 75 out of ``--minutes``, 130 stopped by Ctrl-C,
+        143 by SIGTERM. One process of several that fails ends at once with its status, so that its launcher ends the
+        others.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: names of files may hold bytes that are no text
@@ -99,11 +100,12 @@ def _guarded(arguments: list[str]) -> int:
         if is_out_of_memory(error):
             return _fail(f"out of memory: {MEMORY_REMEDY.get(arguments[0], MEMORY_REMEDY['audit'])}", 2)
         if getattr(error, "errno", None) in FULL or re.search(FULL_TEXT, str(error), re.IGNORECASE):
-            return _fail(
-                "no space left on the device: free some, or write elsewhere; a training run goes on with --resume, or "
-                "begins anew with --overwrite if it has no checkpoint yet",
-                2,
+            going_on = (
+                "a training run goes on with --resume, or begins anew with --overwrite if it has no checkpoint yet"
             )
+            if arguments[0] == "reproduce":
+                going_on = "the same command goes on"
+            return _fail(f"no space left on the device: free some, or write elsewhere; {going_on}", 2)
         if isinstance(error, OSError) and error.filename is not None:
             return _fail(f"cannot read or write {error.filename}: {error.strerror}; name another file or folder", 2)
         if processes() > 1:
@@ -344,7 +346,7 @@ def _corrupt(config: CorruptConfig) -> int:
 def _reproduce(config: ReproduceConfig) -> int:
     from concurrent.futures.process import BrokenProcessPool
 
-    from robustdiff.reproduce.command import reproduce
+    from robustdiff.reproduce.command import RowFailed, reproduce
     from robustdiff.stopping import Interrupted
 
     _quiet_libraries()
@@ -358,6 +360,8 @@ def _reproduce(config: ReproduceConfig) -> int:
         )
     except ArithmeticError as error:
         return _fail(f"training failed: {error}; finished rows are kept", 1)
+    except RowFailed as error:
+        return _fail(f"{error}; finished rows are kept, the same command tries again", 1)
     if page is not None:
         print(page)
     return 0

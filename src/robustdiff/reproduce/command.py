@@ -21,13 +21,15 @@ from robustdiff.config import IMAGE_GRIDS, ReproduceConfig, UsageError
 from robustdiff.machine import cores
 from robustdiff.reproduce import linear_gaussian, tables
 from robustdiff.reproduce.gallery import draw_all
-from robustdiff.reproduce.image_grid import reproduce_images
+from robustdiff.reproduce.image_grid import RowFailed, reproduce_images
 from robustdiff.reproduce.measuring import ImageOptions, build_world, training_for
 from robustdiff.reproduce.results import summary
 from robustdiff.reproduce.rows import DIRTS, Row, pick, rows_of
 from robustdiff.reproduce.running import Denoiser, digest
 from robustdiff.reproduce.working import Task, begin, row_settings, trained_network, work
 from robustdiff.stopping import STATUS, Interrupted, stop_signals
+
+__all__ = ["RowFailed", "reproduce"]
 
 FORMAT = 1
 

@@ -178,7 +178,7 @@ class Scale:
         choosing: n of each setting that a free baseline tries.
         steps: Network calls per image (DDIM, trailing).
         few: Network calls of the few-step curve, first seed.
-        workers: Rows side by side; None: one per core, one thread each.
+        workers: Rows side by side; None: one per core, one thread each, or one if there is a GPU.
     """
 
     resolution: int
@@ -217,10 +217,32 @@ class Scale:
 
 _GPU = ("--mixed-precision", "bf16", "--compile", "--dataloader-num-workers", "4")
 _LARGE = Scale(
-    32, 3, 0, 5000, 5000, 80_000_000, 128, "base", (*_GPU, "--random-flip"), 5000, 1000, 100, (10, 20, 50), 1
+    resolution=32,
+    channels=3,
+    training=0,
+    reference=5000,
+    validation=5000,
+    images=80_000_000,
+    batch=128,
+    network="base",
+    flags=(*_GPU, "--random-flip"),
+    samples=5000,
+    choosing=1000,
+    steps=100,
+    few=(10, 20, 50),
+    workers=1,
 )
 SCALE: Mapping[str, Scale] = {
-    "cpu": Scale(16, 1, 20_000, 5000, 2000, 96_000, 32, "small"),
+    "cpu": Scale(
+        resolution=16,
+        channels=1,
+        training=20_000,
+        reference=5000,
+        validation=2000,
+        images=96_000,
+        batch=32,
+        network="small",
+    ),
     "gpu-10min": replace(_LARGE, images=1_000_000, network="medium", samples=2000, choosing=500),
     "gpu-1h": replace(_LARGE, images=5_000_000, network="medium"),
     "gpu": _LARGE,

@@ -19,14 +19,13 @@ SHOWN, COLUMNS = 24, 6
 """Images of each panel, and how many stand in a line."""
 
 
-def draw_images(folder: Path, rows: Sequence[Row], dirts: Sequence[str], n: int) -> list[Path]:
+def draw_images(folder: Path, rows: Sequence[Row], dirts: Sequence[str]) -> list[Path]:
     """Samples and few-step curves of the first seed, for each kind of dirt that has rows.
 
     Args:
         folder: Of the experiment.
         rows: Its results.
         dirts: Kinds of dirt to draw.
-        n: Images that each row was judged on.
     """
     drawn = []
     for dirt in dirts:
@@ -41,7 +40,7 @@ def draw_images(folder: Path, rows: Sequence[Row], dirts: Sequence[str], n: int)
             shrunk = evaluation / "shrunk.npy"
             found = read_array(shrunk) if shrunk.is_file() else None
             if found is None and (evaluation / "drawn").is_dir():
-                found = drawn_images(evaluation, n)
+                found = drawn_images(evaluation)
             if found is not None:
                 panels[row["title"]] = found[:SHOWN]
         world = here[0]["world"]

@@ -6,9 +6,10 @@ the folder of the experiment; this file only says which, and reads what they wro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ class ImageTask:
         rows: Of the same dirt; the trained one first.
         seed: Of training and draws.
         scale: How large and how long.
-        extractors: As ``--extractor`` takes them; the first is what rows are ranked by.
+        extractors: As ``--extractor`` takes them.
+        names: What they are called, in that order.
+        main: The measure that rows are ranked by: the Frechet distance of the first extractor.
         folder: Of the experiment.
     """
 
@@ -64,6 +67,8 @@ class ImageTask:
     seed: int
     scale: Scale
     extractors: tuple[str, ...]
+    names: tuple[str, ...]
+    main: str
     folder: Path
 
     @property
@@ -132,7 +137,7 @@ def settings_of(row: ImageRow, scale: Scale) -> dict[str, Any]:
 def commands(task: ImageTask) -> Iterator[Command | tuple[ImageRow, dict[str, Any]]]:
     """What has to be run, one after the other, and each row's result once its commands have.
 
-    A generator: what comes next may depend on the results of what was run before.
+    A generator: it goes on when the command that it gave has ended well, and what comes next may depend on that.
     """
     first = task.rows[0]
     base = trained_by(first)
@@ -140,79 +145,105 @@ def commands(task: ImageTask) -> Iterator[Command | tuple[ImageRow, dict[str, An
     for row in task.rows:
         if row.what.tuned is not None:
             yield from _train(task, row, row.method)
-        output = f"evaluations/{row.dirt}-{row.method}-seed{task.seed}"
-        chosen: dict[str, float] = {}
+        output, chosen = f"evaluations/{row.dirt}-{row.method}-seed{task.seed}", None
         source = run_of(row, row.method if row.what.tuned else base, task.seed)
         change: tuple[str, ...] = ()
         if row.what.free:
-            setting = yield from _choose(task, row, source)
-            chosen = {"chosen": setting}
+            chosen = yield from _choose(task, row, source)
             if row.what.free != "shrink":
-                change = (f"--{row.what.free.replace('_', '-')}", f"{setting:g}")
-        scale, seed = task.scale, task.seed * STRIDE
-        drawing = (*drawing_flags(scale, scale.samples, seed), *change)
+                change = (f"--{row.what.free.replace('_', '-')}", f"{chosen:g}")
         if row.what.free == "shrink":
+            assert chosen is not None
             plain = f"evaluations/{row.dirt}-plain-seed{task.seed}"
-            if not list((task.folder / plain / "drawn").glob(f"*-n{scale.samples}-*.npy")):
-                flags = evaluate_flags(task, source, plain, "plain", "nothing")
-                yield Command((*flags, *drawing), f"judging plain for {row.name}")
-            source = _shrink(task, plain, scale.samples, chosen["chosen"], f"{output}/shrunk.npy")
-            drawing = ("--seed", str(seed))
-        elif task.seed == 0:
-            drawing = (*drawing, "--few-step", ",".join(map(str, scale.few)))
-        flags = evaluate_flags(task, source, output, row.what.title, row.what.told)
-        yield Command((*flags, *drawing), f"judging {row.name}, seed {task.seed}")
-        yield row, {**collect(task, row, output), **chosen}
+            if first.method != "plain":  # else it was judged just now; what it drew is kept and not drawn again
+                yield _judging(task, ImageRow(row.world, row.dirt, "plain", 1), source, plain, _drawing(task))
+            source = _shrink(task, plain, chosen, f"{output}/shrunk.npy")
+            drawing: tuple[str, ...] = ("--seed", str(task.seed * STRIDE))
+        else:
+            drawing = (*_drawing(task), *change)
+        yield _judging(task, row, source, output, drawing)
+        result = collect(task, row, output)
+        yield row, result if chosen is None else {**result, "chosen": chosen}
+
+
+def _drawing(task: ImageTask) -> tuple[str, ...]:
+    """How the images of a row are drawn; the few-step curve is drawn for the first seed."""
+    few = () if task.seed else ("--few-step", ",".join(map(str, task.scale.few)))
+    return (*drawing_flags(task.scale, task.scale.samples, task.seed * STRIDE), *few)
+
+
+def _judging(task: ImageTask, row: ImageRow, source: str, output: str, drawing: tuple[str, ...]) -> Command:
+    """The command that judges a row; what an earlier one found is deleted, lest it be taken for its own."""
+    _forget(task.folder / output)
+    flags = evaluate_flags(task, source, output, row.what.title, row.what.told)
+    return Command((*flags, *drawing), f"judging {row.name}, seed {task.seed}")
+
+
+def _forget(evaluation: Path) -> None:
+    for path in evaluation.glob("*.json"):
+        path.unlink()
 
 
 def _train(task: ImageTask, row: ImageRow, method: str) -> Iterator[Command]:
-    """Train what is missing of a run: from its newest checkpoint, or from the start."""
-    folder = task.folder / run_of(row, method, task.seed)
-    if _finished(folder):
+    """Train what is missing of a run: from its newest checkpoint, or from the start.
+
+    ``runs/NAME.json``, with the run's flags, says that its command has ended well.
+
+    Raises:
+        UsageError: If the run was trained with other flags.
+    """
+    run, flags = run_of(row, method, task.seed), train_flags(row, method, task.scale, task.seed)
+    folder, note = task.folder / run, task.folder / f"{run}.json"
+    if note.is_file() and folder.is_dir():
+        if read_json(note).get("arguments") != list(flags):
+            raise UsageError(f"{folder} was trained with other flags: delete it and {note.name}, and run again")
         return
-    flags = train_flags(row, method, task.scale, task.seed)
     if list_checkpoints(folder / "checkpoints"):
-        flags = (*flags, "--resume")
-    elif folder.exists():
-        flags = (*flags, "--overwrite")
-    yield Command(flags, f"training {method} on {row.dirt}, seed {task.seed}")
+        yield Command((*flags, "--resume"), f"training {method} on {row.dirt}, seed {task.seed}, from its checkpoint")
+    else:
+        again = ("--overwrite",) if folder.exists() else ()
+        yield Command((*flags, *again), f"training {method} on {row.dirt}, seed {task.seed}")
+    durable.write_json(note, {"arguments": list(flags)})
 
 
-def _finished(run: Path) -> bool:
-    """Whether a run is whole: its last checkpoint is that of its last step, and the pipeline was written after it."""
-    found = list_checkpoints(run / "checkpoints")
-    if not found or not (run / "model_index.json").is_file():
-        return False
-    return int(found[-1].name.rpartition("-")[2]) == int(durable.read_json(run / "config.json")["plan"]["steps"])
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of the experiment.
+
+    Raises:
+        UsageError: If it cannot be read.
+    """
+    try:
+        return durable.read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read ({durable.one_line(error)}): delete it and run again") from None
 
 
 def _choose(task: ImageTask, row: ImageRow, source: str) -> Generator[Command, None, float]:
-    """Run what is needed to choose the setting of a free baseline; returns the setting."""
-    scale, seed = task.scale, task.seed * STRIDE + STRIDE // 2
+    """Judge every setting of a free baseline on validation images; returns the best."""
+    scale, place = task.scale, f"evaluations/{row.dirt}-{row.method}-seed{task.seed}/choosing"
     judged = ("--reference", VALIDATION, "--training", "none", "--extractor", task.extractors[0], "--cache", "features")
+    drawing = drawing_flags(scale, scale.choosing, task.seed * STRIDE + STRIDE // 2)
+    what = f"choosing for {row.name}, seed {task.seed}"
+    if row.what.free == "shrink":
+        _forget(task.folder / place / "plain")
+        yield Command(("evaluate", source, *judged, *drawing, "--output", f"{place}/plain"), f"{what}: drawing")
     errors = {}
     for setting in row.what.tried:
-        place = f"evaluations/{row.dirt}-{row.method}-seed{task.seed}/choosing/{setting:g}"
-        drawing, images = drawing_flags(scale, scale.choosing, seed), source
+        output, images, how = f"{place}/{setting:g}", source, drawing
         if row.what.free == "shrink":
-            plain = f"evaluations/{row.dirt}-shrunk-seed{task.seed}/choosing/plain"
-            if not list((task.folder / plain / "drawn").glob("*.npy")):
-                yield Command(("evaluate", source, *judged, *drawing, "--output", plain), f"drawing for {row.name}")
-            images, drawing = _shrink(task, plain, scale.choosing, setting, f"{place}/shrunk.npy"), ()
+            images, how = _shrink(task, f"{place}/plain", setting, f"{output}/shrunk.npy"), ()
         else:
             assert row.what.free is not None
-            drawing = (*drawing, f"--{row.what.free.replace('_', '-')}", f"{setting:g}")
-        if not list((task.folder / place).glob("quality-*.json")):
-            what = f"choosing for {row.name}, seed {task.seed}: {setting:g}"
-            yield Command(("evaluate", images, *judged, *drawing, "--output", place), what)
-        (value,) = [v for key, v in _values(task.folder / place, "quality").items() if key.startswith("F")]
-        errors[setting] = value["value"]
+            how = (*drawing, f"--{row.what.free.replace('_', '-')}", f"{setting:g}")
+        _forget(task.folder / output)
+        yield Command(("evaluate", images, *judged, *how, "--output", output), f"{what}: {setting:g}")
+        errors[setting] = _values(task.folder / output, "quality")[task.main]["value"]
     return min(errors, key=lambda setting: errors[setting])
 
 
-def _shrink(task: ImageTask, drawn: str, n: int, factor: float, path: str) -> str:
+def _shrink(task: ImageTask, drawn: str, factor: float, path: str) -> str:
     """Images pulled towards their mean, as an array; its path, relative to the experiment."""
-    images = from_uint8(drawn_images(task.folder / drawn, n))
+    images = from_uint8(drawn_images(task.folder / drawn))
     mean = images.mean(0)
     (task.folder / path).parent.mkdir(parents=True, exist_ok=True)
     save_array(to_uint8(mean + factor * (images - mean)), task.folder / path)
@@ -224,6 +255,7 @@ def save_array(images: Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}")
     np.save(part, np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy()))
+    durable.fsync_file(part)
     part.replace(path)
 
 
@@ -232,25 +264,25 @@ def read_array(path: Path) -> Tensor:
     return torch.from_numpy(np.load(path, allow_pickle=False)).permute(0, 3, 1, 2)
 
 
-def drawn_images(evaluation: Path, n: int) -> Tensor:
-    """The images that an evaluation drew and kept, uint8 (n, C, H, W).
+def drawn_images(evaluation: Path) -> Tensor:
+    """The images that an evaluation judged, uint8 (n, C, H, W): those among what it drew whose hash its result names.
 
     Raises:
-        UsageError: If there is not exactly one such file of the sampler that rows are judged with.
+        UsageError: If they are gone.
     """
-    found = [path for path in (evaluation / "drawn").glob(f"*-n{n}-*.npy") if not path.name.startswith(".")]
-    if not found:
-        raise UsageError(f"{evaluation} has no drawn images: delete it and run again")
-    # the few-step curve leaves files of fewer calls beside it
-    path = max(found, key=lambda path: int(path.name.split("-")[1]))
-    return torch.from_numpy(np.load(path, allow_pickle=False))
+    wanted = _results(evaluation, "quality")[0]["protocol"]["generated"]["sha256"]
+    for path in (evaluation / "drawn").glob("[!.]*.npy"):
+        images = torch.from_numpy(np.load(path, allow_pickle=False))
+        if hashlib.sha256(images.contiguous().numpy().data).hexdigest() == wanted:
+            return images
+    raise UsageError(f"{evaluation / 'drawn'} no longer holds the images judged: delete {evaluation} and run again")
 
 
 # -- what they found -------------------------------------------------------------------------------------
 
 
 def _results(folder: Path, kind: str) -> list[dict[str, Any]]:
-    found = [durable.read_json(path) for path in sorted(folder.glob("*.json"))]
+    found = [read_json(path) for path in sorted(folder.glob("*.json"))]
     found = [result for result in found if result["kind"] == kind]
     if not found:
         raise UsageError(f"{folder} holds no result of the kind {kind}: delete it and run again")
@@ -270,19 +302,17 @@ def collect(task: ImageTask, row: ImageRow, output: str) -> dict[str, Any]:
     folder = task.folder / output
     values, floor = {}, {}
     curves: dict[str, Any] = {}
-    main = ""
+    main = task.main
     by_name = {result["protocol"]["extractor"]["name"]: result for result in _results(folder, "quality")}
-    for name, result in _ordered(by_name, task.extractors):
-        for key, value in result["values"].items():
-            distance = key.startswith(("F", "KID"))
-            main = main or key
-            if distance or name == main.partition("-")[2] or (main == "FID" and name == "inception"):
+    for name in task.names:
+        for key, value in by_name[name]["values"].items():
+            if key.startswith(("F", "KID")) or name == task.names[0]:
                 name_here = "coverage_of_real" if key == "coverage" else key  # the plane has one of its own
                 values[name_here], floor[name_here] = value["value"], value["floor"]
     copies = _values(folder, "memorisation")["near-copies"]
     values["near-copies"], floor["near-copies"] = copies["value"], copies["floor"]
     images = read_array(folder / "shrunk.npy") if row.what.free == "shrink" else None
-    images = drawn_images(folder, task.scale.samples) if images is None else images
+    images = drawn_images(folder) if images is None else images
     real = read_array(task.folder / REFERENCE)
     values["noise"], floor["noise"] = mean_noise(images), mean_noise(real[: len(images)])
     values["image_spread"], floor["image_spread"] = float(images.double().std() / real.double().std()), 1.0
@@ -297,21 +327,14 @@ def collect(task: ImageTask, row: ImageRow, output: str) -> dict[str, Any]:
     runs = [run_of(row, trained_by(row), task.seed)] if not row.what.free else []
     runs += [run_of(row, row.method, task.seed)] if row.what.tuned is not None else []
     spent = [seconds_of(task.folder / run) for run in runs]
-    hardware = next(iter(by_name.values()))["hardware"]
     return {
         "values": values,
         "floor": {key: value for key, value in floor.items() if value is not None},
         "curves": curves,
         "seconds": round(sum(spent), 2),
         "main": main,
-        "hardware": hardware,
+        "hardware": by_name[task.names[0]]["hardware"],
     }
-
-
-def _ordered(by_name: Mapping[str, dict[str, Any]], extractors: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    """Results by extractor, that of the first ``--extractor`` first."""
-    first = Path(extractors[0]).stem
-    return sorted(by_name.items(), key=lambda item: (item[0] != first, item[0]))
 
 
 def mean_noise(images: Tensor) -> float:
@@ -356,14 +379,9 @@ def record(
         "seconds": round(sum(run["seconds"] for run in runs.values()), 2),
         "version": __version__,
         "torch": torch.__version__.split("+")[0],
-        "hardware": first["hardware"],
+        "hardware": "; ".join(dict.fromkeys(run["hardware"] for run in runs.values())),
         "runs": runs,
     }
-
-
-def extractor_hashes(extractors: Sequence[str]) -> dict[str, str | None]:
-    """SHA-256 of each extractor's file; None for what is not a file."""
-    return {Path(name).stem: durable.sha256(Path(name)) if Path(name).is_file() else None for name in extractors}
 
 
 def pixels_digest(images: Tensor) -> str:
