@@ -39,7 +39,7 @@ KEY_DIRTS = ("clean", "gaussian-p0.9-s0.2", "outliers-q0.1")
 # -- methods ---------------------------------------------------------------------------------------------
 
 RELABELS, FLOORS, SHRINKS = (1.1, 1.2, 1.41, 2.0), (0.05, 0.1, 0.15, 0.2, 0.3), (0.95, 0.9, 0.8, 0.7)
-"""Settings tried for each of the free baselines, on validation images that no row is judged against."""
+"""Settings tried for each of the free baselines, on clean validation images (worlds: draws) of no row."""
 
 
 @dataclass(frozen=True)

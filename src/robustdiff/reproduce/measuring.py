@@ -16,14 +16,12 @@ from robustdiff.config import UsageError
 from robustdiff.corruption import Corruption, derive_seed
 from robustdiff.images import load_images
 from robustdiff.process import NoiseProcess
+from robustdiff.reproduce.grid import FLOORS, RELABELS, SHRINKS
 from robustdiff.reproduce.rows import (
     DIRTS,
-    FLOORS,
     MAIN,
     MIXTURES,
     POINTS,
-    RELABELS,
-    SHRINKS,
     Training,
     images_training,
 )

@@ -15,6 +15,7 @@ from robustdiff.config import UsageError
 from robustdiff.objective import PRESETS, Gate, PlainObjective, RobustObjective
 from robustdiff.perturbation import AdversarialPerturbation, Radius, RandomPerturbation
 from robustdiff.process import NoiseProcess, Prediction
+from robustdiff.reproduce.grid import FLOORS, RELABELS, SHRINKS
 
 Objective = Callable[[NoiseProcess], PlainObjective]
 
@@ -24,9 +25,6 @@ DIRTS: Mapping[str, tuple[str, ...]] = {
     "outliers": ("outlier:source=uniform,fraction=0.1",),
 }
 """Dirt by name, as ``--corrupt`` takes it."""
-
-RELABELS, FLOORS, SHRINKS = (1.1, 1.2, 1.41, 2.0), (0.05, 0.1, 0.15, 0.2, 0.3), (0.95, 0.9, 0.8, 0.7)
-"""Settings tried for each of the free baselines; the best on validation draws of the clean law is reported."""
 
 
 @dataclass(frozen=True)
