@@ -675,7 +675,7 @@ class ReproduceConfig:
     extractor: UseAppendAction[tuple[str, ...]] = ()
     """What image grids are judged by, beside pixels: see --extractor of `robustdiff evaluate`; the first one ranks."""
     minutes: OptionalFloat = None
-    """Image grids: save and stop after so many minutes; the same command goes on. Default: when all is done."""
+    """Image grids: save and stop after so many minutes (> 0); the same command goes on. Default: when all is done."""
     overwrite: bool = False
     """Delete what FOLDER holds and start anew."""
 
