@@ -1,4 +1,7 @@
-"""The image grid: its rows are command lines that the command takes; what is run when; kills; the native formats."""
+"""The image grid: its rows are command lines that the command takes; what is run when; stops; the native formats.
+
+Long, because one command is followed from its rows to its ends, with one stand-in for the commands that it runs.
+"""
 
 from __future__ import annotations
 
