@@ -100,7 +100,7 @@ def test_every_image_comes_with_its_own_level(config: TrainConfig, monkeypatch, 
             assert (self.process.noise_to_signal(terms.t) > noise_level).all()
             return terms
 
-    monkeypatch.setattr(training, "build_objective", lambda _, process: Watching(process))
+    monkeypatch.setattr(training, "build_objective", lambda _, process, unknown: Watching(process))
     run(config, **feeding)
     data = load_images(config.data)
     met = set()

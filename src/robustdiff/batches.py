@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from robustdiff.config import UsageError
 from robustdiff.corruption import Corruption, corrupt, derive_seed
 from robustdiff.images import ImageSet
+from robustdiff.levels import Visits
 
 Batch = tuple[Tensor, list[torch.Generator], Tensor | None]
 """Images in [-1, 1], (B, C, H, W); each one's generator for every draw made on it; labels, (B,), or None."""
@@ -31,6 +32,8 @@ class Batches:
         random_flip: Mirror left-right with probability 1/2, a function of (seed, counter).
         only: Indices of the images that are used, int64; their dirt is the same. Default: all.
         sigma: Standard deviation of the noise that each image carries, by index, shape (N,), if it is known.
+        visits: How often each image is seen, and at which timesteps; in place of ``only``. Default: all alike.
+        repair: What is done to images after their dirt, ``repair(images, indices)``. Default: nothing.
     """
 
     images: ImageSet
@@ -39,22 +42,36 @@ class Batches:
     random_flip: bool
     only: Tensor | None = None
     sigma: Tensor | None = None
+    visits: Visits | None = None
+    repair: Callable[[Tensor, Sequence[int]], Tensor] | None = None
     _epoch: int = -1
     _order: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def index(self, counter: int) -> int:
         """Which image the run sees as its ``counter``-th: a fresh permutation per pass over the data."""
-        count = len(self.images) if self.only is None else len(self.only)
+        only = self.only if self.visits is None else self.visits.used
+        count = len(self.images) if only is None else len(only)
         epoch, place = divmod(counter, count)
         if self._epoch != epoch:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-            order = torch.randperm(count, generator=generator)
-            self._epoch, self._order = epoch, order if self.only is None else self.only[order]
+            if self.visits is not None:
+                order = self.visits.order(generator)
+            else:
+                order = torch.randperm(count, generator=generator)
+                order = order if only is None else only[order]
+            self._epoch, self._order = epoch, order
         return int(self._order[place])
 
     def noise_levels(self, counters: range) -> Tensor | None:
         """What ``noise_level`` of the objectives is for the images with these counters, shape (B,), if it is known."""
         return None if self.sigma is None else self.sigma[[self.index(counter) for counter in counters]]
+
+    def timesteps(self, counters: range, generators: Sequence[torch.Generator]) -> Tensor | None:
+        """Timesteps for the images with these counters, shape (B,), one number of each generator; None: not ruled."""
+        if self.visits is None:
+            return None
+        u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+        return self.visits.timesteps(torch.tensor([self.index(counter) for counter in counters]), u)
 
     def __call__(self, counters: range) -> Batch:
         """The images with these counters."""
@@ -62,12 +79,15 @@ class Batches:
 
     def load(self, counters: range) -> Tensor:
         """The images as the data set holds them, with their dirt: (B, C, H, W). The part that workers do."""
-        indices = [self.index(counter) for counter in counters]
-        images = self.images.x0(indices)
+        return self.images_at([self.index(counter) for counter in counters])
+
+    def images_at(self, indices: Sequence[int]) -> Tensor:
+        """The images with these indices, with their dirt, (B, C, H, W)."""
+        images = self.images.x0(list(indices))
         if self.corruptions:
             pairs = zip(images, indices, strict=True)
             images = torch.stack([corrupt(x0, self.corruptions, self.seed, index)[0] for x0, index in pairs])
-        return images
+        return images if self.repair is None else self.repair(images, indices)
 
     def draw(self, counters: range, images: Tensor) -> Batch:
         """Everything random about these visits: generators and mirroring; and the labels."""

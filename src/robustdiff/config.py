@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -20,6 +20,9 @@ MAX_SEED = 2**32 - 1
 """torch's CPU generators use the low 32 bits only: a larger seed would repeat a smaller one."""
 MAX_SIDE, MAX_BATCH, MAX_WORKERS = 2**16, 2**20, 1024
 """Larger numbers are slips of the pen that would only be noticed when memory is gone."""
+AutoPart = Literal["holes", "noise", "blur", "jpeg", "outliers", "duplicates", "regulariser"]
+"""What ``--auto`` looks for and acts on."""
+AUTO_PARTS: tuple[AutoPart, ...] = get_args(AutoPart)
 FROM_CORRUPT = "corrupt"
 """``--noise-levels``: not a file, but the dirt that the run itself adds."""
 OptionalText = Annotated[str | None, arg(metavar="TEXT")]
@@ -143,13 +146,19 @@ class TrainConfig:
     """Worker processes that decode and dirty images ahead, 0 = none. Default: 0 if images are held, else up to 4."""
 
     # -- objective --
+    auto: bool = False
+    """Find out which images are noisy, blurred, compressed, holed, odd or copies, and train each only where it can be
+    trusted: on clean images plain training, else plain training of what is right in each (docs/audit.md)."""
+    auto_without: UseAppendAction[tuple[AutoPart, ...]] = ()
+    """A part that --auto leaves out (repeatable)."""
     noise_levels: OptionalText = None
     """Gaussian noise that each image carries, above which only it is then trained: a CSV of NAME,SIGMA (sigma in the
     [-1, 1] range, at the size that is trained; images not named are clean), a JSON object, the manifest.json of
     `robustdiff corrupt`, or the word `corrupt`: as --corrupt gaussian adds it. Default: nothing is known."""
-    preset: Literal["paper", "gated", "plain"] = "gated"
+    preset: Literal["paper", "gated", "plain"] | None = None
     """Objective settings to start from; the flags of this group override single ones. gated: random perturbation at low
-    noise levels only (2 forward passes there); paper: the published adversarial settings; plain: no regulariser."""
+    noise levels only (2 forward passes there); paper: the published adversarial settings; plain: no regulariser.
+    Default: gated; with --auto plain, or a gate below the noise if every image has some."""
     objective: Literal["robust", "invariance", "input-perturbation", "pseudo-huber"] = "robust"
     """robust: equivariance. The others are what it is compared with."""
     perturbation: Literal["none", "random", "adversarial"] | None = None
@@ -359,6 +368,12 @@ class TrainConfig:
     def _validate_told(self) -> None:
         """Refuse knowledge of the images that nobody has, or nobody uses."""
         _require(not self.clean_subset or bool(self.corrupt), "--clean-subset needs --corrupt: add it, or leave it out")
+        _require(self.auto or not self.auto_without, "--auto-without needs --auto: add it, or leave it out")
+        if self.auto:
+            told = "--noise-levels" if self.noise_levels is not None else "--clean-subset" if self.clean_subset else ""
+            _require(not told, f"--auto finds out what {told} says: give one")
+            unfit = self.objective == "pseudo-huber"
+            _require(not unfit, "--auto has no clean optimum with --objective pseudo-huber: use another objective")
         if self.noise_levels is None:
             return
         unfit = self.objective == "pseudo-huber"
@@ -380,20 +395,27 @@ class TrainConfig:
         attack = ("attack_steps", "attack_step_size", "inner")
         given = [name for name in (*regulariser, *attack, "perturbation") if getattr(self, name) is not None]
         if self.objective in ("input-perturbation", "pseudo-huber"):
-            given += [] if self.preset == "gated" else ["preset"]
+            given += [] if self.preset is None else ["preset"]
             _require(not given, f"--objective {self.objective} has no perturbation: leave out {_flags(given)}")
-        perturbation = self.perturbation or {"paper": "adversarial", "gated": "random", "plain": "none"}[self.preset]
+        usual = {"paper": "adversarial", "gated": "random", "plain": "none"}[self.start]
+        perturbation = self.perturbation or usual
         if perturbation == "none" and self.objective in ("robust", "invariance"):
             idle = [name for name in given if name != "perturbation"]
             _require(not idle, f"without a perturbation {_flags(idle)} would do nothing: add --perturbation random")
             _require(self.objective == "robust", "--objective invariance needs --perturbation random or adversarial")
         unmatched = self.objective == "invariance" and self.inner == "residual"
         _require(not unmatched, "--inner residual is not what --objective invariance penalises: use shift")
-        powerless = self.preset == "plain" and perturbation != "none" and self.strength is None
-        _require(not powerless, f"--preset plain has no strength for --perturbation {perturbation}: add --strength")
+        powerless = self.start == "plain" and perturbation != "none" and self.strength is None
+        what = "--preset plain" if self.preset else "--auto"
+        _require(not powerless, f"{what} has no strength for --perturbation {perturbation}: add --strength")
         if perturbation != "adversarial":
             idle = [name for name in attack if getattr(self, name) is not None]
             _require(not idle, f"{_flags(idle)} needs --perturbation adversarial")
+
+    @property
+    def start(self) -> Literal["paper", "gated", "plain"]:
+        """The preset that the objective starts from."""
+        return self.preset or ("plain" if self.auto else "gated")
 
     @property
     def resuming(self) -> bool:

@@ -41,6 +41,10 @@ from robustdiff.told import NoiseLevels
 
 # -- from flags to objects ---------------------------------------------------------------------------
 
+FALLBACK = 15.0
+"""Strength of the regulariser where nothing can be trusted: m = 5 with uniform perturbations of radius 1, which took
+half of the way from dirty to clean (experiments/README.md, gated, c = 0.15, m = 5)."""
+
 
 def source_options(config: TrainConfig) -> dict[str, str | None]:
     """The flags that say which part of a data set, as :func:`robustdiff.sources.open_source` takes them."""
@@ -52,13 +56,23 @@ def source_options(config: TrainConfig) -> dict[str, str | None]:
     }
 
 
-def build_objective(config: TrainConfig, process: NoiseProcess) -> PlainObjective:
-    """The objective that the flags describe: the preset's settings, overridden one by one."""
+def build_objective(
+    config: TrainConfig, process: NoiseProcess, unknown: tuple[float, float] | None = None
+) -> PlainObjective:
+    """The objective that the flags describe: the preset's settings, overridden one by one.
+
+    Args:
+        config: The flags.
+        process: The noise process.
+        unknown: Noise levels at which ``--auto`` found no image to trust: regularised there, if no flag says what else.
+    """
     if config.objective == "input-perturbation":
         return InputPerturbationObjective(process)
     if config.objective == "pseudo-huber":
         return PseudoHuberObjective(process)
-    settings = dict(PRESETS[config.preset])
+    settings = dict(PRESETS[config.start])
+    if unknown is not None and config.preset is None and config.perturbation is None:
+        settings = {**PRESETS["gated"], "strength": Gate(*unknown, FALLBACK)}
     if config.perturbation is not None:
         settings["perturbation"] = config.perturbation
     attack = {"steps": config.attack_steps, "step_size": config.attack_step_size, "inner": config.inner}
@@ -388,7 +402,13 @@ def check_resumable(
         reason = durable.one_line(error)
         raise UsageError(f"--resume: {folder} has no readable config.json and data.json ({reason})") from None
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    earlier.setdefault("clean_subset", False)  # runs of before there was the flag
+    earlier = {
+        "clean_subset": False,
+        "auto": False,
+        "auto_without": [],
+    } | earlier  # runs of before there were the flags
+    if earlier.get("preset") == "gated" and not config.auto and config.preset is None:
+        earlier["preset"] = None
     differing = sorted(name for name in now if name not in _FREE and now[name] != earlier.get(name))
     if differing:
         flags = ", ".join(f"--{n.replace('_', '-')} (was {earlier.get(n)!r:.80}, now {now[n]!r})" for n in differing)

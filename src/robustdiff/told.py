@@ -19,7 +19,7 @@ from robustdiff.config import FROM_CORRUPT, UsageError
 from robustdiff.corruption import Corruption
 from robustdiff.dirty_copy import MANIFEST_FORMAT
 from robustdiff.images import ImageSet
-from robustdiff.levels import first_timesteps
+from robustdiff.levels import Visits, first_timesteps
 from robustdiff.process import NoiseProcess
 
 Entry = tuple[str, float, str]
@@ -41,6 +41,13 @@ class NoiseLevels:
     sigma: Tensor
     trained: Tensor
     process: NoiseProcess
+
+    def visits(self) -> Visits:
+        """When each image is used: every noise level equally often."""
+        weight = torch.zeros(len(self.sigma), dtype=torch.float64)
+        weight[self.trained] = 1.0
+        inside = torch.where(weight > 0, self.sigma, torch.zeros_like(self.sigma))
+        return Visits(first_timesteps(self.process, inside), weight, self.process.num_timesteps)
 
     @property
     def sha256(self) -> str:

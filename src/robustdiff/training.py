@@ -19,7 +19,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
@@ -55,6 +60,9 @@ from robustdiff.recording import (
 from robustdiff.sampling import largest_divisor, sample, to_uint8, without_accelerator
 from robustdiff.stopping import Interrupted, stop_signals
 from robustdiff.told import told_levels, trained_images
+from robustdiff.trust import Trust, examine
+from robustdiff.trust import load as load_trust
+from robustdiff.trust import save as save_trust
 from robustdiff.version import __version__
 
 __all__ = ["Interrupted", "TrainingError", "train"]
@@ -99,11 +107,18 @@ def train(config: TrainConfig) -> Path:
     workers = (min(4, cores()) if data.streamed else 0) if workers is None else workers
     pipeline, network = build_pipeline(config, data)
     process = NoiseProcess.from_scheduler(pipeline.scheduler)
-    objective = build_objective(config, process)
     trained, levels = trained_images(data, corruptions, config.seed, config.clean_subset), None
+    batches = Batches(data, corruptions, config.seed, config.random_flip, trained)
+    trust = _examined(config, accelerator, batches, folder) if config.auto else None
     if config.noise_levels is not None:
         levels = told_levels(config.noise_levels, data, trained, corruptions, config.seed, process)
         _check_alike(accelerator, levels.sha256, f"--noise-levels {config.noise_levels} are others")
+        batches = dataclasses.replace(batches, sigma=levels.sigma, visits=levels.visits())
+    objective = build_objective(config, process, None if trust is None else trust.regularise)
+    if trust is not None:
+        sigma = trust.noise if bool((trust.noise > 0).any()) else None
+        repair = trust.repaired if trust.lost else None
+        batches = dataclasses.replace(batches, sigma=sigma, visits=trust.visits(process), repair=repair)
     plan = Plan.resolve(
         config,
         data,
@@ -117,6 +132,8 @@ def train(config: TrainConfig) -> Path:
     if levels is not None:
         check_gate(objective, levels)
         told |= levels.rows()
+    if trust is not None:
+        told |= trust.rows()
     preview_steps = config.ddpm_num_inference_steps or largest_divisor(process.num_timesteps, at_most=50)
     if process.num_timesteps % preview_steps:
         nearest = largest_divisor(process.num_timesteps, at_most=preview_steps)
@@ -130,8 +147,6 @@ def train(config: TrainConfig) -> Path:
         during = During(config, plan, data, preview_steps, accelerator.device)
     if config.resuming:
         check_resumable(config, data, levels, plan, folder, conditional)
-    sigma = None if levels is None else levels.sigma
-    batches = Batches(data, corruptions, config.seed, config.random_flip, trained, sigma)
     size = config.train_batch_size
 
     # Model and optimiser on the device
@@ -172,8 +187,9 @@ def train(config: TrainConfig) -> Path:
             x0 = x0.contiguous(memory_format=torch.channels_last)
         kwargs = {"class_labels": to_device(labels, accelerator.device)} if conditional and labels is not None else {}
         torch.manual_seed(derive_seed(config.seed, "dropout", counters[0]))
+        t, levels = batches.timesteps(counters, generators), batches.noise_levels(counters)
         with accelerator.autocast():
-            return objective(model, x0, generator=generators, noise_level=batches.noise_levels(counters), **kwargs)
+            return objective(model, x0, generator=generators, t=t, noise_level=levels, **kwargs)
 
     # The plan, with a measured estimate; the timed steps change no weight
     for _ in range(2):
@@ -209,6 +225,9 @@ def train(config: TrainConfig) -> Path:
         durable.write_json(folder / "config.json", settings)
         account = {"data": data.describe(), "corrupt": dirt, "corrupt_seed": config.seed, "trained": len(trained)}
         account["noise_levels"] = None if levels is None else levels.describe()
+        account["auto"] = None if trust is None else trust.describe()
+        if trust is not None:
+            save_trust(trust, folder / AUTO_FILE, data.names)
         durable.write_json(folder / "data.json", account)
         (folder / "samples").mkdir(exist_ok=True)
     tracker = Tracker(accelerator, config.logger, dataclasses.asdict(config))
@@ -373,6 +392,23 @@ def train(config: TrainConfig) -> Path:
         )
     say(f"done: {folder} is a diffusers pipeline; draw from it with: robustdiff sample {folder}")
     return folder
+
+
+AUTO_FILE = "auto.json"
+
+
+def _examined(config: TrainConfig, accelerator: Accelerator, batches: Batches, folder: Path) -> Trust:
+    """What the images can be trusted for; found by one process for all, and once for a run that goes on."""
+    found: list[Trust | None] = [None]
+    if accelerator.is_main_process:
+        if config.resuming:
+            found[0] = load_trust(folder / AUTO_FILE, len(batches.images))
+        else:
+            accelerator.print(f"looking at {len(batches.images)} images", flush=True)
+            found[0] = examine(batches.images_at, len(batches.images), config.auto_without)
+    broadcast_object_list(found)
+    assert found[0] is not None
+    return found[0]
 
 
 def _check_alike(accelerator: Accelerator, digest: str, what: str) -> None:

@@ -1,0 +1,444 @@
+"""What each image of a set can be trusted for, found out without being told: the plan behind ``train --auto``.
+
+Every image gets three numbers: the white noise it carries, the noise level from which on it is as good as a clean one,
+and a weight. Nothing is thrown away that is right somewhere: a noisy image trains above its noise (``levels.py``), a
+blurred or repaired one where the damage drowns. Groups are found, not thresholds set: an image is called damaged only
+if it belongs to a group that stands apart (``groups.py``).
+
+The questions are asked in this order, each of the images that the earlier ones left: one colour, lost pixels, blur,
+JPEG, noise, odd pictures; copies are looked for among all. What damaged images lack is measured against those left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustdiff import damage, durable, groups
+from robustdiff.config import AUTO_PARTS, UsageError
+from robustdiff.levels import Visits, first_timesteps
+from robustdiff.process import NoiseProcess
+from robustdiff.spectrum import Energies, Load, SpectralFit, batches, energies_of, same_above, separate
+
+WHITE = 0.5
+"""Least whiteness of the excess of a group that is called noisy."""
+LEAST_LEVEL = 0.03
+"""Lower noise, 4 grey levels of 255, is that of cameras."""
+ALL_NOISY, TIGHT, LONG = 0.05, 0.5, 0.15
+"""One group alone is called noisy if its level is at least the first and the 5 % quantile of its estimates at least the
+second times their median; or, image by image, if its 95 % quantile is at least the third."""
+SPREAD = 0.3
+"""Relative spread of estimates above which a noisy group has no common level."""
+BURIED = 0.25
+"""Signal to noise, in variance, below which there is no picture left."""
+BLURRED, GRIDDED = -1.6, -0.6
+"""Highest mean of a group that is called blurred, or compressed: photographs as they are lie above."""
+ODD = 6.0
+"""Robust deviations of the misfit beyond which an image weighs less."""
+NEAR_CONSTANT = 2 * 2 / 255
+"""Largest standard deviation of an image of one colour: two grey levels."""
+FEWEST = 64
+"""Fewer images say nothing about one another."""
+SMALL = 8
+"""Edge of blocks below which one group alone says nothing: too few directions to tell its texture from noise."""
+AGAIN = 2
+"""Blocks per value that the images without noise must have for directions of their own."""
+LEFT_OUT = "left out, no picture is left in them"
+EDGE = 0.75
+"""Edge of the regulariser's gate over the noise of the images."""
+PAIRED = 512
+"""Clean images on which a repair is tried, to measure it."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found.
+
+    Attributes:
+        part: One of :data:`AUTO_PARTS`.
+        count: Images it concerns.
+        what: What was found and how sure it is; action: what training does about it.
+        level: Noise level or level of use, in the [-1, 1] range, if it has one.
+    """
+
+    part: str
+    count: int
+    what: str
+    action: str
+    level: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Trust:
+    """What was found about every image.
+
+    Attributes:
+        noise: Standard deviation of the white noise it carries, float64, shape (N,); 0 where none was found.
+        usable: Least noise level sigma/alpha at which it is trained, >= ``noise``, shape (N,).
+        weight: How often it is used there, relative to others, 0 to 1, shape (N,).
+        lost: Values that stand for lost pixels; holed: images that have such pixels, bool, shape (N,).
+        regularise: Noise levels, (low, high), where no image can be trusted, so that the regulariser is needed.
+        findings: In words.
+        sigma: The estimate behind ``noise``, for every image.
+    """
+
+    noise: Tensor
+    usable: Tensor
+    weight: Tensor
+    lost: tuple[float, ...]
+    holed: Tensor
+    regularise: tuple[float, float] | None
+    findings: tuple[Finding, ...]
+    sigma: Tensor = field(repr=False)
+
+    @property
+    def trivial(self) -> bool:
+        """Whether every image is to be used as in plain training."""
+        return bool((self.usable == 0).all() and (self.weight == 1).all())
+
+    def visits(self, process: NoiseProcess) -> Visits | None:
+        """When each image is used; None if there is nothing to rule.
+
+        A level at or above the largest of the process leaves that image out.
+
+        Raises:
+            UsageError: If that leaves none.
+        """
+        if self.trivial:
+            return None
+        largest = float(process.noise_to_signal(torch.tensor(process.num_timesteps - 1)))
+        inside = self.usable < largest
+        if not bool((inside & (self.weight > 0)).any()):
+            raise UsageError("--auto found no image that can be trained on: look at them with robustdiff audit")
+        first = first_timesteps(process, torch.where(inside, self.usable, torch.zeros_like(self.usable)))
+        return Visits(first, torch.where(inside, self.weight, torch.zeros_like(self.weight)), process.num_timesteps)
+
+    @property
+    def clean(self) -> Tensor:
+        """Images that can be used like clean ones at every noise level, bool, shape (N,)."""
+        return (self.usable == 0) & (self.weight > 0)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of everything that training depends on."""
+        parts = [self.noise, self.usable, self.weight, self.holed.double()]
+        text = repr((self.lost, self.regularise)).encode()
+        return hashlib.sha256(text + b"".join(bytes(part.double().numpy().data) for part in parts)).hexdigest()
+
+    def repaired(self, images: Tensor, places: Sequence[int]) -> Tensor:
+        """Images with lost pixels filled in, (B, C, H, W); ``places`` says which they are."""
+        if not self.lost or not bool(self.holed[list(places)].any()):
+            return images
+        holed = self.holed[list(places)][:, None, None]
+        return damage.fill(images, damage.holes(images, self.lost) & holed)
+
+    def rows(self) -> dict[str, str]:
+        """What the plan and the model card say."""
+        said: dict[str, list[str]] = {}
+        for one in self.findings:
+            said.setdefault(f"found {one.part}", []).append(f"{one.count} images, {one.what}: {one.action}")
+        rows = {name: "; ".join(texts) for name, texts in said.items()}
+        rows["found clean"] = f"{int(self.clean.sum())} of {len(self.noise)} images, trained at every noise level"
+        return rows
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready account."""
+        return {
+            "count": len(self.noise),
+            "clean": int(self.clean.sum()),
+            "lost_values": list(self.lost),
+            "regularise": None if self.regularise is None else list(self.regularise),
+            "findings": [asdict(finding) for finding in self.findings],
+            "sha256": self.sha256,
+        }
+
+
+FORMAT = "robustdiff auto 1"
+
+
+def save(trust: Trust, path: Path, names: Sequence[str]) -> None:
+    """Write everything that was found, in words and image by image, as JSON: whole or not at all."""
+    columns = zip(names, trust.noise, trust.usable, trust.weight, trust.sigma, trust.holed, strict=True)
+    images = [
+        {"name": name, "noise": n.item(), "usable": u.item(), "weight": w.item(), "sigma": s.item(), "holed": h.item()}
+        for name, n, u, w, s, h in columns
+    ]
+    durable.write_json(path, {"format": FORMAT, **trust.describe(), "images": images})
+
+
+def load(path: Path, count: int) -> Trust:
+    """What :func:`save` wrote: a run goes on with what it began with.
+
+    Args:
+        path: The file.
+        count: N, how many images there must be.
+
+    Raises:
+        UsageError: If it cannot be read, or is of other images.
+    """
+    try:
+        found = durable.read_json(path)
+        if found["format"] != FORMAT or len(found["images"]) != count:
+            raise ValueError(f"not {FORMAT} of {count} images")
+        noise, usable, weight, sigma = (
+            torch.tensor([float(image[key]) for image in found["images"]], dtype=torch.float64)
+            for key in ("noise", "usable", "weight", "sigma")
+        )
+        holed = torch.tensor([bool(image["holed"]) for image in found["images"]])
+        gate = found["regularise"]
+        trust = Trust(
+            noise,
+            usable,
+            weight,
+            tuple(map(float, found["lost_values"])),
+            holed,
+            None if gate is None else (float(gate[0]), float(gate[1])),
+            tuple(Finding(**one) for one in found["findings"]),
+            sigma,
+        )
+        if trust.sha256 != found["sha256"]:
+            raise ValueError("its digest does not fit its contents")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise UsageError(f"--resume: {path} cannot be used ({durable.one_line(error)}): start anew") from None
+    return trust
+
+
+def examine(load: Load, count: int, without: Sequence[str] = ()) -> Trust:
+    """Look at every image of a set, all of one size.
+
+    Args:
+        load: Images by place, as they will be trained on.
+        count: N >= 1.
+        without: Parts of :data:`AUTO_PARTS` that are not looked for, or not acted on.
+
+    Raises:
+        ValueError: If a part is unknown.
+    """
+    if unknown := set(without) - set(AUTO_PARTS):
+        raise ValueError(f"{', '.join(sorted(unknown))}: not one of {', '.join(AUTO_PARTS)}")
+    nothing, zero = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.float64)
+    trust = Trust(zero, zero, zero + 1, (), nothing, None, (), zero)
+    blank = torch.cat([load(places).flatten(1).std(1) <= NEAR_CONSTANT for places in batches(count)])
+    if "holes" not in without:
+        lost, holed = _lost(load, count)
+        trust = replace(trust, lost=lost, holed=holed & ~blank)
+
+    def repaired(places: range) -> Tensor:
+        return trust.repaired(load(places), places)
+
+    whole, low = ~trust.holed & ~blank, {"blur": nothing, "jpeg": nothing}
+    for part, measure, most in (("blur", damage.sharpness, BLURRED), ("jpeg", damage.jpeg_grid, GRIDDED)):
+        if part not in without:
+            low[part] = _lowest(_all(measure, repaired, count), whole & ~low["blur"], most)
+    asked = whole & ~low["blur"] & ~low["jpeg"]
+    if "noise" not in without and int(asked.sum()) >= FEWEST:
+        trust = _noise(trust, load, asked)
+    clean = asked & (trust.noise == 0) & (trust.weight > 0)
+    if bool(clean.any()):
+        energies = energies_of(repaired, count, clean)
+        for part in ("blur", "jpeg"):
+            trust = _soft(trust, energies, low[part], clean, part)
+        trust = _holes(trust, energies, load, clean)
+        if "outliers" not in without:
+            trust = _odd(trust, separate(energies), clean, blank)
+    if "duplicates" not in without:
+        trust = _copies(trust, load)
+    return trust if "regulariser" in without else _fall_back(trust)
+
+
+def _fall_back(trust: Trust) -> Trust:
+    """If every image is noisy, none can be trusted below that: plain training, regularised there."""
+    used = trust.weight > 0
+    if not bool((trust.noise[used] > 0).all()):
+        return trust
+    edge = EDGE * float(trust.noise[used].median())
+    action = f"no image is clean, so that noise levels below {edge:.3g} are regularised instead"
+    findings = tuple(
+        replace(one, action=action) if one.part == "noise" and one.action != LEFT_OUT else one for one in trust.findings
+    )
+    nothing = torch.zeros_like(trust.noise)
+    usable = torch.where(trust.usable > trust.noise, trust.usable, nothing)
+    return replace(trust, noise=nothing, usable=usable, regularise=(0.0, edge), findings=findings)
+
+
+def _all(measure: Callable[[Tensor], Tensor], load: Load, count: int) -> Tensor:
+    return torch.cat([measure(load(places)) for places in batches(count)])
+
+
+def _lost(load: Load, count: int) -> tuple[tuple[float, ...], Tensor]:
+    """Values that stand for lost pixels, and which images have such pixels."""
+    histogram, pixels = torch.zeros(damage.STEPS, dtype=torch.long), 0
+    for places in batches(count):
+        images = load(places)
+        histogram, pixels = histogram + damage.grey_histogram(images), pixels + images[:, 0].numel()
+    values = damage.suspected(histogram, pixels)
+    nothing = torch.zeros(count, dtype=torch.bool)
+    if not values:
+        return (), nothing
+    holed = torch.cat([damage.holes(load(places), values).flatten(1).any(1) for places in batches(count)])
+    return (tuple(values), holed) if int(holed.sum()) >= groups.FEWEST else ((), nothing)
+
+
+def _lowest(values: Tensor, asked: Tensor, most: float) -> Tensor:
+    """Images of groups that stand below the highest one, and whose mean is at most ``most``; bool, shape (N,)."""
+    asked = asked & values.isfinite()
+    low = torch.zeros_like(asked)
+    if int(asked.sum()) >= FEWEST:
+        found, places = groups.split(values[asked]), asked.nonzero().flatten()
+        for group in range(len(found) - 1):
+            if found.mean[group] <= most:
+                low[places[found.members(group)]] = True
+    return low
+
+
+def _noise(trust: Trust, load: Load, asked: Tensor) -> Trust:
+    """Groups by estimated noise, twice: what was found the first time no longer blurs the directions."""
+    places = asked.nonzero().flatten()
+
+    def some(here: range) -> Tensor:
+        return torch.cat([load(range(place, place + 1)) for place in places[list(here)].tolist()])
+
+    energies = energies_of(some, len(places))
+    seen = separate(energies)
+    rest = ~_noisy_groups(seen)[0]
+    enough = int(rest.sum()) * energies.blocks >= AGAIN * len(energies.mean)
+    if enough and not bool(rest.all()):
+        seen = separate(energies_of(some, len(places), rest))
+    noisy, found = _noisy_groups(seen)
+    noise, weight = torch.zeros(len(places)).double(), torch.ones(len(places)).double()
+    findings = list(trust.findings)
+    for members, apart in found:
+        level, size = seen.level(members), int(members.sum())
+        sure = f"apart by {apart:.1f} deviations"
+        signal = (seen.scale * seen.spectrum.mean() / seen.variance.clamp(min=1e-12))[members].median()
+        if signal < BURIED:
+            weight[members] = 0.0
+            what, action = f"noise of level {level:.3g}, {sure}", LEFT_OUT
+        else:
+            own = seen.sigma[members].std() > SPREAD * seen.sigma[members].mean()
+            noise[members] = seen.sigma[members] if own else level
+            what, action = f"white noise, {'levels about' if own else 'level'} {level:.3g}, {sure}", "trained above it"
+        findings.append(Finding("noise", size, what, action, level))
+    rest = ~noisy
+    noise_of_rest = _noise_everywhere(seen, rest)
+    if bool((noise_of_rest > 0).any()):
+        noise = torch.where(rest, noise_of_rest, noise)
+        count, level = int((noise_of_rest > 0).sum()), float(noise_of_rest.max())
+        one = int((noise_of_rest > 0).sum()) == int(rest.sum())
+        what = (
+            f"white noise of level {level:.3g}, in all or too many to find those without"
+            if one
+            else (f"white noise of many levels up to {level:.3g}, none standing apart")
+        )
+        findings.append(Finding("noise", count, what, "each trained above its own", level))
+    everywhere = trust.noise.clone(), trust.weight.clone(), trust.sigma.clone()
+    for whole, part in zip(everywhere, (noise, weight, seen.sigma), strict=True):
+        whole[places] = part
+    noise, weight, sigma = everywhere
+    trust = replace(trust, noise=noise, usable=noise, weight=weight, sigma=sigma, findings=tuple(findings))
+    return trust
+
+
+def _noisy_groups(seen: SpectralFit) -> tuple[Tensor, list[tuple[Tensor, float]]]:
+    """Images of noisy groups, bool, shape (N,); and each group with its distance from the one below."""
+    found, noisy = groups.split(seen.sigma), []
+    for group in range(1, len(found)):
+        members = found.members(group)
+        low, middle = (float(seen.sigma[members].quantile(share)) for share in (0.05, 0.5))
+        tight = low >= TIGHT * middle
+        if tight and seen.level(members) >= LEAST_LEVEL and seen.whiteness(members) >= WHITE:
+            noisy.append((members, float(found.apart[group - 1])))
+    nothing = torch.zeros(len(seen.sigma), dtype=torch.bool)
+    return torch.stack([members for members, _ in noisy]).any(0) if noisy else nothing, noisy
+
+
+def _noise_everywhere(seen: SpectralFit, rest: Tensor) -> Tensor:
+    """Noise of images among which no group stands apart, float64, shape (N,): of one level, of many, or none."""
+    sigma = seen.sigma[rest]
+    low, middle, most, high = (float(sigma.quantile(share)) for share in (0.05, 0.5, 0.75, 0.95))
+    level = seen.level(rest)
+    noise = torch.zeros_like(seen.sigma)
+    if seen.energies.side < SMALL:
+        return noise
+    if level >= ALL_NOISY and low >= TIGHT * middle and seen.whiteness(rest) >= WHITE:
+        noise[rest] = level
+    elif high >= LONG and seen.whiteness(rest & (seen.sigma >= most)) >= WHITE:
+        own = rest & (seen.sigma >= ALL_NOISY)
+        noise[own] = seen.sigma[own]
+    return noise
+
+
+def _soft(trust: Trust, energies: Energies, low: Tensor, clean: Tensor, part: str) -> Trust:
+    """Blurred or compressed images are usable where what they lack drowns in noise."""
+    if not bool(low.any()):
+        return trust
+    level = same_above(energies.q[clean].mean(0), energies.q[low].mean(0), energies.values)
+    words = {"blur": "without the fine detail of the others", "jpeg": "with the 8 x 8 grid of strong JPEG"}
+    action = f"trained at noise levels above {level:.3g}, where that no longer shows"
+    usable = torch.where(low, torch.maximum(trust.usable, torch.tensor(level).double()), trust.usable)
+    finding = Finding(part, int(low.sum()), words[part], action, level)
+    return replace(trust, usable=usable, findings=(*trust.findings, finding))
+
+
+def _holes(trust: Trust, energies: Energies, load: Load, clean: Tensor) -> Trust:
+    """Images with lost pixels are filled in, and used where the same repair of clean images no longer shows."""
+    count = int(trust.holed.sum())
+    if not count:
+        return trust
+    gaps, whole = (mask.nonzero().flatten()[:PAIRED].tolist() for mask in (trust.holed, clean))
+    pairs = list(zip(gaps, whole, strict=False))
+    original = torch.cat([load(range(place, place + 1)) for _, place in pairs])
+    lost = torch.cat([damage.holes(load(range(place, place + 1)), trust.lost) for place, _ in pairs])
+    mended = damage.fill(original, lost)
+    level = same_above(energies.of(original).mean(0), energies.of(mended).mean(0), energies.values)
+    level = max(level, 2 * float((mended - original).double().square().mean().sqrt()))
+    values = ", ".join(f"{value:.3g}" for value in trust.lost)
+    action = f"filled in, and trained at noise levels above {level:.3g}, measured on {len(pairs)} whole images"
+    finding = Finding("holes", count, f"scattered pixels of the value {values}", action, level)
+    usable = torch.where(trust.holed, torch.maximum(trust.usable, torch.tensor(level).double()), trust.usable)
+    return replace(trust, usable=usable, findings=(*trust.findings, finding))
+
+
+def _odd(trust: Trust, seen: SpectralFit, clean: Tensor, blank: Tensor) -> Trust:
+    """Pictures that the common spectrum does not describe weigh less, the less the further off they are."""
+    freedom = seen.energies.values
+    mean = seen.scale[:, None] * seen.spectrum + seen.variance[:, None]
+    ratio = (seen.energies.q / mean).clamp(min=1e-12)
+    misfit = ((freedom * (ratio - 1 - ratio.log())).sum(1) / freedom.sum()).clamp(min=1e-12).log()
+    middle = misfit[clean].median()
+    deviation = (misfit[clean] - middle).abs().median().clamp(min=1e-6) / 0.6745
+    z = (misfit - middle) / deviation
+    odd = clean & (z > ODD)
+    weight = torch.where(odd, trust.weight * (ODD / z.clamp(min=ODD)).square(), trust.weight)
+    findings = trust.findings
+    if bool(odd.any()):
+        what = f"unlike the others, by more than {ODD:g} robust deviations"
+        findings = (*findings, Finding("outliers", int(odd.sum()), what, "used less often, the less the odder"))
+    if bool(blank.any()):
+        weight = torch.where(blank, torch.zeros_like(weight), weight)
+        findings = (*findings, Finding("outliers", int(blank.sum()), "of one colour", "left out"))
+    return replace(trust, weight=weight, findings=findings)
+
+
+def _copies(trust: Trust, load: Load) -> Trust:
+    """Images of equal pixels count as one."""
+    seen: dict[bytes, list[int]] = {}
+    for places in batches(len(trust.noise)):
+        for place, image in zip(places, load(places), strict=True):
+            seen.setdefault(hashlib.sha256(image.contiguous().numpy().data).digest(), []).append(place)
+    copies = [same for same in seen.values() if len(same) > 1]
+    if not copies:
+        return trust
+    weight = trust.weight.clone()
+    for same in copies:
+        weight[same] /= len(same)
+    finding = Finding(
+        "duplicates", sum(map(len, copies)), f"{len(copies)} pictures more than once", "each picture counts once"
+    )
+    return replace(trust, weight=weight, findings=(*trust.findings, finding))
