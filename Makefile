@@ -29,7 +29,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "== tests"
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(STAMP)
 	@echo "== lint, types, import order"

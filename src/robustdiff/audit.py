@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ from robustdiff.parallel import decode_all
 from robustdiff.sources import Source
 
 AUDIT_FORMAT = "robustdiff audit 1"
-AUDIT_FILES = ("audit.json", "worst.png")
+SHEETS = ("noisy", "holed", "soft", "odd")
+AUDIT_FILES = ("audit.json", "worst.png", "found.json", "clean.txt", "noise.csv", *(f"found-{s}.png" for s in SHEETS))
+"""What an audit's folder may hold; from the third on, what ``search.py`` writes."""
 NEAR_CONSTANT = 2 / 255
 """Largest standard deviation, in [0, 1], of every channel of an image that counts as near-constant: two grey levels.
 Not the range of values: a dead pixel or a date in a corner would hide a blank image."""
@@ -258,14 +260,14 @@ def _worst(source: Source, records: Sequence[ImageRecord], resolution: int | Non
     side = min(128, max(64, longest))
     indices = [records[place].index for place in worst]
     again = decode_all(
-        source, lambda pixels: _thumbnail(pixels, side), resolution=resolution, indices=indices, what="thumbnails"
+        source, lambda pixels: thumbnail(pixels, side), resolution=resolution, indices=indices, what="thumbnails"
     )
     blank = torch.full((3, side, side), 128, dtype=torch.uint8)  # in place of a file that has gone meanwhile
     pictures = [blank if decoded.value is None else torch.from_numpy(decoded.value) for decoded in again]
     return tuple(worst), torch.stack(pictures) if pictures else torch.empty(0, 3, side, side, dtype=torch.uint8)
 
 
-def _thumbnail(pixels: Pixels, side: int) -> Pixels:
+def thumbnail(pixels: Pixels, side: int) -> Pixels:
     """(3, side, side): small images enlarged by a whole factor, large ones cropped, on mid-grey."""
     factor = max(1, side // max(pixels.shape[1:]))
     pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
@@ -349,7 +351,9 @@ def _is_audit(path: Path) -> bool:
         return False
 
 
-def write_audit(audit: Audit, folder: str | Path, *, overwrite: bool = False) -> None:
+def write_audit(
+    audit: Audit, folder: str | Path, *, overwrite: bool = False, also: Callable[[Path], object] | None = None
+) -> None:
     """Write ``audit.json`` and, where noise could be estimated, ``worst.png``, the contact sheet of the noisiest.
 
     Both go to a temporary folder beside the destination, renamed at the end: a report is never half there.
@@ -358,6 +362,7 @@ def write_audit(audit: Audit, folder: str | Path, *, overwrite: bool = False) ->
         audit: What was found.
         folder: A new or empty folder, not in the data.
         overwrite: Replace an audit that it holds.
+        also: Writes further files of :data:`AUDIT_FILES` into the folder that it is given.
 
     Raises:
         DataError: As :func:`check_output`.
@@ -383,6 +388,8 @@ def write_audit(audit: Audit, folder: str | Path, *, overwrite: bool = False) ->
             file.write("\n ]\n}\n")  # one line per image: a person may search it
         if audit.worst:
             save_png(image_grid(audit.thumbnails, columns=5), unfinished / "worst.png")
+        if also is not None:
+            also(unfinished)
         durable.replace_folder(unfinished, path)  # which is empty, or an audit that may be replaced
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

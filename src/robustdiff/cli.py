@@ -305,6 +305,8 @@ def _report(config: ReportConfig) -> int:
 
 def _audit(config: AuditConfig) -> int:
     from robustdiff.audit import audit_images, check_output, write_audit
+    from robustdiff.images import load_images
+    from robustdiff.search import search
     from robustdiff.sources import open_source
 
     if config.output is not None:
@@ -315,10 +317,16 @@ def _audit(config: AuditConfig) -> int:
     except UsageError as error:  # as load_images words it
         raise UsageError(f"{config.data}: {error}") from None
     audit = audit_images(source, data=config.data, resolution=config.resolution)
-    print(audit.text())
+    print(audit.text(), flush=True)
+    found = None
+    if len({record.size for record in audit.records}) > 1:
+        print("damage: not looked for, images differ in size: add --resolution N, the size you would train at")
+    elif audit.records:
+        found = search(load_images(config.data, resolution=config.resolution, max_bad_fraction=1.0, **options))
+        print("damage: not looked for, too few images to compare" if found is None else found.text())
     if config.output is not None:
-        write_audit(audit, config.output, overwrite=config.overwrite)
-        print(f"{config.output}: audit.json{' and worst.png' if audit.worst else ''}")
+        write_audit(audit, config.output, overwrite=config.overwrite, also=None if found is None else found.write)
+        print(f"{config.output}: {', '.join(sorted(path.name for path in Path(config.output).iterdir()))}")
     return 0
 
 

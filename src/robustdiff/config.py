@@ -474,12 +474,13 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """Look at every image before training: bad files, sizes, duplicates, blank images, noise; nothing is changed."""
+    """Look at every image before training: bad files, sizes, duplicates, noise, and damage; nothing is changed."""
 
     data: Annotated[Positional[str], arg(metavar="DATA")]
     """Any source of images that `robustdiff train` takes; mixed sizes and bad files are reported, not refused."""
     output: Annotated[str | None, arg(aliases=["-o", "--output-dir"], metavar="FOLDER")] = None
-    """Folder for audit.json (every image) and worst.png (the twenty noisiest). Default: print only."""
+    """Folder for audit.json and found.json (every image), worst.png (the twenty noisiest) and a sheet of each damage,
+    clean.txt (names), and noise.csv, as `robustdiff train --noise-levels` takes it. Default: print only."""
     resolution: OptionalInt = None
     """Resize the shorter side to this many pixels and crop the centre square first; resizing hides noise.
     Default: images as they are."""

@@ -119,9 +119,10 @@ def holes(images: Tensor, values: Sequence[float]) -> Tensor:
     An image is believed to have holes of a value if at least :data:`HOLED` of its pixels have it and these keep no
     company: the chance that the pixel to the right or below has it too is less than half way from their share of the
     image, that of independence, to 1, that of flat areas. Black and white are common in pictures: there at least
-    :data:`LONE` of the pixels must differ from all of their neighbours by :data:`APART`, and lost are those that differ
-    as much from the median of their 3 x 3 neighbourhood. Lost blocks of more than 2 x 2 pixels keep company, and are
-    not found; nor is anything in line drawings, where lone black or white pixels belong.
+    :data:`LONE` of the pixels must differ from all of their neighbours by :data:`APART`, and from the median of their
+    3 x 3 neighbourhood by three times the neighbours' spread; lost are then those that differ from that median.
+
+    Lost blocks of more than 2 x 2 pixels keep company, and are not found; nor are black and white ones in drawings.
 
     Args:
         images: Shape (B, C, H, W).
@@ -136,7 +137,10 @@ def holes(images: Tensor, values: Sequence[float]) -> Tensor:
     for value in values:
         here = ((images - value).abs() < LEVEL / 4).all(1)
         if abs(value) == 1:
-            lone = here & ((others - value).abs() > APART).all(-1)
+            ranked = others.sort(-1).values
+            spread = (ranked[..., 5] - ranked[..., 2]) / 1.35  # of about the quartiles, as a standard deviation
+            far = (3 * spread).clamp(min=APART)
+            lone = here & ((others - value).abs() > APART).all(-1) & ((median - value).abs() > far)
             found |= here & ((median - value).abs() > APART) & (lone.flatten(1).double().mean(1) >= LONE)[:, None, None]
             continue
         share = here.flatten(1).double().mean(1)

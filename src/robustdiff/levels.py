@@ -106,7 +106,7 @@ class Visits:
         if not bool((weight.isfinite() & (weight >= 0)).all()) or not bool((weight > 0).any()):
             raise ValueError("Visits needs finite weights >= 0, not all of them 0")
 
-    @property
+    @cached_property
     def used(self) -> Tensor:
         """Places of the images that are used at all, int64."""
         return self.weight.nonzero().flatten()

@@ -31,6 +31,12 @@ IMAGE_DIRTS: Mapping[str, tuple[str, ...]] = {
     "missing": ("missing:amount=0.3,fraction=0.9",),
     "jpeg": ("jpeg:quality=15,fraction=0.9",),
     "blur": ("blur:radius=1,fraction=0.9",),
+    "mixed": (
+        "outlier:source=uniform,fraction=0.05",
+        "jpeg:quality=15,fraction=0.3",
+        "missing:amount=0.3,fraction=0.2",
+        "gaussian:sigma=0.2,fraction=0.4",
+    ),
 }
 """Dirt by name, as ``--corrupt`` takes it: in [-1, 1], unclipped, frozen per image."""
 KEY_DIRTS = ("clean", "gaussian-p0.9-s0.2", "outliers-q0.1")
@@ -149,11 +155,17 @@ IMAGE_METHODS: Mapping[str, ImageMethod] = {
         gaussian_only=True,
         dirty_only=True,
     ),
+    "auto": ImageMethod(
+        "auto", "the set is searched for dirt, and each image trained only where it can be trusted", ("--auto",)
+    ),
+    "auto-gated": ImageMethod(
+        "auto and gated", "the same, and the default preset's regulariser", ("--auto", "--preset", "gated")
+    ),
 }
 """Every method of the tables, in their order. ``told`` is the yardstick of Daras et al. (2024, arXiv 2411.02780)."""
-TWICE = ("plain", "gated", "gated-strong", "label-floor", "clean-subset", "told")
+TWICE = ("plain", "gated", "gated-strong", "label-floor", "clean-subset", "told", "auto")
 """Methods whose rows on :data:`KEY_DIRTS` have the full number of seeds; all others have one."""
-ELSEWHERE = ("plain", "gated", "label-floor", "clean-subset", "told")
+ELSEWHERE = ("plain", "gated", "label-floor", "clean-subset", "told", "auto")
 """Methods that are also run on dirt outside of :data:`KEY_DIRTS`."""
 
 # -- scales ----------------------------------------------------------------------------------------------
