@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from robustdiff import cli
 from robustdiff.attack import PGD
+from robustdiff.config import AttackConfig
 from robustdiff.evaluation import attacking, robustness
 from robustdiff.evaluation.attacking import Outcome
 from robustdiff.evaluation.validity import (
@@ -40,7 +41,7 @@ from robustdiff.threat import Ball, Displacement, NoGradient
 from robustdiff.trajectory import Trajectory
 
 FLAGS = Path(__file__).parents[1] / "docs" / "flags.md"
-FAST = ("-n", "3", "--sweep-n", "2", "--steps", "2", "--iterations", "4", "--batch-size", "2")
+FAST = ("-n", "3", "--sweep-n", "2", "--steps", "2", "--iterations", "4", "--batch-size", "2", "--radius", "0.1")
 SMALL = {
     "block_out_channels": [4],
     "layers_per_block": 1,
@@ -128,6 +129,12 @@ def test_an_ordinary_model_is_moved_and_no_flag_says_otherwise(whole: Path) -> N
     assert value(body, "moved per pixel") == pytest.approx(value(body, "displacement") * per_pixel, rel=1e-6)
 
 
+def test_the_default_radius_has_the_same_energy_in_both_norms() -> None:
+    assert attacking.radius(AttackConfig("run"), (1, 8, 8)) == 0.01
+    assert attacking.radius(AttackConfig("run", norm="l2"), (1, 8, 8)) == pytest.approx(0.08)
+    assert attacking.radius(AttackConfig("run", radius=0.3, norm="l2"), (1, 8, 8)) == 0.3
+
+
 def test_the_batch_size_changes_nothing_beyond_rounding(pipeline: Path, whole: Path, tmp_path: Path) -> None:
     other = attack(pipeline, tmp_path / "out", "--batch-size", "3")
     assert other["details"]["per_image"] == pytest.approx(result(whole)["details"]["per_image"], rel=1e-3)
@@ -152,7 +159,7 @@ def test_every_objective_optimiser_and_sampler_runs_and_is_sound(more, pipeline:
     assert wrong <= {"steps-not-monotone", "random-beats-attack", "radius-not-monotone"}
     assert value(body, "displacement") > 0
     about = body["protocol"]["attack"]
-    assert about["radius"] == (0.8 if "l2" in more else 0.1)
+    assert about["radius"] == 0.1
     assert about["knows"] == "weights, sampler" + ("" if "--eot" in more else ", noise")
 
 
@@ -334,7 +341,7 @@ def test_a_finished_attack_is_not_done_again_unless_told_and_damage_is_noticed(
     [
         (["--radius", "0"], "--radius 0.0 is not a push"),
         (["--radius", "-1"], "--radius -1.0 is not a push"),
-        (["--radius", "50"], "at most 10.0: use 0.01 to 1"),
+        (["--radius", "50"], "at most 10.0: use 0.001 to 1"),
         (["--radius", "nan"], "--radius nan"),
         (["--norm", "l2", "--radius", "500"], "--radius 500.0 is more than ten times"),
         (["--at", "2"], "--at 2: the sampler has steps 0 .. 1"),

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from robustdiff.perturbation import Radius as Radius
     from robustdiff.perturbation import RandomPerturbation as RandomPerturbation
     from robustdiff.process import NoiseProcess as NoiseProcess
+    from robustdiff.purification import PurifiedLoss as PurifiedLoss
+    from robustdiff.purification import purify as purify
     from robustdiff.sampling import RelabelledModel as RelabelledModel
     from robustdiff.sampling import load_pipeline as load_pipeline
     from robustdiff.sampling import sample as sample
@@ -67,6 +69,7 @@ _HOMES = {
     "threat": ("Ball", "Displacement", "Function", "OneStep"),
     "attack": ("APGD", "PGD", "RandomSearch"),
     "sampling": ("RelabelledModel", "load_pipeline", "sample", "trajectory_of"),
+    "purification": ("PurifiedLoss", "purify"),
     "training": ("train",),
     "worlds": ("LinearGaussian", "Mixture", "Plane", "Subspace", "make_dirty"),
 }

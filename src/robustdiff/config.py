@@ -621,8 +621,8 @@ class AttackConfig:
     run: Annotated[Positional[str], arg(metavar="RUN")]
     """Run folder, pipeline folder or hub id."""
     radius: OptionalFloat = None
-    """Bound on each push, in units of the noise scale of its step, > 0. Default: 0.1 (linf), 0.1 times the root of the
-    number of values of an image (l2)."""
+    """Bound on each push, in units of the noise scale of its step, > 0; the pushes of many steps add up. Default: 0.01
+    (linf), 0.01 times the root of the number of values of an image (l2)."""
     norm: Literal["linf", "l2"] = "linf"
     """linf: every value of a push within the radius; l2: its Euclidean length."""
     at: str = "all"
@@ -681,7 +681,7 @@ class AttackConfig:
             _require(getattr(self, name) != "", f"{flag} is empty: give a name, or leave the flag out")
         radius, most = self.radius, 10.0 if self.norm == "linf" else math.inf
         good = radius is None or (math.isfinite(radius) and 0 < radius <= most)
-        remedy = "use 0.01 to 1" if self.norm == "linf" else "use 0.01 to 1 times the root of the values of an image"
+        remedy = "use 0.001 to 1" + ("" if self.norm == "linf" else " times the root of the values of an image")
         _require(
             good, f"--radius {radius} is not a push in units of the noise scale, above 0 and at most {most}: {remedy}"
         )

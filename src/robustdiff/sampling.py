@@ -188,20 +188,26 @@ def make_scheduler(name: str, like: Any, steps: int) -> Any:  # noqa: ANN401 - s
     return scheduler
 
 
-def trajectory_of(pipeline: DiffusionPipeline, scheduler: str = "ddim", steps: int = 50) -> Trajectory:
+def trajectory_of(
+    pipeline: DiffusionPipeline,
+    scheduler: str = "ddim",
+    steps: int = 50,
+    timesteps: Sequence[int] | None = None,
+) -> Trajectory:
     """The sampler that :func:`sample` runs, as a differentiable function; the tests hold both equal.
 
     Args:
         pipeline: As for :func:`sample`; class labels go into ``kwargs`` of the result (``dataclasses.replace``).
         scheduler: ``"ddim"`` or ``"ddpm"``.
         steps: Network calls per image.
+        timesteps: Falling timesteps to go through instead, in [0, T).
 
     Raises:
         UsageError: If there is no such trajectory of this pipeline.
     """
     if scheduler not in ("ddim", "ddpm"):
         raise UsageError(f"--scheduler {scheduler!r} cannot be attacked: use ddim or ddpm")
-    stock = make_scheduler(scheduler, pipeline.scheduler, steps)
+    stock = make_scheduler(scheduler, pipeline.scheduler, steps if timesteps is None else 1)
     config = stock.config
     if config.get("thresholding"):
         raise UsageError("the scheduler thresholds dynamically, which is not supported here: set thresholding to false")
@@ -212,7 +218,7 @@ def trajectory_of(pipeline: DiffusionPipeline, scheduler: str = "ddim", steps: i
         pipeline.unet,
         NoiseProcess.from_scheduler(pipeline.scheduler),
         "ddim" if scheduler == "ddim" else "ddpm",
-        [int(t) for t in stock.timesteps],
+        [int(t) for t in (stock.timesteps if timesteps is None else timesteps)],
         final_alpha_bar=float(getattr(stock, "final_alpha_cumprod", 1.0)),
         large_variance=variance == "fixed_large",
         clip=float(config["clip_sample_range"]) if config["clip_sample"] else None,

@@ -28,6 +28,8 @@ from robustdiff.trajectory import Trajectory, frozen
 Tell = Callable[[int], None]
 """Told of finished work, in network calls per image; may raise, to stop."""
 Optimiser = RandomSearch | PGD | APGD
+DEFAULT_RADIUS = 0.01
+"""At all of 50 steps it moves digits by most of a spread; at 0.1 every pixel is black or white."""
 RANDOM_DRAWS = 10
 RADII = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the curve, in units of ``--radius``."""
@@ -380,4 +382,4 @@ class Batch:
 def radius(config: AttackConfig, shape: Sequence[int]) -> float:
     """``--radius``, or its default."""
     root = float(torch.Size(shape).numel()) ** 0.5
-    return config.radius or (0.1 if config.norm == "linf" else 0.1 * root)
+    return config.radius or (DEFAULT_RADIUS if config.norm == "linf" else DEFAULT_RADIUS * root)
