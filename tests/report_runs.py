@@ -184,5 +184,5 @@ def three_runs(root: Path) -> list[Path]:
     for name, fd in (("gated", 2.9), ("plain", 4.4)):
         judged = evaluation("quality", name, {"FD-pixels": value(fd, 2.2)}, extractor=pixels, n=500)
         write(root / name / "evaluation" / "quality-pixels.json", judged)
-    write(root / "gated" / "evaluation" / "attack-ddim.json", {"format": "robustdiff evaluation 1", "kind": "attack"})
+    write(root / "gated" / "evaluation" / "later.json", {"format": "robustdiff evaluation 1", "kind": "later"})
     return folders

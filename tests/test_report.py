@@ -62,7 +62,7 @@ def test_the_page_has_every_part_and_links_lead_to_files(page, runs):
     text = page.text
     for words in (
         "797 real images are few",
-        "not shown: attack-ddim.json (kind 'attack')",
+        "not shown: later.json (kind 'later')",
         "Sampled with ddim, 50 steps, moving average, seed 0.",
         "Floor: two halves of the real images, equally many.",
         "step 8,000, seed 0, 50 sampler steps",

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from robustdiff.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from robustdiff.attack import APGD as APGD
+    from robustdiff.attack import PGD as PGD
+    from robustdiff.attack import RandomSearch as RandomSearch
     from robustdiff.baselines import InputPerturbationObjective as InputPerturbationObjective
     from robustdiff.baselines import InvarianceObjective as InvarianceObjective
     from robustdiff.baselines import PseudoHuberObjective as PseudoHuberObjective
@@ -33,10 +36,18 @@ if TYPE_CHECKING:
     from robustdiff.perturbation import Radius as Radius
     from robustdiff.perturbation import RandomPerturbation as RandomPerturbation
     from robustdiff.process import NoiseProcess as NoiseProcess
+    from robustdiff.purification import PurifiedLoss as PurifiedLoss
+    from robustdiff.purification import purify as purify
     from robustdiff.sampling import RelabelledModel as RelabelledModel
     from robustdiff.sampling import load_pipeline as load_pipeline
     from robustdiff.sampling import sample as sample
+    from robustdiff.sampling import trajectory_of as trajectory_of
+    from robustdiff.threat import Ball as Ball
+    from robustdiff.threat import Displacement as Displacement
+    from robustdiff.threat import Function as Function
+    from robustdiff.threat import OneStep as OneStep
     from robustdiff.training import train as train
+    from robustdiff.trajectory import Trajectory as Trajectory
     from robustdiff.worlds import LinearGaussian as LinearGaussian
     from robustdiff.worlds import Mixture as Mixture
     from robustdiff.worlds import Plane as Plane
@@ -54,7 +65,11 @@ _HOMES = {
     "baselines": ("InputPerturbationObjective", "InvarianceObjective", "PseudoHuberObjective"),
     "perturbation": ("AdversarialPerturbation", "Perturbation", "Radius", "RandomPerturbation"),
     "process": ("NoiseProcess",),
-    "sampling": ("RelabelledModel", "load_pipeline", "sample"),
+    "trajectory": ("Trajectory",),
+    "threat": ("Ball", "Displacement", "Function", "OneStep"),
+    "attack": ("APGD", "PGD", "RandomSearch"),
+    "sampling": ("RelabelledModel", "load_pipeline", "sample", "trajectory_of"),
+    "purification": ("PurifiedLoss", "purify"),
     "training": ("train",),
     "worlds": ("LinearGaussian", "Mixture", "Plane", "Subspace", "make_dirty"),
 }

@@ -20,6 +20,7 @@ import tyro
 
 from robustdiff import __version__
 from robustdiff.config import (
+    AttackConfig,
     AuditConfig,
     CorruptConfig,
     EvaluateConfig,
@@ -37,6 +38,7 @@ COMMANDS: dict[str, type] = {
     "train": TrainConfig,
     "sample": SampleConfig,
     "evaluate": EvaluateConfig,
+    "attack": AttackConfig,
     "report": ReportConfig,
     "audit": AuditConfig,
     "corrupt": CorruptConfig,
@@ -56,6 +58,7 @@ MEMORY_REMEDY = {
     "corrupt": "lower --resolution",
     "audit": "close other programs, or take a smaller part of the data",
     "evaluate": "lower --batch-size, or -n",
+    "attack": "lower --batch-size",
     "report": "take fewer runs",
     "reproduce": "fewer --workers; for subspace, a smaller --resolution",
 }
@@ -103,7 +106,7 @@ def _guarded(arguments: list[str]) -> int:
             going_on = (
                 "a training run goes on with --resume, or begins anew with --overwrite if it has no checkpoint yet"
             )
-            if arguments[0] == "reproduce":
+            if arguments[0] in ("reproduce", "attack"):
                 going_on = "the same command goes on"
             return _fail(f"no space left on the device: free some, or write elsewhere; {going_on}", 2)
         if isinstance(error, OSError) and error.filename is not None:
@@ -150,6 +153,8 @@ def _run(config: Any) -> int:  # noqa: ANN401 - one of COMMANDS' dataclasses
         return _reproduce(config)
     if isinstance(config, EvaluateConfig):
         return _evaluate(config)
+    if isinstance(config, AttackConfig):
+        return _attack(config)
     if isinstance(config, ReportConfig):
         return _report(config)
     return _sample(config) if isinstance(config, SampleConfig) else _corrupt(config)
@@ -293,6 +298,21 @@ def _evaluate(config: EvaluateConfig) -> int:
     written = evaluate(config)
     if written:
         print(summary(written))
+    return 0
+
+
+def _attack(config: AttackConfig) -> int:
+    from robustdiff.evaluation.command import summary
+    from robustdiff.evaluation.robustness import attack
+    from robustdiff.stopping import Interrupted
+
+    _quiet_libraries()
+    try:
+        print(summary([attack(config)]))
+    except Interrupted as stop:
+        return _fail(str(stop), stop.status)
+    except ArithmeticError as error:
+        return _fail(f"attack failed: {error}", 1)
     return 0
 
 

@@ -634,6 +634,136 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class AttackConfig:
+    """Attack a pipeline while it draws: push its states within a radius, so that images end far from where they would.
+
+    Beside the attack asked for: random noise, one step, shorter and longer PGD, an adaptive one, other radii and step
+    sizes, and flags that say when the result must not be believed. Interrupted, the same command goes on.
+    """
+
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    """Run folder, pipeline folder or hub id."""
+    radius: OptionalFloat = None
+    """Bound on each push, in units of the noise scale of its step, > 0; the pushes of many steps add up. Default: 0.01
+    (linf), 0.01 times the root of the number of values of an image (l2)."""
+    norm: Literal["linf", "l2"] = "linf"
+    """linf: every value of a push within the radius; l2: its Euclidean length."""
+    at: str = "all"
+    """Sampler steps that are pushed, counted from 0 (pure noise): `all`, or a list such as 0,10,20."""
+    objective: Literal["end-to-end", "target", "shift", "residual"] = "end-to-end"
+    """end-to-end: the final image far from the undisturbed one, through all remaining steps; target: near the
+    undisturbed next image; shift, residual: the network's answer at each step by itself, as training attacks it."""
+    optimiser: Literal["pgd", "apgd", "one-step", "random"] = "pgd"
+    """pgd: projected gradient ascent; apgd: with adaptive steps; one-step: one gradient step; random: best of draws."""
+    iterations: OptionalInt = None
+    """Gradient steps of pgd and apgd, draws of random, >= 4. Default: 40. Baselines: a quarter and 2.5 times of it."""
+    restarts: int = 1
+    """Random starts of pgd, apgd and one-step, >= 1; each image keeps the best."""
+    step_size: OptionalFloat = None
+    """Step of pgd in units of the radius, > 0. Default: 2.5 / iterations."""
+    momentum: float = 0.0
+    """Decay of the gradients that pgd gathers, >= 0; 0 = none."""
+    scheduler: Literal["ddim", "ddpm"] = "ddim"
+    """Sampler that is attacked: deterministic, or with fresh noise at each step."""
+    steps: int = 50
+    """Network calls per image, trailing spacing; must divide the noise levels (1000)."""
+    noise: Literal["known", "fixed", "fresh"] | None = None
+    """What the attacker knows of ddpm's noise: all of it (known), or nothing: then the attack is on the mean over --eot
+    draws, the same throughout (fixed) or new at each step (fresh). Default: known."""
+    eot: OptionalInt = None
+    """Draws of the noise per gradient for --noise fixed and fresh, >= 1. Default: 5."""
+    verdicts: OptionalInt = None
+    """Other draws of the noise that judge the result of --noise fixed and fresh, >= 1. Default: 20."""
+    n: Annotated[int, arg(aliases=["-n"])] = 64
+    """Number of images attacked, >= 2."""
+    sweep_n: int = 16
+    """Images of these, the first, on which longer and shorter PGD, adaptive steps, other radii and step sizes are
+    tried, >= 2; every curve and comparison is of the same images."""
+    seed: int = 0
+    """Image i starts from its own generator, seeded with SEED + i, as `robustdiff sample` does; SEED >= 0."""
+    batch_size: Annotated[int, arg(aliases=["--eval-batch-size"])] = 64
+    """Images per forward pass, >= 1; memory grows with it."""
+    output: Annotated[str | None, arg(aliases=["-o", "--output-dir"], metavar="FOLDER")] = None
+    """Folder for the result and its pictures. Default: RUN/evaluation of a pipeline folder, else
+    evaluation/NAME/evaluation here."""
+    title: OptionalText = None
+    """What tables call it. Default: the name of the folder."""
+    told: OptionalText = None
+    """What the method knew beside its training images, for the tables. Default: not stated."""
+    overwrite: bool = False
+    """Attack anew, even what is finished; without, finished parts are kept and the rest is done."""
+
+    def validate(self) -> None:
+        """Check ranges, and refuse flags that would do nothing.
+
+        Raises:
+            UsageError: One line that names the flag and the remedy.
+        """
+        for name in ("run", "output", "title", "told", "at"):
+            flag = "RUN" if name == "run" else "--" + name.replace("_", "-")
+            _require(getattr(self, name) != "", f"{flag} is empty: give a name, or leave the flag out")
+        radius, most = self.radius, 10.0 if self.norm == "linf" else math.inf
+        good = radius is None or (math.isfinite(radius) and 0 < radius <= most)
+        remedy = "use 0.001 to 1" + ("" if self.norm == "linf" else " times the root of the values of an image")
+        _require(
+            good, f"--radius {radius} is not a push in units of the noise scale, above 0 and at most {most}: {remedy}"
+        )
+        counts = {
+            "iterations": 4,
+            "restarts": 1,
+            "steps": 1,
+            "eot": 1,
+            "verdicts": 1,
+            "n": 2,
+            "sweep_n": 2,
+            "batch_size": 1,
+        }
+        for name, least in counts.items():
+            value, flag = getattr(self, name), "-n" if name == "n" else "--" + name.replace("_", "-")
+            _require(value is None or value >= least, f"{flag} {value} must be at least {least}")
+        good = self.step_size is None or (math.isfinite(self.step_size) and self.step_size > 0)
+        _require(good, f"--step-size {self.step_size} must be a finite number above 0")
+        good = math.isfinite(self.momentum) and self.momentum >= 0
+        _require(good, f"--momentum {self.momentum} must be a finite number, 0 or more")
+        _require(0 <= self.seed <= MAX_SEED, f"--seed must be in 0 .. {MAX_SEED}")
+        if self.optimiser != "pgd":
+            idle = [name for name in ("step_size", "momentum") if getattr(self, name)]
+            _require(
+                not idle, f"{_flags(idle)} does nothing with --optimiser {self.optimiser}: leave it out, or use pgd"
+            )
+        idle_restarts = self.optimiser == "random" and self.restarts > 1
+        _require(not idle_restarts, "--restarts does nothing with --optimiser random: raise --iterations")
+        idle_iterations = self.optimiser == "one-step" and self.iterations is not None
+        _require(not idle_iterations, "--iterations does nothing with --optimiser one-step: use --restarts, or pgd")
+        if self.scheduler == "ddim":
+            idle = [name for name in ("noise", "eot", "verdicts") if getattr(self, name) is not None]
+            _require(not idle, f"{_flags(idle)}: ddim draws no noise; add --scheduler ddpm, or leave it out")
+        if self.noise in (None, "known"):
+            idle = [name for name in ("eot", "verdicts") if getattr(self, name) is not None]
+            _require(not idle, f"{_flags(idle)} needs --noise fixed or fresh: the attacker knows the noise")
+        self.attacked()
+
+    def attacked(self) -> tuple[int, ...]:
+        """The sampler steps of ``--at``, rising.
+
+        Raises:
+            UsageError: If they are no steps of the sampler.
+        """
+        if self.at == "all":
+            return tuple(range(self.steps))
+        try:
+            found = sorted({int(text) for text in self.at.split(",")})
+        except ValueError:
+            found = []
+        _require(bool(found), f"--at {self.at} is no list of sampler steps such as 0,10,20: use that, or all")
+        wrong = next((step for step in found if not 0 <= step < self.steps), None)
+        _require(
+            wrong is None, f"--at {wrong}: the sampler has steps 0 .. {self.steps - 1}; name those, or raise --steps"
+        )
+        return tuple(found)
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """Make one HTML page of any number of run folders: it needs no network and no other file."""
 

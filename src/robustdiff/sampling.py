@@ -28,6 +28,7 @@ from robustdiff.config import UsageError
 from robustdiff.networks import check_config, check_plausible, check_types
 from robustdiff.objective import Model, call_model
 from robustdiff.process import NoiseProcess, draw_normal, expand_to
+from robustdiff.trajectory import Trajectory
 
 SCHEDULERS = {
     "ddim": DDIMScheduler,
@@ -185,6 +186,44 @@ def make_scheduler(name: str, like: Any, steps: int) -> Any:  # noqa: ANN401 - s
     scheduler = SCHEDULERS[name].from_config(like.config, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     return scheduler
+
+
+def trajectory_of(
+    pipeline: DiffusionPipeline,
+    scheduler: str = "ddim",
+    steps: int = 50,
+    timesteps: Sequence[int] | None = None,
+) -> Trajectory:
+    """The sampler that :func:`sample` runs, as a differentiable function; the tests hold both equal.
+
+    Args:
+        pipeline: As for :func:`sample`; class labels go into ``kwargs`` of the result (``dataclasses.replace``).
+        scheduler: ``"ddim"`` or ``"ddpm"``.
+        steps: Network calls per image.
+        timesteps: Falling timesteps to go through instead, in [0, T).
+
+    Raises:
+        UsageError: If there is no such trajectory of this pipeline.
+    """
+    if scheduler not in ("ddim", "ddpm"):
+        raise UsageError(f"--scheduler {scheduler!r} cannot be attacked: use ddim or ddpm")
+    stock = make_scheduler(scheduler, pipeline.scheduler, steps if timesteps is None else 1)
+    config = stock.config
+    if config.get("thresholding"):
+        raise UsageError("the scheduler thresholds dynamically, which is not supported here: set thresholding to false")
+    variance = config.get("variance_type", "fixed_small") if scheduler == "ddpm" else "fixed_small"
+    if variance not in ("fixed_small", "fixed_large"):
+        raise UsageError(f"the scheduler's variance_type {variance!r} is not supported here: use --scheduler ddim")
+    return Trajectory.of(
+        pipeline.unet,
+        NoiseProcess.from_scheduler(pipeline.scheduler),
+        "ddim" if scheduler == "ddim" else "ddpm",
+        [int(t) for t in (stock.timesteps if timesteps is None else timesteps)],
+        final_alpha_bar=float(getattr(stock, "final_alpha_cumprod", 1.0)),
+        large_variance=variance == "fixed_large",
+        clip=float(config["clip_sample_range"]) if config["clip_sample"] else None,
+        clamp=True,
+    )
 
 
 def largest_divisor(total: int, at_most: int) -> int:

@@ -8,11 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -36,13 +34,12 @@ from robustdiff.evaluation.gathering import (
 from robustdiff.evaluation.judging import Quality, judge
 from robustdiff.evaluation.memorisation import memorisation
 from robustdiff.evaluation.neighbours import k_nearest
+from robustdiff.evaluation.results import write_result
 from robustdiff.evaluation.together import extract_together, release
 from robustdiff.images import ImageSet
 from robustdiff.machine import check_launcher
 from robustdiff.sampling import without_accelerator
-from robustdiff.version import __version__
 
-FORMAT = "robustdiff evaluation 1"
 RESHAPED = ("reduced", "enlarged", "cropped to a square", "colour reduced to grey", "grey expanded to RGB")
 """Conversions of ``images.py`` that change what is compared."""
 
@@ -259,26 +256,8 @@ class _Evaluation:
     def _write(
         self, path: Path, kind: str, protocol: Mapping[str, Any], body: Mapping[str, Any], started: float
     ) -> Path:
-        threads = torch.get_num_threads()
-        device = PartialState().device
-        hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {threads} threads"
-        result = {
-            "format": FORMAT,
-            "kind": kind,
-            "run": name_of(self.config.run),
-            "title": self.config.title or name_of(self.config.run),
-            "told": self.config.told,
-            "protocol": protocol,
-            **body,
-            "seconds": round(time.perf_counter() - started, 2),
-            "version": __version__,
-            "torch": torch.__version__.split("+")[0],
-            "hardware": hardware,
-            "date": datetime.now(timezone.utc).date().isoformat(),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_json(path, result)
-        return path
+        about = {"run": self.config.run, "title": self.config.title, "told": self.config.told}
+        return write_result(path, kind, about, protocol, body, time.perf_counter() - started)
 
 
 def summary(paths: Sequence[Path]) -> str:
@@ -288,7 +267,8 @@ def summary(paths: Sequence[Path]) -> str:
         result = durable.read_json(path)
         lines.append(f"{path}:")
         for name, value in result["values"].items():
-            text = f"  {name:<34} {value['value']:>11.5g}"
+            shown = "-" if value["value"] is None else f"{value['value']:.5g}"
+            text = f"  {name:<34} {shown:>11}"
             if value["interval"]:
                 text += f"  ({value['interval'][0]:.5g} to {value['interval'][1]:.5g})"
             if value["floor"] is not None:

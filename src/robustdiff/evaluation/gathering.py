@@ -110,7 +110,7 @@ def open_generated(config: EvaluateConfig) -> Source:
 
 def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated:
     """Images of a pipeline, on all processes; kept, so that another extractor need not draw them again."""
-    weights = _weights(pipeline)
+    weights = weights_sha256(pipeline)
     asked = SampleConfig(
         config.run,
         n=config.n or DEFAULT_N,
@@ -175,7 +175,7 @@ def _kept(path: Path, n: int) -> Tensor | None:
     return images
 
 
-def _weights(pipeline: DiffusionPipeline) -> str:
+def weights_sha256(pipeline: DiffusionPipeline) -> str:
     """SHA-256 over the network's weights, in the order of their names."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(pipeline.unet.state_dict().items()):

@@ -73,6 +73,19 @@ def pairs_sheet(generated: Images, training: Images, pairs: Sequence[tuple[int, 
     _save(blocks, [2] * len(blocks), path)
 
 
+def attacked_sheet(clean: Images, attacked: Images, path: Path) -> None:
+    """Write images as they would be on the left and as an attack leaves them on the right, the first 64 of each.
+
+    Args:
+        clean: uint8 (n, C, H, W).
+        attacked: uint8 (n, C, H, W), the same size.
+        path: PNG to write.
+    """
+    columns = min(8, len(clean))
+    rows = min(8, len(clean) // columns)
+    _save([clean[: rows * columns], attacked[: rows * columns]], [columns, columns], path)
+
+
 def overview(images: Images, path: Path) -> None:
     """Write the first 49 images, seven in a row, for a look at what was trained on.
 

@@ -20,9 +20,10 @@ from PIL import Image
 
 from robustdiff.config import UsageError
 from robustdiff.durable import one_line, read_json
+from robustdiff.report.checks import are_numbers, is_count, is_number, wrong_attack
 
 FORMAT = "robustdiff evaluation 1"
-KINDS = ("quality", "memorisation", "few-step")
+KINDS = ("quality", "memorisation", "few-step", "attack")
 """Kinds of evaluation that the page shows."""
 BETTER = ("lower", "higher", "neither")
 METRICS = (
@@ -218,16 +219,16 @@ def _lines(path: Path, wrong: Callable[[object], str]) -> list[dict[str, Any]]:
 def _wrong_metrics(record: object) -> str:
     if not isinstance(record, dict):
         return "not a JSON object"
-    if not _count(record.get("images", record.get("step"))):
+    if not is_count(record.get("images", record.get("step"))):
         return "it has no count of images"
-    bad = [name for name in METRICS if not (record.get(name) is None or _number(record[name]))]
+    bad = [name for name in METRICS if not (record.get(name) is None or is_number(record[name]))]
     return f"{bad[0]!r:.40} is not a number" if bad else ""
 
 
 def _wrong_during(record: object) -> str:
     if not isinstance(record, dict):
         return "not a JSON object"
-    if not _count(record.get("images", record.get("step"))):
+    if not is_count(record.get("images", record.get("step"))):
         return "it has no count of images"
     return _wrong_values(record.get("values"))
 
@@ -259,7 +260,7 @@ def _wrong(body: Mapping[str, Any]) -> str:
     protocol = body.get("protocol")
     if not isinstance(protocol, dict):
         return "it has no protocol"
-    for name in ("extractor", "generated", "reference", "training", "sampler"):
+    for name in ("extractor", "generated", "reference", "training", "sampler", "attack"):
         if not isinstance(protocol.get(name), (dict, type(None))):
             return f"protocol[{name!r}] is not an object"
     for name, kind, text in (
@@ -275,7 +276,9 @@ def _wrong(body: Mapping[str, Any]) -> str:
         # The page embeds what is named here: nothing outside this folder may slip in.
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\:\0]+", file) or file in (".", ".."):
             return f"sheets[{name!r:.40}] is not the name of a file beside it"
-    return _wrong_values(body.get("values")) or _wrong_details(body.get("details", {}))
+    details = body.get("details", {})
+    wrong = _wrong_values(body.get("values")) or _wrong_details(details)
+    return wrong or (wrong_attack(details) if body["kind"] == "attack" else "")
 
 
 def _wrong_values(values: object) -> str:
@@ -286,17 +289,17 @@ def _wrong_values(values: object) -> str:
         if not isinstance(value, dict):
             return f"{where} is not an object"
         for key in ("value", "floor"):
-            if not (value.get(key) is None or _number(value[key])):
+            if not (value.get(key) is None or is_number(value[key])):
                 return f"{where}[{key!r}] is not a number"
         if value.get("better", "neither") not in BETTER:
             return f"{where}['better'] is {value['better']!r:.40}, not one of {', '.join(BETTER)}"
         interval = value.get("interval")
-        if interval is not None and not (_numbers(interval, 2) and interval[0] <= interval[1]):
+        if interval is not None and not (are_numbers(interval, 2) and interval[0] <= interval[1]):
             return f"{where}['interval'] is not two numbers, the lower one first"
         if not isinstance(about := value.get("about", {}), dict):
             return f"{where}['about'] is not an object"
         error = about.get("standard_error")
-        if error is not None and not (_number(error) and error >= 0):
+        if error is not None and not (is_number(error) and error >= 0):
             return f"{where}['about']['standard_error'] is not a number >= 0"
     return ""
 
@@ -306,11 +309,11 @@ def _wrong_details(details: Mapping[str, Any]) -> str:
     histogram = details.get("histogram")
     if histogram is not None:
         edges: Any = histogram.get("edges") if isinstance(histogram, dict) else None
-        if not _numbers(edges) or len(edges) < 2 or any(b <= a for a, b in pairwise(edges)):
+        if not are_numbers(edges) or len(edges) < 2 or any(b <= a for a, b in pairwise(edges)):
             return "details['histogram'] has no rising edges"
         for name in ("generated", "null"):
             counts = histogram.get(name)
-            if (counts is None and name == "null") or (_numbers(counts, len(edges) - 1) and min(counts) >= 0):
+            if (counts is None and name == "null") or (are_numbers(counts, len(edges) - 1) and min(counts) >= 0):
                 continue
             return f"details['histogram'][{name!r}] is not one count per bin"
     for name in ("pairs", "copied"):
@@ -324,30 +327,17 @@ def _wrong_details(details: Mapping[str, Any]) -> str:
         where = f"details['curves'][{i}]"
         if not isinstance(curve, dict) or not isinstance(curve.get("scheduler"), str):
             return f"{where} has no scheduler"
-        if not _numbers(steps := curve.get("steps")) or not steps or min(steps) <= 0:
+        if not are_numbers(steps := curve.get("steps")) or not steps or min(steps) <= 0:
             return f"{where} has no counts of steps"
         if not isinstance(curve.get("values"), dict):
             return f"{where} has no values"
         for name, column in curve["values"].items():
             good = isinstance(column, list) and len(column) == len(steps)
-            if not good or not all(value is None or _number(value) for value in column):
+            if not good or not all(value is None or is_number(value) for value in column):
                 return f"{where}['values'][{name!r:.60}] is not one number per count of steps"
         if not isinstance(curve.get("timesteps", []), list):
             return f"{where}['timesteps'] is not a list"
     return ""
-
-
-def _number(value: object) -> bool:
-    """A number that arithmetic on floats survives (whole numbers in JSON have no bound); not NaN."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _numbers(values: Any, count: int | None = None) -> bool:  # noqa: ANN401 - whatever JSON can hold
-    return isinstance(values, list) and all(map(_number, values)) and (count is None or len(values) == count)
-
-
-def _count(value: object) -> bool:
-    return _number(value) and value >= 0  # type: ignore[operator]
 
 
 # -- pictures --------------------------------------------------------------------------------------------

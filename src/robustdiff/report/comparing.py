@@ -159,6 +159,7 @@ def _key(evaluation: Evaluation) -> str:
         [protocol.get(name) for name in ("n_generated", "n_real")],
         [reference.get("sha256") or reference.get("source"), reference.get("split")],
         (training.get("sha256") or training.get("source")) if evaluation.kind == "memorisation" else None,
+        [protocol.get("attack"), sampler_words(evaluation)] if evaluation.kind == "attack" else None,
     ]
     return json.dumps(same, sort_keys=True)
 

@@ -21,7 +21,7 @@ import jinja2
 from markupsafe import Markup
 
 from robustdiff import __version__
-from robustdiff.report import charts, curves
+from robustdiff.report import attacks, charts, curves
 from robustdiff.report.charts import Dot
 from robustdiff.report.collecting import Evaluation, Picture, Run
 from robustdiff.report.comparing import Comparison, compare, count, settings, words
@@ -31,6 +31,7 @@ from robustdiff.reproduce.results import number
 _SHEETS = {
     "nearest": "generated images and their nearest real ones",
     "pairs": "the closest pairs: generated, training image",
+    "attacked": "undisturbed images, and the same ones attacked",
 }
 _CARD, _WIDE = 288, 440
 """Pixels of a picture's place on the page; a smaller one is enlarged, with sharp squares if it is much smaller."""
@@ -96,6 +97,8 @@ def render(runs: Sequence[Run], title: str | None = None, *, beside: Path | None
         more_training=curves.more_training(runs),
         few=curves.few_steps(runs),
         few_sheets=_sheets(runs, "few-step"),
+        attacks=attacks.attacks(runs),
+        attack_sheets=_sheets(runs, "attack"),
         different=[row for row in rows if row.differs],
         settings=rows,
         files=[(run, [_evaluation(evaluation) for evaluation in run.evaluations]) for run in runs],

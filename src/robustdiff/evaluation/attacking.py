@@ -1,0 +1,385 @@
+"""What ``robustdiff attack`` computes, in cells: one attack on one batch of images, kept on disk, never done twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from robustdiff import durable
+from robustdiff.attack import APGD, PGD, Found, RandomSearch
+from robustdiff.config import AttackConfig
+from robustdiff.corruption import derive_seed
+from robustdiff.evaluation.validity import HUGE, Flag, check_checkpointing, check_gradient
+from robustdiff.process import draw_normal
+from robustdiff.sampling import image_generators
+from robustdiff.threat import Ball, Displacement, Objective, OneStep
+from robustdiff.trajectory import Trajectory, frozen
+
+Tell = Callable[[int], None]
+"""Told of finished work, in network calls per image; may raise, to stop."""
+Optimiser = RandomSearch | PGD | APGD
+DEFAULT_RADIUS = 0.01
+"""At all of 50 steps PGD-40 moves digits by 1.15 spreads, random signs by 0.1; at 0.1 images saturate (lab notes)."""
+RANDOM_DRAWS = 10
+RADII = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Of the curve, in units of ``--radius``."""
+STEP_SIZES = (1.0, 6.25)
+"""Of the sweep, in radii per run of PGD, beside the usual 2.5."""
+EOT, VERDICTS = 5, 20
+CHECKED, CHECKED_STEPS = 8, 4
+"""Images that gradients are checked on; sampler steps that plain gradients, which hold all of them, go through."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One attack, on every image or the first few.
+
+    Attributes:
+        name: What files and tables call it.
+        optimiser: What it does.
+        factor: Its radius in units of ``--radius``; None: huge.
+        everywhere: Whether all images are attacked, or the first ``--sweep-n``.
+    """
+
+    name: str
+    optimiser: Optimiser
+    factor: float | None = 1.0
+    everywhere: bool = False
+
+    @property
+    def evaluations(self) -> tuple[int, int]:
+        """Evaluations of the objective with a gradient, and without."""
+        if isinstance(self.optimiser, RandomSearch):
+            return 0, self.optimiser.draws
+        return self.optimiser.restarts * self.optimiser.steps, self.optimiser.restarts
+
+
+def lengths(config: AttackConfig) -> tuple[int, int, int]:
+    """Gradient steps of short, usual and long PGD."""
+    usual = config.iterations or 40
+    return usual // 4, usual, usual * 5 // 2
+
+
+def plan(config: AttackConfig) -> list[Cell]:
+    """Every attack that a result needs: the one asked for first, then what it is measured against."""
+    short, usual, long = lengths(config)
+    asked: Optimiser
+    if config.optimiser == "random":
+        asked = RandomSearch(usual)
+    elif config.optimiser == "one-step":
+        asked = PGD(1, restarts=config.restarts)
+    elif config.optimiser == "apgd":
+        asked = APGD(usual, config.restarts)
+    else:
+        asked = PGD(usual, config.step_size, config.momentum, config.restarts)
+    cells = [
+        Cell("attack", asked, everywhere=True),
+        Cell("random", RandomSearch(RANDOM_DRAWS), everywhere=True),
+        Cell("one-step", PGD(1), everywhere=True),
+        *(Cell(f"pgd-{steps}", PGD(steps)) for steps in (short, usual, long)),
+        Cell(f"apgd-{usual}", APGD(usual)),
+        *(Cell(f"pgd-{short} step {size / short:g}", PGD(short, size / short)) for size in STEP_SIZES),
+        *(Cell(f"pgd-{short} radius x {factor:g}", PGD(short), factor) for factor in RADII if factor != 1),
+        Cell(f"pgd-{short} huge radius", PGD(short), None),
+    ]
+    # what is asked for may be one of the others: it is computed once, under its own name
+    return [cells[0], *(cell for cell in cells[1:] if (cell.optimiser, cell.factor) != (asked, 1.0))]
+
+
+def twin(cells: Sequence[Cell], name: str) -> str:
+    """The cell of that name, or ``attack`` where that is the same."""
+    return name if any(cell.name == name for cell in cells) else "attack"
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a cell found on some images.
+
+    Attributes:
+        moved: Euclidean distance of the final image from the undisturbed one, root mean square over the verdicts, (B,).
+        score: What the attack makes large, in distances, (B,): ``moved``; for a target how much nearer it came; for
+            shift and residual their size.
+        trace: The best value of the objective so far, (evaluations, B), of the first restart.
+        restarts: The same after each restart, (R, B).
+        images: The images reached, uint8 (B, C, H, W), in the first verdict.
+        excess: Largest norm over its radius.
+        mismatch: Largest difference per pixel from what the stock sampler makes of it; NaN if not compared.
+    """
+
+    moved: Tensor
+    score: Tensor
+    trace: Tensor
+    restarts: Tensor
+    images: Tensor
+    excess: Tensor
+    mismatch: Tensor
+
+    def save(self, path: Path) -> None:
+        """Whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file({f.name: getattr(self, f.name).cpu().contiguous() for f in dataclasses.fields(self)}, part)
+        durable.fsync_file(part)
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, count: int) -> Outcome | None:
+        """From disk; None if it is not there.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        if not path.is_file():
+            return None
+        names = [f.name for f in dataclasses.fields(cls)]
+        try:
+            with safe_open(path, "pt") as file:
+                found = cls(**{name: file.get_tensor(name) for name in names})
+        except Exception as error:  # safetensors raises types of its own
+            raise ValueError(durable.one_line(error)) from None
+        shapes = (found.moved.shape[:1], found.trace.shape[1:], found.restarts.shape[1:], found.images.shape[:1])
+        if any(tuple(shape) != (count,) for shape in shapes):
+            raise ValueError("it is of other images")
+        return found
+
+
+def join(outcomes: Sequence[Outcome]) -> Outcome:
+    """The outcome of several batches as one."""
+    return Outcome(
+        torch.cat([one.moved for one in outcomes]),
+        torch.cat([one.score for one in outcomes]),
+        torch.cat([one.trace for one in outcomes], 1),
+        torch.cat([one.restarts for one in outcomes], 1),
+        torch.cat([one.images for one in outcomes]),
+        torch.stack([one.excess for one in outcomes]).max(),
+        torch.stack([one.mismatch for one in outcomes]).amax(),
+    )
+
+
+Replay = Callable[[Sequence[int], Tensor], Tensor]
+"""(images, omega (B, K, C, H, W)) -> the images that the stock sampler draws, (B, C, H, W)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some images under attack.
+
+    Args:
+        config: The command's flags.
+        trajectory: The sampler, its ``kwargs`` those of these images.
+        images: Their indices.
+        shape: (C, H, W).
+        device: Where.
+        targets: Gives the images that ``--objective target`` comes near, (B, C, H, W).
+    """
+
+    config: AttackConfig
+    trajectory: Trajectory
+    images: Sequence[int]
+    shape: tuple[int, ...]
+    device: torch.device
+    targets: Callable[[], Tensor]
+    _ends: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    # -- the undisturbed images ------------------------------------------------------------------------
+
+    @cached_property
+    def _start(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Pure noise and the noise of every step, drawn as ``robustdiff sample`` draws them."""
+        generators = image_generators(self.config.seed, self.images)
+        x = draw_normal(torch.empty(len(self.images), *self.shape, device=self.device), generators)
+        return x, self.trajectory.draw_noise(x, generators)
+
+    @cached_property
+    def attacked(self) -> tuple[int, ...]:
+        """Sampler steps."""
+        return self.config.attacked()
+
+    @cached_property
+    def state(self) -> Tensor:
+        """Before the first attacked step."""
+        x, noise = self._start
+        with torch.no_grad(), frozen(self.trajectory.modules):
+            return self.trajectory.run(x, last=self.attacked[0], noise=noise)
+
+    @cached_property
+    def clean(self) -> Tensor:
+        """The images as they would be, with the sampler's own noise, shape (B, C, H, W)."""
+        with torch.no_grad(), frozen(self.trajectory.modules):
+            return self.trajectory.run(self.state, first=self.attacked[0], noise=self._start[1])
+
+    @cached_property
+    def target(self) -> Tensor:
+        """What to come near."""
+        return self.targets()
+
+    # -- noise -----------------------------------------------------------------------------------------
+
+    def _generators(self, *what: str | int) -> list[torch.Generator]:
+        """One per image, a function of the image alone."""
+        seeds = [derive_seed(*what, self.config.seed, image) for image in self.images]
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    @property
+    def blind(self) -> bool:
+        """Whether the attacker does not know the noise."""
+        return self.config.noise in ("fixed", "fresh")
+
+    def verdict_noise(self, i: int) -> Sequence[Tensor | None]:
+        """The noise that judges, number i: the sampler's own if the attacker knows it, or one that he has not seen."""
+        if not self.blind:
+            return self._start[1]
+        return self.trajectory.draw_noise(self.state, self._generators("verdict", i), first=self.attacked[0])
+
+    @property
+    def verdicts(self) -> int:
+        """How many."""
+        return (self.config.verdicts or VERDICTS) if self.blind else 1
+
+    def _displacement(self, cell: str) -> Displacement:
+        """The end-to-end objective under the noise that the attacker uses."""
+        target = self.target if self.config.objective == "target" else None
+        made: dict[str, Any] = {"target": target}
+        first, terms = self.attacked[0], self.config.eot or EOT
+        if self.config.noise == "fresh":
+            generators = self._generators("eot", cell)
+            made |= {"terms": terms, "fresh": True}
+            made["noise"] = lambda term: self.trajectory.draw_noise(self.state, generators, first=first)
+        elif self.config.noise == "fixed":
+            drawn = [
+                self.trajectory.draw_noise(self.state, self._generators("eot", e), first=first) for e in range(terms)
+            ]
+            made |= {"terms": terms, "noise": drawn.__getitem__}
+        else:
+            made["noise"] = lambda term: self._start[1]
+        return Displacement(self.trajectory, self.state, self.attacked, **made)
+
+    def objective(self, cell: str) -> Objective:
+        """What ``--objective`` says."""
+        if self.config.objective in ("end-to-end", "target"):
+            return self._displacement(cell)
+        noise, x, here = self._start[1], self.state, self.attacked[0]
+        states = []
+        with torch.no_grad(), frozen(self.trajectory.modules):
+            for k in self.attacked:
+                x = self.trajectory.run(x, first=here, last=k, noise=noise)
+                states.append(x)
+                here = k
+        return OneStep(
+            self.trajectory, states, self.attacked, "shift" if self.config.objective == "shift" else "residual"
+        )
+
+    def ball(self, factor: float | None) -> Ball:
+        """The constraint; None: huge, :data:`HUGE` in units of the data at every attacked step."""
+        root = float(torch.Size(self.shape).numel()) ** 0.5
+        if factor is None:
+            sigmas = self.trajectory.sigmas(self.attacked, self.state)
+            return Ball(self.config.norm, HUGE / sigmas * (root if self.config.norm == "l2" else 1.0))
+        return Ball(self.config.norm, factor * radius(self.config, self.shape))
+
+    # -- attacks ---------------------------------------------------------------------------------------
+
+    def work(self, cell: Cell) -> int:
+        """Network calls per image, about: a gradient is worth four (forward twice, backward)."""
+        remaining = len(self.trajectory.steps) - self.attacked[0]
+        through = remaining if self.config.objective in ("end-to-end", "target") else len(self.attacked)
+        terms = (self.config.eot or EOT) if self.blind and self.config.objective in ("end-to-end", "target") else 1
+        with_gradient, without = cell.evaluations
+        return (4 * with_gradient + without) * through * terms + self.verdicts * remaining
+
+    def run(self, cell: Cell, tell: Tell, replay: Replay | None = None) -> Outcome:
+        """Attack these images.
+
+        Args:
+            cell: How.
+            tell: Told of the work done, in all :meth:`work`; may raise.
+            replay: To compare with, if the attacker knows the noise.
+
+        Raises:
+            ArithmeticError: If nothing finite was found, or the constraint is violated.
+        """
+        objective, ball = self.objective(cell.name), self.ball(cell.factor)
+        total, (with_gradient, without) = self.work(cell), cell.evaluations
+        told = 0
+
+        def progress() -> None:
+            nonlocal told
+            share = total // (with_gradient + without + 1)
+            told += share
+            tell(share)
+
+        like = self._displacement(cell.name).like
+        found = cell.optimiser(objective, ball, like, self._generators("start", cell.name), progress)
+        outcome = self._judge(found, ball, replay)
+        tell(total - told)
+        return outcome
+
+    def _judge(self, found: Found, ball: Ball, replay: Replay | None) -> Outcome:
+        squares, first = [], None
+        judging = Displacement(self.trajectory, self.state, self.attacked)
+        with torch.no_grad(), frozen(self.trajectory.modules):
+            for i in range(self.verdicts):
+                noise = self.verdict_noise(i)
+                if i not in self._ends:
+                    self._ends[i] = judging.images(None, noise)
+                reached = judging.images(found.omega, noise)
+                first = reached if first is None else first
+                squares.append((reached - self._ends[i]).square().flatten(1).sum(1))
+        assert first is not None
+        mismatch = torch.tensor(float("nan"))
+        if replay is not None and not self.blind:
+            mismatch = (replay(self.images, found.omega) - first.cpu()).abs().max()
+        moved = torch.stack(squares).mean(0).sqrt()
+        return Outcome(
+            moved.double(),
+            self._score(found, moved).double(),
+            found.trace.double(),
+            found.restarts.double(),
+            ((first / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8),
+            ball.excess(found.omega).double(),
+            mismatch.double(),
+        )
+
+    def _score(self, found: Found, moved: Tensor) -> Tensor:
+        if self.config.objective == "end-to-end":
+            return moved
+        if self.config.objective == "target":
+            away = (self.target - self.clean).flatten(1).norm(dim=1)
+            covered: Tensor = away - (-found.value).clamp(min=0).sqrt()
+            return covered
+        return found.value.clamp(min=0).sqrt()
+
+    def check(self) -> list[Flag]:
+        """The flags about gradients, on these images: give few."""
+        noise = self._start[1]
+        objective: Objective = Displacement(self.trajectory, self.state, self.attacked, lambda term: noise)
+        if self.config.objective not in ("end-to-end", "target"):
+            objective = self.objective("check")
+        like, ball = self._displacement("check").like, self.ball(1.0)
+        with frozen(self.trajectory.modules):
+            flags = check_gradient(objective, ball, like, self._generators("check"))
+            last = self.attacked[-1]
+            few = dataclasses.replace(self.trajectory, steps=self.trajectory.steps[: last + CHECKED_STEPS], clamp=False)
+            with torch.no_grad():
+                x = self.trajectory.run(self.state, first=self.attacked[0], last=last, noise=noise)
+            short = Displacement(few, x, [last], lambda term: noise)
+            flags.append(
+                check_checkpointing(short, Ball("linf", 0.1).draw(short.like, self._generators("checkpoints")))
+            )
+        return flags
+
+
+def radius(config: AttackConfig, shape: Sequence[int]) -> float:
+    """``--radius``, or its default."""
+    root = float(torch.Size(shape).numel()) ** 0.5
+    return config.radius or (DEFAULT_RADIUS if config.norm == "linf" else DEFAULT_RADIUS * root)

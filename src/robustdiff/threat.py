@@ -1,0 +1,292 @@
+"""What an attack makes large (objectives), and where it must stay (balls).
+
+A perturbation ``omega`` has shape (B, K, ...): per image, one push for each of K attacked sampler steps, in units of
+the noise scale, so that the state before step k moves by ``s_k omega_k``
+(:class:`~robustdiff.trajectory.Trajectory`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from robustdiff.objective import call_model
+from robustdiff.process import Generators, draw_normal, draw_uniform
+from robustdiff.trajectory import Trajectory
+
+Norm = Literal["linf", "l2"]
+
+
+# -- constraints -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Ball:
+    """``|omega_k|_p <= radius`` for every attacked step by itself.
+
+    Args:
+        norm: ``"linf"``: the largest element; ``"l2"``: the Euclidean length of the whole omega_k.
+        radius: In units of the noise scale s_k, > 0; one for all steps, or of shape (K,).
+
+    Raises:
+        ValueError: If the norm is unknown or a radius is not above 0.
+    """
+
+    norm: Norm
+    radius: float | Tensor
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.norm not in ("linf", "l2"):
+            raise ValueError(f"norm {self.norm!r} is not one of linf, l2")
+        if not bool((torch.as_tensor(self.radius) > 0).all()):
+            raise ValueError(f"a ball needs radius > 0, got {self.radius}")
+
+    def bound(self, omega: Tensor) -> Tensor:
+        """The radius shaped to broadcast against ``omega``, (B, K, ...)."""
+        radius = torch.as_tensor(self.radius, dtype=omega.dtype, device=omega.device)
+        return radius.reshape(1, -1, *(1,) * (omega.ndim - 2))
+
+    def length(self, omega: Tensor) -> Tensor:
+        """The norm of every omega_k, shape (B, K)."""
+        flat = omega.flatten(2) if omega.ndim > 2 else omega.unsqueeze(-1)
+        return flat.abs().amax(-1) if self.norm == "linf" else flat.norm(dim=-1)
+
+    def project(self, omega: Tensor) -> Tensor:
+        """The nearest point of the ball."""
+        bound = self.bound(omega)
+        if self.norm == "linf":
+            return omega.clamp(-bound, bound)
+        length = self.length(omega).reshape(*omega.shape[:2], *(1,) * (omega.ndim - 2))
+        return omega * (bound / length.clamp(min=torch.finfo(omega.dtype).tiny)).clamp(max=1)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The steepest ascent of unit norm: signs, or the gradient divided by its length; 0 where it is 0."""
+        if self.norm == "linf":
+            return gradient.sign()
+        length = self.length(gradient).reshape(*gradient.shape[:2], *(1,) * (gradient.ndim - 2))
+        return gradient / length.clamp(min=torch.finfo(gradient.dtype).tiny)
+
+    def draw(self, like: Tensor, generator: Generators = None, *, surface: bool = False) -> Tensor:
+        """A random point: uniform in the ball, or on its surface with the largest energy it allows (signs, a sphere).
+
+        Args:
+            like: A tensor of the wanted shape (B, K, ...), device and dtype.
+            generator: One, or one per image.
+            surface: As told.
+        """
+        bound = self.bound(like)
+        if self.norm == "linf":
+            centred = 2 * draw_uniform(like, generator) - 1
+            return bound * (torch.where(centred < 0, -1.0, 1.0).to(like.dtype) if surface else centred)
+        normal = self.direction(draw_normal(like, generator))
+        if surface:
+            return bound * normal
+        size = draw_uniform(like.flatten(2)[..., 0], generator) ** (1 / like[0, 0].numel())
+        return bound * normal * size.reshape(*like.shape[:2], *(1,) * (like.ndim - 2))
+
+    def excess(self, omega: Tensor) -> Tensor:
+        """The largest norm divided by its radius, shape (): at most 1 in the ball."""
+        radius = torch.as_tensor(self.radius, dtype=omega.dtype, device=omega.device)
+        return (self.length(omega) / radius).max()
+
+
+# -- objectives --------------------------------------------------------------------------------------
+
+
+class Objective(Protocol):
+    """What an attack makes large: a mean of terms, so that memory is that of one term."""
+
+    @property
+    def terms(self) -> int:
+        """Number of terms, such as draws of the sampler's noise."""
+        ...
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """Networks whose weights need no gradients meanwhile."""
+        ...
+
+    def __call__(self, omega: Tensor, term: int) -> Tensor:
+        """One value per image, shape (B,), for ``omega``, shape (B, K, ...)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Function:
+    """Any function of omega as an objective: a classifier's loss, a whole chain of purification and classifier.
+
+    Args:
+        function: Maps omega (B, K, ...) to one value per image, (B,); asked ``terms`` times, with new randomness if it
+            has any of its own (expectation over transformations, Athalye et al. 2018).
+        terms: See there.
+        modules: See :class:`Objective`.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    terms: int = 1
+    modules: Sequence[nn.Module] = ()
+
+    def __call__(self, omega: Tensor, term: int) -> Tensor:
+        """The function's value."""
+        return self.function(omega)
+
+
+@dataclass(frozen=True, eq=False)
+class Displacement:
+    """End to end: squared distance of the final image from where it would have been, through all remaining steps.
+
+    Args:
+        trajectory: The sampler.
+        x: The state before step ``attacked[0]``, shape (B, ...); the steps before it are not run.
+        attacked: Sampler steps, rising.
+        noise: For stochastic samplers: maps a term to the noise of every step (:meth:`Trajectory.draw_noise`). The same
+            noise for the same term: fixed seeds. New noise every time: fresh ones. The undisturbed image is computed
+            with the same noise.
+        terms: Draws of the noise that are averaged.
+        target: If given, shape (B, ...): come near it instead; the value is minus the squared distance to it.
+        fresh: Whether ``noise`` is new every time, so that undisturbed images cannot be kept.
+        checkpointed: Bounded memory: one state per sampler step and one network call; a third more time.
+
+    The gradient is exactly 0 at omega = 0 (unless there is a target): start elsewhere.
+    """
+
+    trajectory: Trajectory
+    x: Tensor
+    attacked: Sequence[int]
+    noise: Callable[[int], Sequence[Tensor | None]] = lambda term: ()
+    terms: int = 1
+    target: Tensor | None = None
+    fresh: bool = False
+    checkpointed: bool = True
+    _clean: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """The network."""
+        return self.trajectory.modules
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the shape of omega, (B, K, ...)."""
+        return _like(self.x, len(self.attacked))
+
+    def images(self, omega: Tensor | None, noise: Sequence[Tensor | None]) -> Tensor:
+        """The final images, shape (B, ...), with a perturbation or without."""
+        attacked = self.attacked if omega is not None else ()
+        checkpointed = self.checkpointed and torch.is_grad_enabled()
+        start = self.attacked[0]
+        return self.trajectory.run(self.x, omega, attacked, first=start, noise=noise, checkpointed=checkpointed)
+
+    def clean(self, term: int, noise: Sequence[Tensor | None]) -> Tensor:
+        """The undisturbed images under this noise."""
+        found = None if self.fresh else self._clean.get(term)
+        if found is None:
+            with torch.no_grad():
+                found = self.images(None, noise)
+            if not self.fresh:
+                self._clean[term] = found
+        return found
+
+    def __call__(self, omega: Tensor, term: int) -> Tensor:
+        """Sum over the image's elements of the squared difference."""
+        noise = self.noise(term)
+        target = self.clean(term, noise) if self.target is None else self.target
+        square = (self.images(omega, noise) - target).square().flatten(1).sum(1)
+        return square if self.target is None else -square
+
+
+@dataclass(frozen=True, eq=False)
+class OneStep:
+    """What training attacks: how far the network's answer moves at each attacked step by itself.
+
+    Args:
+        trajectory: The sampler.
+        states: The undisturbed state before each attacked step, K tensors of shape (B, ...).
+        attacked: Sampler steps, K of them.
+        inner: ``"shift"`` ``||eps_hat(x') - eps_hat(x)||^2``, or ``"residual"``, the equivariance residual.
+
+    Each step is one term, and depends on its own omega_k only; the sampler is not run.
+    """
+
+    trajectory: Trajectory
+    states: Sequence[Tensor]
+    attacked: Sequence[int]
+    inner: Literal["shift", "residual"] = "shift"
+    _clean: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.inner not in ("shift", "residual"):
+            raise ValueError(f"one-step objective {self.inner!r} is not one of shift, residual")
+        if len(self.states) != len(self.attacked):
+            raise ValueError(f"got {len(self.states)} states for {len(self.attacked)} attacked steps")
+
+    @property
+    def terms(self) -> int:
+        """K."""
+        return len(self.attacked)
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """The network."""
+        return self.trajectory.modules
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the shape of omega, (B, K, ...)."""
+        return _like(self.states[0], len(self.attacked))
+
+    def __call__(self, omega: Tensor, term: int) -> Tensor:
+        """Sum over the image's elements of the squared shift or residual of one step."""
+        x, process = self.states[term], self.trajectory.process
+        t = torch.tensor(self.trajectory.steps[self.attacked[term]].t, device=x.device)
+        kwargs = dict(self.trajectory.kwargs)
+        if term not in self._clean:
+            with torch.no_grad():
+                self._clean[term] = call_model(self.trajectory.model, x, t, kwargs)
+        push = omega[:, term]
+        shift = call_model(self.trajectory.model, process.perturb(x, push, t), t, kwargs) - self._clean[term]
+        moved = process.eps_shift if self.inner == "shift" else process.equivariance_residual
+        return moved(shift, push, t).square().flatten(1).sum(1)
+
+
+def _like(x: Tensor, count: int) -> Tensor:
+    return x.detach().unsqueeze(1).expand(x.shape[0], count, *x.shape[1:])
+
+
+class NoGradient(ValueError):
+    """The objective does not depend on omega in a way that gives gradients."""
+
+
+def evaluate(objective: Objective, omega: Tensor) -> Tensor:
+    """The mean over the terms, shape (B,), without gradients."""
+    with torch.no_grad():
+        return torch.stack([objective(omega, term) for term in range(objective.terms)]).mean(0)
+
+
+def value_and_gradient(objective: Objective, omega: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over the terms, (B,), and the gradient of every image's with respect to its own omega, (B, K, ...).
+
+    One term's graph is alive at a time; no weight receives a gradient.
+
+    Raises:
+        NoGradient: If the model gives none.
+    """
+    value, gradient = None, None
+    for term in range(objective.terms):
+        with torch.enable_grad():
+            leaf = omega.detach().requires_grad_()
+            one = objective(leaf, term)
+            if not one.requires_grad:
+                raise NoGradient("the model gives no gradients (it detaches its input, or runs without autograd)")
+            (slope,) = torch.autograd.grad(one.sum(), leaf)
+        value = one.detach() if value is None else value + one.detach()
+        gradient = slope if gradient is None else gradient + slope
+    if value is None or gradient is None:
+        raise ValueError("an objective needs at least one term")
+    return value / objective.terms, gradient / objective.terms
