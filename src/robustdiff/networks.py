@@ -187,9 +187,10 @@ class PointDenoiser(nn.Module):
         width: Hidden units.
         depth: Hidden layers.
         num_timesteps: T of the noise process, to scale the time embedding.
-        modulated: The time embedding scales and shifts what each layer adds, and the last layer is linear in the state,
-            so that the network can be a matrix of its own at every noise level (Perez et al. 2018, the scheme of
-            Peebles and Xie 2023). Otherwise the embedding is added to the state.
+        modulated: The time embedding scales and shifts what each layer reads, and the last layer reads the hidden state
+            as it is: with the other layers at rest the network is ``A diag(s(t)) B x_t + b(t)``, the exact denoiser of
+            a Gaussian at every noise level. It starts as a network that does not ask ``t`` (Perez et al. 2018, started
+            at zero as by Peebles and Xie 2023). Otherwise the embedding is added to what each layer reads.
     """
 
     def __init__(
