@@ -64,9 +64,7 @@ class Training:
 POINTS = Training()
 MIXTURES = Training(steps=8000, depth=5, input_scale=4.0)
 """With 4000 steps, three layers and no scale, plain training on clean data still draws bridges between the modes."""
-IMAGES = Training(
-    points=50_000, steps=12_000, batch_size=128, learning_rate=2e-3, width=192, modulated=True, samples=5000
-)
+IMAGES = Training(points=50_000, steps=12_000, batch_size=128, learning_rate=2e-3, width=192, modulated=True)
 """For 64 pixels; more pixels make the network wider, see ``images_training``. Why so: docs/lab-notes.md, 2026-11-25."""
 
 
