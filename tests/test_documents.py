@@ -14,7 +14,9 @@ from diffusers import DiffusionPipeline
 from robustdiff.reproduce import tables
 from robustdiff.reproduce.grid import IMAGE_EXPERIMENTS, SCALE, image_rows
 from robustdiff.reproduce.image_rows import settings_of
+from robustdiff.reproduce.measuring import ImageOptions
 from robustdiff.reproduce.rows import rows_of
+from robustdiff.reproduce.working import row_settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -185,6 +187,22 @@ def test_the_committed_results_are_those_of_the_rows_as_they_are_now() -> None:
         assert (row["title"], row["told"], row["what"]) == (method.title, method.told, method.what), name
         assert row["settings"] == row["settings"] | json.loads(json.dumps(dict(method.settings))), name
         assert len(row["seeds"]) >= known[name].seeds, name
+
+
+measured_again = pytest.mark.xfail(strict=True, reason="the law is another since: its rows are measured again")
+
+
+@pytest.mark.parametrize(
+    "experiment", ["plane", "mixture", "invariance", pytest.param("subspace", marks=measured_again)]
+)
+def test_the_committed_results_were_trained_as_the_command_trains_now(experiment: str) -> None:
+    """Whole: sizes, lengths and the process too, so that a run that is on disk goes on."""
+    known = {row.name: row for row in rows_of(experiment)}
+    committed = tables.load(ROOT / "experiments" / "results" / "worlds" / experiment)
+    assert committed
+    for row in committed:
+        name = f"{row['world']}-{row['dirt']}-{row['method']}"
+        assert row["settings"] == row_settings(known[name], False, ImageOptions()), name
 
 
 def test_every_test_that_the_table_of_faults_names_exists() -> None:

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DModel
 from helpers import normal, process_at, seed_parameters, seeded
 
-from robustdiff import PointDenoiser, RobustObjective, TrainConfig
+from robustdiff import PointDenoiser, RobustObjective, TrainConfig, linear
 from robustdiff.config import UsageError
 from robustdiff.networks import NETWORKS, build_unet, check_size, network_for, size_multiple
 
@@ -137,22 +137,28 @@ def test_the_sizes_that_are_accepted_are_those_the_network_can_run(name: str) ->
 # -- points ------------------------------------------------------------------------------------------
 
 
-def points(dimension: int = 3) -> PointDenoiser:
+def points(dimension: int = 3, modulated: bool = False) -> PointDenoiser:
+    """A fresh network; a modulated one as if trained for a while, its modulation not 0."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        return PointDenoiser(dimension, width=32, depth=2).double()
+        model = PointDenoiser(dimension, width=32, depth=2, modulated=modulated)
+    if model.modulation is not None:
+        seed_parameters(model.modulation, 3)
+    return model.double()
 
 
+@pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("dimension", [1, 2, 5])
-def test_points_keep_their_shape_for_every_form_of_the_timestep(dimension: int) -> None:
-    model, x_t = points(dimension), normal(4, dimension)
+def test_points_keep_their_shape_for_every_form_of_the_timestep(dimension: int, modulated: bool) -> None:
+    model, x_t = points(dimension, modulated), normal(4, dimension)
     one_each = model(x_t, torch.full((4,), 7))
     assert one_each.shape == (4, dimension)
     torch.testing.assert_close(model(x_t, torch.tensor(7)), one_each, rtol=0, atol=1e-12)
 
 
-def test_points_are_treated_alone_and_each_at_its_own_noise_level() -> None:
-    model, x_t = points(), normal(4, 3)
+@pytest.mark.parametrize("modulated", [False, True])
+def test_points_are_treated_alone_and_each_at_its_own_noise_level(modulated: bool) -> None:
+    model, x_t = points(3, modulated), normal(4, 3)
     t = torch.tensor([0, 10, 500, 999])
     together = model(x_t, t)
     alone = torch.cat([model(x_t[i : i + 1], t[i : i + 1]) for i in range(4)])
@@ -163,16 +169,76 @@ def test_points_are_treated_alone_and_each_at_its_own_noise_level() -> None:
             assert not torch.allclose(same_points[i], same_points[j], rtol=0, atol=1e-4)
 
 
-def test_neighbouring_timesteps_are_told_apart_but_give_similar_answers() -> None:
-    model, x_t = points(), normal(1, 3)
+@pytest.mark.parametrize("modulated", [False, True])
+def test_neighbouring_timesteps_are_told_apart_but_give_similar_answers(modulated: bool) -> None:
+    model, x_t = points(3, modulated), normal(1, 3)
     a, b, far = (model(x_t, torch.tensor([t])) for t in (500, 501, 900))
     assert 0 < (a - b).norm() < (a - far).norm()
 
 
-@pytest.mark.parametrize("perturbation", ["random", "adversarial"])
-def test_points_train_under_the_robust_objective(perturbation: str) -> None:
+def test_a_fresh_modulated_network_is_the_same_at_every_timestep_and_has_the_weights_of_one_without() -> None:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = PointDenoiser(3, width=32, depth=2, modulated=True).double()
+    x_t = normal(4, 3)
+    assert torch.equal(model(x_t, torch.tensor([0, 10, 500, 999])), model(x_t, torch.tensor(0)))
+    without = points(3).state_dict()
+    assert not any("modulation" in key for key in without)  # networks kept before there was any still load
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in without.items())
+    x = (0.1 * x_t).requires_grad_()
+    (slope,) = torch.autograd.grad(model(x, torch.tensor(3)).sum(), x)
+    assert not torch.allclose(slope[0], slope[1])  # and yet not linear: its hidden layers are at work
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_layers_scale_and_shift_are_those_of_what_it_reads(layer: int) -> None:
+    """Scaled by 1 - 1 it passes on its bias alone; shifted by s, its bias grows by what it makes of s."""
+    model, other = points(3, True), points(3, True)
+    x_t, t, s = normal(4, 3), torch.tensor([0, 10, 500, 999]), normal(32, seed=7)
+    for each in (model, other):
+        assert each.modulation is not None
+        seed_parameters(each.modulation, 3)
+        rows = slice(64 * layer, 64 * layer + 64)
+        with torch.no_grad():
+            each.modulation.weight[rows] = 0
+            each.modulation.bias[rows] = 0
+    changed = [*other.hidden, other.last][layer]
+    with torch.no_grad():
+        model.modulation.bias[64 * layer + 32 : 64 * layer + 64] = s
+        changed.bias += changed.weight @ s
+        torch.testing.assert_close(model(x_t, t), other(x_t, t), rtol=1e-9, atol=1e-9)
+        model.modulation.bias[64 * layer : 64 * layer + 32] = -1
+        changed.weight.zero_()
+        torch.testing.assert_close(model(x_t, t), other(x_t, t), rtol=1e-9, atol=1e-9)
+
+
+def test_a_modulated_network_can_be_the_exact_denoiser_of_a_gaussian_at_every_noise_level() -> None:
+    """W = B diag(w(t)) B^T (docs/theory.md, the optimum of plain training): no hidden layer needed."""
+    model = points(3, True)
+    assert model.modulation is not None
+    turn, variances = torch.linalg.qr(normal(3, 3, seed=5)).Q, torch.tensor([1.0, 0.1, 0.002], dtype=torch.float64)
+    process, t = process_at(torch.logspace(-2, 2, 1000)), torch.arange(0, 1000, 100)
+    w = linear.optimum(process.alphas_cumprod.double()[t], variances)  # (10, 3)
+    read: list[torch.Tensor] = []
+    model.modulation.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    with torch.no_grad():
+        model(normal(10, 3), t)
+        for parameter in (*model.first.parameters(), *model.hidden.parameters(), *model.modulation.parameters()):
+            parameter.zero_()
+        model.first.weight[:3] = turn.T
+        model.last.weight[:, :3] = turn
+        model.last.bias.zero_()
+        scale = 2 * 32 * 2  # of the last layer: behind a scale and a shift for each of two hidden ones
+        model.modulation.weight[scale : scale + 3] = torch.linalg.lstsq(read[0], w - 1).solution.T
+        for i in range(10):
+            x_t = 3 * normal(5, 3, seed=i)
+            torch.testing.assert_close(model(x_t, t[i]), x_t @ turn * w[i] @ turn.T, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("perturbation", "modulated"), [("random", False), ("adversarial", False), ("random", True)])
+def test_points_train_under_the_robust_objective(perturbation: str, modulated: bool) -> None:
     """Two clusters in the plane: 150 steps of AdamW more than halve the loss of a fresh network."""
-    model = points(2)
+    model = points(2, modulated)
     seed_parameters(model.last, 1)
     process = process_at(torch.logspace(-1.5, 1, 1000))
     objective = RobustObjective(process, perturbation=perturbation, strength=0.3)

@@ -186,7 +186,7 @@ def test_a_row_ends_with_its_result_its_network_and_a_page(small: None, tmp_path
     assert {key: row[key] for key in about} == about
     assert row["what"] == METHODS["plain"].what
     assert row["settings"] == {
-        **{key: value for key, value in vars(short).items() if key != "input_scale"},  # 1 is left out
+        **{key: value for key, value in vars(short).items() if key not in ("input_scale", "modulated")},  # as usual
         "betas": "linear, 1000", "prediction": "v_prediction", "sampler": "ddim, trailing",
     }  # fmt: skip
     assert 0 < row["seconds"] < 60
@@ -482,6 +482,7 @@ def test_other_pictures_of_the_same_name_are_another_experiment(
     run("subspace", "--data", first, *more)
     about = json.loads((folder / "experiment.json").read_text())["images"]
     assert (about["data"], about["count"], about["components"]) == ("photos", 40, 3)
+    assert about["smoothing"] == measuring.SMOOTHING
     assert str(tmp_path) not in (folder / "experiment.json").read_text()
     assert result(folder, name)["n"] == SMALL.short.samples
     before = tree(folder)
@@ -489,6 +490,29 @@ def test_other_pictures_of_the_same_name_are_another_experiment(
         more[2] = components
         assert "another images" in fails(capsys, "subspace", "--data", data, *more)
         assert tree(folder) == before
+    more[2] = "3"
+    note = folder / "experiment.json"
+    for law in ({}, {"smoothing": 0.0}):  # from before there was any smoothing, and another one
+        stated = {key: value for key, value in about.items() if key != "smoothing"} | law
+        note.write_text(json.dumps({**json.loads(before["experiment.json"]), "images": stated}))
+        assert "another images" in fails(capsys, "subspace", "--data", first, *more)
+    note.write_bytes(before["experiment.json"])
+    run("subspace", "--data", first, *more)
+
+
+def test_the_exact_score_of_pictures_is_a_row_with_curves_and_no_network(
+    small: None, tmp_path: Path, monkeypatch
+) -> None:
+    training = dataclasses.replace(SMALL, samples=1000, calls=100)
+    monkeypatch.setattr(measuring, "images_training", lambda values: training)
+    folder, name = tmp_path / "out", "subspace-clean-ideal"
+    data = pictures(tmp_path / "photos", 0)
+    run("subspace", "--data", data, "--components", "3", "--seeds", "1", *some(name), "-o", folder)
+    row = result(folder, name)
+    assert row["values"]["off_subspace"]["mean"] < 1e-4
+    assert row["values"]["frechet"]["mean"] < 2 * row["floor"]["frechet"]["mean"]
+    assert row["curves"]["calls"] == list(CALLS)
+    assert not (folder / "networks").exists()
 
 
 # -- stopped in the middle ---------------------------------------------------------------------------------

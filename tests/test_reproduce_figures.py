@@ -13,8 +13,14 @@ import torch
 from helpers import normal
 from PIL import Image
 
-from robustdiff.reproduce import drawing, figures
+from robustdiff.images import image_grid
+from robustdiff.networks import PointDenoiser
+from robustdiff.reproduce import drawing, figures, gallery
 from robustdiff.reproduce.figures import Frontier, Point
+from robustdiff.reproduce.measuring import training_set
+from robustdiff.reproduce.rows import METHODS, Training
+from robustdiff.reproduce.running import Denoiser, process_for
+from robustdiff.worlds import Subspace
 
 ANGLES = torch.arange(8) * math.pi / 4
 RING = torch.stack([ANGLES.cos(), ANGLES.sin()], 1).double()
@@ -202,3 +208,47 @@ def test_drawing_leaves_settings_alone_and_does_not_follow_them(tmp_path: Path) 
 def test_matplotlib_is_imported_only_when_something_is_drawn() -> None:
     code = "import sys, robustdiff.reproduce.figures; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- which figures an experiment has ---------------------------------------------------------------------
+
+
+def test_figures_of_the_subspace_show_draws_of_its_law_and_the_exact_score(tmp_path: Path, monkeypatch) -> None:
+    short = Training(points=60, samples=50, calls=10)
+    world = Subspace(0.4 * normal(30, 1, 4, 4, seed=1, dtype=torch.float32), 3, 0.3)
+    shown: list[torch.Tensor] = []
+
+    def grid(images: torch.Tensor, columns: int) -> torch.Tensor:
+        shown.append(images)
+        return image_grid(images, columns)
+
+    monkeypatch.setattr(gallery, "training_for", lambda world, quick: short)
+    monkeypatch.setattr(gallery, "image_grid", grid)
+    curves = {"calls": [10, 5], "error_by_calls": [0.1, 0.2], "jacobian_levels": [0.1, 1.0], "jacobian": [0.9, 0.4]}
+    kinds = {"clean": ("ideal", "plain"), "inlier": ("plain", "label-floor"), "outliers": ("plain",)}
+    rows = {
+        f"subspace-{dirt}-{method}": {
+            "title": METHODS[method].title, "runs": {"0": {"chosen": 0.15}}, "floor": {"frechet": {"mean": 0.01}},
+            "values": {"frechet": {"mean": 0.02}}, "curves": curves if dirt == "clean" else {},
+        }
+        for dirt, methods in kinds.items()
+        for method in methods
+    }  # fmt: skip
+    network = Denoiser(PointDenoiser(16, 8, 1, modulated=True).requires_grad_(False), process_for("v_prediction"))
+    asked = []
+
+    def networks(name: str, dirt: str, method: str) -> Denoiser:
+        asked.append((name, dirt, method))
+        return network
+
+    drawn = gallery.draw_all(tmp_path, {"subspace": world}, rows, networks, False)
+    wanted = ["subspace-inlier-images", "subspace-clean-few-step", "subspace-clean-jacobian"]
+    assert [path.stem for path in drawn] == wanted  # a row alone, and the exact score beside it, are no sheet of images
+    assert all(path.stat().st_size > 5000 for path in drawn)
+    assert ("subspace", "inlier", "plain") in asked
+    assert not any(method in ("ideal", "label-floor") for _, _, method in asked)  # that have no network of their own
+    x0, hit = training_set(world, "inlier", short, 0)
+    assert hit[:36].any()
+    pixels_of = ((x0[:36].reshape(36, 1, 4, 4).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    assert torch.equal(shown[0], pixels_of)  # dirt included
+    assert [len(each) for each in shown] == [36, 36, 36]

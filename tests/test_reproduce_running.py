@@ -37,6 +37,7 @@ from robustdiff.reproduce.running import (
 from robustdiff.worlds import LinearGaussian
 
 TINY = Training(points=64, steps=60, batch_size=16, learning_rate=4e-3, width=8, depth=2, samples=50, calls=20)
+MODULATED = dataclasses.replace(TINY, modulated=True)
 X0 = 0.5 * normal(64, 3, seed=3, dtype=torch.float32)
 VARIANCES = torch.tensor([0.2, 0.05, 0.01], dtype=torch.float64)
 
@@ -210,11 +211,12 @@ def test_a_loss_that_is_not_finite_says_where() -> None:
 # -- on disk ---------------------------------------------------------------------------------------------
 
 
-def test_a_network_comes_back_from_disk_bit_for_bit(tmp_path: Path) -> None:
-    model = train(plain(), X0, TINY, 0)
+@pytest.mark.parametrize("training", [TINY, MODULATED], ids=["plain", "modulated"])
+def test_a_network_comes_back_from_disk_bit_for_bit(tmp_path: Path, training: Training) -> None:
+    model = train(plain(), X0, training, 0)
     path = tmp_path / "deep" / "er" / "network.safetensors"
     save(model, path, {"lambda": 0.3, "steps": 60}, 1.5)
-    found = load(path, 3, TINY, {"steps": 60, "lambda": 0.3})  # whatever the order
+    found = load(path, 3, training, {"steps": 60, "lambda": 0.3})  # whatever the order
     assert found is not None
     again, seconds = found
     assert seconds == 1.5  # how long its training took
@@ -224,6 +226,24 @@ def test_a_network_comes_back_from_disk_bit_for_bit(tmp_path: Path) -> None:
     assert not again.training
     assert not any(parameter.requires_grad for parameter in again.parameters())
     assert [each.name for each in path.parent.iterdir()] == ["network.safetensors"]
+
+
+def test_training_moves_the_modulation_and_its_weights_are_beside_the_others(tmp_path: Path) -> None:
+    still = {"steps": 1, "learning_rate": 0.0}
+    start, other = (train(plain(), X0, dataclasses.replace(t, **still), 0) for t in (MODULATED, TINY))
+    assert start.modulation is not None
+    assert not start.modulation.weight.any()
+    assert other.modulation is None
+    before = other.state_dict()  # a network without is what it was, file by file
+    assert {key for key in start.state_dict() if key not in before} == {"modulation.weight", "modulation.bias"}
+    assert all(torch.equal(start.state_dict()[key], value) for key, value in before.items())
+    moved = train(plain(), X0, MODULATED, 0).modulation
+    assert moved is not None
+    assert all(chunk.abs().max() > 1e-4 for chunk in moved.weight.detach().chunk(2 * MODULATED.depth + 2))
+    path = tmp_path / "network.safetensors"
+    save(start, path, "settings", 1.5)
+    with pytest.raises(UsageError, match="cannot be read"):  # were settings not told apart, the weights would be
+        load(path, 3, TINY, "settings")
 
 
 def test_a_network_of_other_settings_or_none_is_not_taken(tmp_path: Path) -> None:
@@ -273,9 +293,11 @@ def test_a_digest_tells_settings_apart() -> None:
 
 def test_settings_hold_the_whole_training_and_the_process() -> None:
     settings = settings_of(TINY, "epsilon")
-    assert {**vars(TINY), **settings} == {**settings, "input_scale": 1.0}
-    assert "input_scale" not in settings
+    usual = {"input_scale": 1.0, "modulated": False}
+    assert {**vars(TINY), **settings} == {**settings, **usual}
+    assert not set(usual) & set(settings)  # so that older results stay those of their settings
     assert settings_of(dataclasses.replace(TINY, input_scale=4.0), "epsilon") == {**settings, "input_scale": 4.0}
+    assert settings_of(MODULATED, "epsilon") == {**settings, "modulated": True}
     assert settings["prediction"] == "epsilon"
     assert digest(settings) != digest(settings_of(TINY, "v_prediction"))
     assert json.loads(json.dumps(settings)) == settings

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import normal, seeded
-from scipy import integrate, linalg, stats
+from scipy import integrate, linalg, special, stats
 from torch import Tensor
 
 from robustdiff import Corruption
@@ -31,9 +31,11 @@ def images(n: int = 40, seed: int = 0) -> Tensor:
 
 
 SUBSPACE = Subspace(images(), 3)
+SMOOTHINGS = (0.0, 0.3, 0.9, 1.0)
+DENSE |= {"subspace": SUBSPACE, "smooth subspace": Subspace(images(), 3, 0.3)}
 
 
-@pytest.mark.parametrize("world", [*DENSE.values(), SUBSPACE], ids=[*DENSE, "subspace"])
+@pytest.mark.parametrize("world", DENSE.values(), ids=DENSE)
 def test_every_world_draws_reproducibly_what_lies_on_its_support(world: World) -> None:
     x = world.sample(500, seeded(1))
     assert isinstance(world, World)
@@ -108,7 +110,7 @@ def test_the_density_is_that_of_the_draws_blurred_by_noise(name: str) -> None:
     # Stein: E[score] = 0 and E[x . score] = -d, whatever the law
     score = world.score(x_t, alpha, sigma)
     assert score.mean(0).abs().max() < 0.04
-    assert float((x_t * score).sum(1).mean()) == pytest.approx(-world.shape[0], abs=0.08)
+    assert float((x_t * score).flatten(1).sum(1).mean()) == pytest.approx(-math.prod(world.shape), abs=0.08)
 
 
 def test_gaussian_densities_are_those_of_scipy() -> None:
@@ -210,9 +212,95 @@ def test_the_frechet_distance_is_that_of_a_matrix_square_root() -> None:
     assert SUBSPACE.frechet(scaled.reshape(exact.shape)) == pytest.approx(0, abs=1e-6)
 
 
-def test_draws_of_the_subspace_are_its_images() -> None:
+def test_draws_of_the_subspace_without_smoothing_are_its_images() -> None:
     x = SUBSPACE.sample(100, seeded(0))
     assert (x[:, None] == SUBSPACE.images[None]).flatten(2).all(2).any(1).all()
+    assert torch.equal(x, SUBSPACE.images[torch.randint(40, (100,), generator=seeded(0))])
+
+
+def law(h: float, n: int = 40, k: int = 3) -> tuple[Any, Any, Any]:
+    """The law of ``Subspace(images(n), k, h)``, by numpy: means of its n Gaussians, their covariance, its mean."""
+    flat = images(n).flatten(1).double().numpy()
+    mean, cov = flat.mean(0), np.cov(flat.T, bias=True)
+    axes = np.linalg.eigh(cov)[1][:, -k:]
+    onto = axes @ axes.T
+    return mean + (1 - h**2) ** 0.5 * (flat - mean) @ onto, h**2 * onto @ cov @ onto, mean
+
+
+@pytest.mark.parametrize("h", SMOOTHINGS)
+@pytest.mark.parametrize(("alpha", "sigma"), LEVELS)
+def test_the_density_of_the_subspace_is_that_of_a_mixture_in_all_of_pixel_space(
+    h: float, alpha: float, sigma: float
+) -> None:
+    world = Subspace(images(), 3, h)
+    x = torch.cat([normal(4, 1, 4, 5, seed=1), alpha * world.sample(4, seeded(2)) + sigma * normal(4, 1, 4, 5, seed=3)])
+    means, cov, _ = law(h)
+    noisy = alpha**2 * cov + sigma**2 * np.eye(20)
+    parts = [stats.multivariate_normal(alpha * m, noisy).logpdf(x.flatten(1).numpy()) for m in means]
+    expected = special.logsumexp(parts, axis=0) - math.log(40)
+    found = world.log_density(x, alpha, sigma)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-7, atol=1e-4)  # images are kept in float32
+    shares = special.softmax(parts, axis=0)[..., None] * (alpha * means[:, None] - x.flatten(1).numpy())
+    pull = np.linalg.solve(noisy, shares.sum(0).T).T
+    score = world.score(x, alpha, sigma)
+    assert score.shape == x.shape
+    np.testing.assert_allclose(score.flatten(1).numpy(), pull, rtol=1e-5, atol=1e-5 * np.abs(pull).max())
+    # flat or not
+    assert torch.equal(world.log_density(x.flatten(1), alpha, sigma), found)
+    assert torch.equal(world.score(x.flatten(1), alpha, sigma), score.flatten(1))
+
+
+def test_a_subspace_smoothed_all_the_way_is_gaussian() -> None:
+    world, alpha, sigma = Subspace(images(), 3, 1.0), 0.7, 0.4
+    x = 0.5 * normal(9, 20, seed=1)
+    factor = alpha * world.basis * world.variances.sqrt()
+    gauss = torch.distributions.LowRankMultivariateNormal(
+        alpha * world.mean, factor, torch.full((20,), sigma**2, dtype=torch.float64)
+    )
+    torch.testing.assert_close(world.log_density(x, alpha, sigma), gauss.log_prob(x), rtol=1e-9, atol=1e-9)
+    pull = torch.linalg.solve(gauss.covariance_matrix, (alpha * world.mean - x).T).T
+    torch.testing.assert_close(world.score(x, alpha, sigma), pull, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("h", [0.0, 0.3])
+def test_the_score_of_the_subspace_is_the_slope_of_its_log_density(h: float) -> None:
+    world, step = Subspace(images(6), 2, h), 1e-5
+    x = 0.5 * normal(3, 20, seed=2)
+    moved = step * torch.eye(20, dtype=torch.float64)
+    up, down = (world.log_density((x[:, None] + s * moved).flatten(0, 1), 0.9, 0.2) for s in (1, -1))
+    slope = ((up - down) / (2 * step)).reshape(3, 20)
+    torch.testing.assert_close(world.score(x, 0.9, 0.2), slope, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("h", SMOOTHINGS)
+def test_smoothing_changes_neither_mean_nor_covariance_nor_support(h: float) -> None:
+    """100,000 draws: in units of the law's deviations a mean is off by .003, a covariance by .003 to .005 (one sd)."""
+    world = Subspace(images(), 3, h)
+    means, cov, mean = law(h)
+    projected = law(0.0)[0]
+    wanted = np.cov(projected.T, bias=True)  # that of the projected images
+    np.testing.assert_allclose(means.mean(0), mean, atol=1e-12)
+    np.testing.assert_allclose(np.cov(means.T, bias=True) + cov, wanted, atol=1e-12)
+    np.testing.assert_allclose((world.basis * world.variances) @ world.basis.T, wanted, atol=1e-12)
+    x = world.sample(100_000, seeded(4))
+    white = world.coordinates(x) / world.variances.sqrt()
+    assert white.mean(0).abs().max() < 0.015
+    torch.testing.assert_close(white.T.cov(), torch.eye(3).double(), rtol=0, atol=0.02)
+    assert world.distance_to_support(x).max() < 1e-6
+
+
+@pytest.mark.parametrize("h", SMOOTHINGS[1:])
+def test_draws_of_the_subspace_follow_the_law_along_every_axis(h: float) -> None:
+    """Kolmogorov-Smirnov on 20,000 draws: a law whose distribution function is off by .012 would be seen."""
+    world = Subspace(images(5, seed=3), 2, h)
+    white, centres = (
+        world.coordinates(x) / world.variances.sqrt() for x in (world.sample(20_000, seeded(5)), world.images)
+    )
+    for axis in (0, 1):
+        middle = (1 - h**2) ** 0.5 * centres[:, axis].numpy()
+        found = stats.kstest(white[:, axis].numpy(), lambda u, m=middle: stats.norm.cdf((u[:, None] - m) / h).mean(1))
+        assert found.pvalue > 0.01
 
 
 # -- dirt ------------------------------------------------------------------------------------------
@@ -265,6 +353,12 @@ def test_points_have_no_neighbours_to_blur(kind: str) -> None:
         (lambda: LinearGaussian(torch.ones(2), torch.ones(2, 2)), "orthogonal"),
         (lambda: Subspace(images(), 0), r"1 \.\. 19 for 40 images of 20 values"),
         (lambda: Subspace(images(5), 5), r"1 \.\. 4"),
+        (lambda: Subspace(images(), 3, -0.1), r"smoothing must be in \[0, 1\], got -0\.1"),
+        (lambda: Subspace(images(), 3, 1.001), r"smoothing must be in \[0, 1\], got 1\.001"),
+        (lambda: Subspace(images(), 3, math.nan), r"smoothing must be in \[0, 1\], got nan"),
+        (lambda: Subspace(images(), 3, 0.3).log_density(images(1)), "only with some noise: sigma > 0"),
+        (lambda: Subspace(images(), 3, 1.0).score(images(1), 1.0, -0.1), "only with some noise: sigma > 0"),
+        (lambda: SUBSPACE.score(images(1)), "only with some noise: sigma > 0"),
         (lambda: Plane().log_density(torch.zeros(1, 3)), "only with some noise"),
         (lambda: LinearGaussian(torch.tensor([1.0, 0.0])).score(torch.zeros(1, 2)), "only with some noise"),
     ],

@@ -817,7 +817,7 @@ class ReproduceConfig:
     resolution: OptionalInt = None
     """For --data of `subspace`: resize the shorter side to this many pixels and crop the centre square; made grey."""
     components: OptionalInt = None
-    """Principal components that span the image world of `subspace`, >= 1. Default: 16."""
+    """Principal components that span the image world of `subspace`, >= 1. Default: 8."""
     dimension: OptionalInt = None
     """Dimension of `linear-gaussian`, >= 2 and at most 64. Default: 16."""
     spectrum: OptionalText = None

@@ -389,21 +389,26 @@ class LinearGaussian:
 class Subspace:
     """Images projected on their leading principal components: a law on a known linear subspace of pixel space.
 
-    The law is the uniform one on the projected images; its mean, its ``k``-dimensional support and its covariance are
-    known exactly, whatever dirt is then added in full pixel space.
+    A draw is a projected image, drawn to the mean by ``sqrt(1 - h^2)``, plus h times a Gaussian of the law's own
+    covariance. So the mean, the ``k``-dimensional support and the covariance are those of the projected images whatever
+    the smoothing h, and known exactly; so is the density at every noise level. Dirt is added in full pixel space.
 
     Args:
         originals: Images in [-1, 1], shape (N, C, H, W), N > k.
         components: k in 1 .. C H W - 1.
+        smoothing: h in [0, 1]. At 0 the law is the uniform one on the projected images, points that a network has to
+            remember; at 1 it is Gaussian.
 
     Raises:
-        ValueError: If ``components`` does not fit.
+        ValueError: If ``components`` or ``smoothing`` does not fit.
 
-    Source: the linearised butterflies of Briglia et al. (2025).
+    Source: the linearised butterflies of Briglia et al. (2025); the smoothing is the shrunk kernel estimate of
+    Silverman (1986, section 6.4.1).
     """
 
     originals: Tensor
     components: int
+    smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         """Find the subspace."""
@@ -413,6 +418,8 @@ class Subspace:
                 f"components must be in 1 .. {min(flat.shape) - 1} for {len(flat)} images of {flat.shape[1]} values, "
                 f"got {self.components}"
             )
+        if not 0 <= self.smoothing <= 1:
+            raise ValueError(f"smoothing must be in [0, 1], got {self.smoothing}")
         mean = flat.mean(0)
         _, singular, axes = torch.linalg.svd(flat - mean, full_matrices=False)
         basis = axes[: self.components].T.contiguous()
@@ -426,7 +433,7 @@ class Subspace:
     mean: Tensor = None  # type: ignore[assignment]  # set above: (D,), float64
     basis: Tensor = None  # type: ignore[assignment]  # (D, k), orthonormal columns, float64
     variances: Tensor = None  # type: ignore[assignment]  # (k,), descending, float64: eigenvalues of the covariance
-    images: Tensor = None  # type: ignore[assignment]  # (N, C, H, W), float32: the support, point by point
+    images: Tensor = None  # type: ignore[assignment]  # (N, C, H, W), float32: the projected originals
     explained: float = 0.0  # share of the original images' variance that the subspace holds
 
     @property
@@ -435,8 +442,55 @@ class Subspace:
         return tuple(self.originals.shape[1:])
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """``n`` independent draws (with replacement), float32, shape (n, C, H, W)."""
-        return self.images[torch.randint(len(self.images), (n,), generator=generator)]
+        """``n`` independent draws (of images: with replacement), float32, shape (n, C, H, W)."""
+        images = self.images[torch.randint(len(self.images), (n,), generator=generator)]
+        if not self.smoothing:
+            return images
+        noise = torch.randn(n, self.components, generator=generator, dtype=torch.float64) * self.variances.sqrt()
+        c = (1 - self.smoothing**2) ** 0.5 * self.coordinates(images) + self.smoothing * noise
+        drawn: Tensor = (self.mean + c @ self.basis.T).float().reshape(images.shape)
+        return drawn
+
+    def log_density(self, x: Tensor, alpha: float = 1.0, sigma: float = 0.0) -> Tensor:
+        """Log density of ``alpha x0 + sigma eps``, (n, C, H, W) or flat -> (n,), float64.
+
+        Within the subspace a mixture of N Gaussians of one covariance, ``alpha^2 h^2 S + sigma^2``, across it noise.
+
+        Raises:
+            ValueError: If ``sigma`` is 0: the clean law, on a subspace, has no density.
+        """
+        inside, outside, log_parts, variance = self._noisy(x, alpha, sigma)
+        off = outside.shape[1] - inside.shape[1]
+        within: Tensor = torch.logsumexp(log_parts, 1) - 0.5 * torch.log(2 * math.pi * variance).sum()
+        across = -0.5 * outside.square().sum(1) / sigma**2 - 0.5 * off * math.log(2 * math.pi * sigma**2)
+        return within + across
+
+    def score(self, x: Tensor, alpha: float = 1.0, sigma: float = 0.0) -> Tensor:
+        """Gradient of :meth:`log_density`, of the shape of ``x``, float64.
+
+        Raises:
+            ValueError: If ``sigma`` is 0.
+        """
+        inside, outside, log_parts, variance = self._noisy(x, alpha, sigma)
+        along = (log_parts.softmax(1) @ self._centres(alpha) - inside) / variance
+        score: Tensor = along @ self.basis.T - outside / sigma**2
+        return score.reshape(x.shape)
+
+    def _centres(self, alpha: float) -> Tensor:
+        shrunk: Tensor = alpha * (1 - self.smoothing**2) ** 0.5 * self.coordinates(self.images)
+        return shrunk
+
+    def _noisy(self, x: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Coordinates within and rest across, (n, k) and (n, D); log shares of the images, (n, N); variance, (k,)."""
+        if not sigma > 0:
+            raise ValueError("the law of a subspace has a density only with some noise: sigma > 0")
+        flat = x.flatten(1).double() - alpha * self.mean
+        inside = flat @ self.basis
+        variance = (alpha * self.smoothing) ** 2 * self.variances + sigma**2
+        centres = self._centres(alpha) / variance.sqrt()
+        white = inside / variance.sqrt()
+        distance = white.square().sum(1, keepdim=True) + centres.square().sum(1) - 2 * white @ centres.T
+        return inside, flat - inside @ self.basis.T, -0.5 * distance - math.log(len(centres)), variance
 
     def coordinates(self, x: Tensor) -> Tensor:
         """Coordinates of the projection about the mean, (n, C, H, W) -> (n, k), float64."""

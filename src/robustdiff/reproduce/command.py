@@ -49,7 +49,7 @@ def reproduce(config: ReproduceConfig) -> Path | None:
     if config.list:
         print("\n".join(f"{row.name}  ({row.seeds} seed{'s'[: row.seeds > 1]}): {row.what.what}" for row in rows))
         return None
-    images = ImageOptions(config.data or "digits", config.resolution, config.components or 16)
+    images = ImageOptions(config.data or "digits", config.resolution, config.components or ImageOptions().components)
     for world in dict.fromkeys(row.world for row in rows):
         build_world(world, images)  # what is wrong with the images is said before anything is written
     folder = _folder(config)
@@ -74,6 +74,7 @@ def _images(config: ReproduceConfig, images: ImageOptions) -> dict[str, Any] | N
         "data": Path(images.data).name,
         "resolution": images.resolution,
         "components": images.components,
+        "smoothing": world.smoothing,  # type: ignore[attr-defined]
         "count": len(world.images),  # type: ignore[attr-defined]
         "pixels": digest(world.images.sum(0).flatten().tolist()),  # type: ignore[attr-defined]
         "explained_variance": round(world.explained, 4),  # type: ignore[attr-defined]

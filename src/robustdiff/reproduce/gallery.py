@@ -140,7 +140,6 @@ def draw_all(
     for name, world in worlds.items():
         calls = training_for(world, quick).calls
         for dirt in DIRTS:
-            x0, _ = training_set(world, dirt, training_for(world, quick), 0)
             only_contrast = f"{name}-clean-invariance-m0.5" in rows
             methods = SIDE_BY_SIDE if dirt != "outliers" else AGAINST_OUTLIERS
             if only_contrast:
@@ -148,6 +147,7 @@ def draw_all(
             panels = networks_of(name, world, dirt, methods, rows, networks)
             if len(panels) < 2:
                 continue
+            x0, _ = training_set(world, dirt, training_for(world, quick), 0)
             if isinstance(world, Subspace):
                 drawn.append(_images(folder / f"{name}-{dirt}-images.png", world, x0, panels, calls))
                 continue

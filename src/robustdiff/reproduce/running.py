@@ -78,7 +78,7 @@ def train(
     """
     with torch.random.fork_rng([]):
         torch.manual_seed(derive_seed("initial weights", seed))
-        model = PointDenoiser(x0.shape[1], training.width, training.depth)
+        model = _network(x0.shape[1], training)
         with torch.no_grad():
             model.first.weight.mul_(training.input_scale)
     generator = torch.Generator().manual_seed(derive_seed("training", seed))
@@ -102,6 +102,10 @@ def train(
                 raise Stopped
     average.copy_to(model.parameters())
     return model.eval().requires_grad_(False)
+
+
+def _network(dimension: int, training: Training) -> PointDenoiser:
+    return PointDenoiser(dimension, training.width, training.depth, modulated=training.modulated)
 
 
 def digest(settings: object) -> str:
@@ -131,7 +135,7 @@ def load(path: Path, dimension: int, training: Training, settings: object) -> tu
             about = file.metadata() or {}
         if about.get("settings") != digest(settings):
             return None
-        model = PointDenoiser(dimension, training.width, training.depth)
+        model = _network(dimension, training)
         model.load_state_dict(load_file(path))
         seconds = float(about.get("seconds", 0))
     except Exception as error:  # safetensors and torch raise types of their own
@@ -140,8 +144,9 @@ def load(path: Path, dimension: int, training: Training, settings: object) -> tu
 
 
 def settings_of(training: Training, prediction: Prediction) -> dict[str, object]:
-    """The training as JSON, with the process; an input scale of 1 is left out."""
-    lengths = {key: value for key, value in asdict(training).items() if (key, value) != ("input_scale", 1.0)}
+    """The training as JSON, with the process; an input scale of 1 and no modulation are left out."""
+    usual = {"input_scale": 1.0, "modulated": False}
+    lengths = {key: value for key, value in asdict(training).items() if key not in usual or usual[key] != value}
     return {**lengths, "betas": "linear, 1000", "prediction": prediction, "sampler": "ddim, trailing"}
 
 
