@@ -411,9 +411,13 @@ def check_resumable(
         reason = durable.one_line(error)
         raise UsageError(f"--resume: {folder} has no readable config.json and data.json ({reason})") from None
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    earlier = {"clean_subset": False, "auto": False, "auto_without": []} | earlier  # runs of before there were the flags
+    earlier = {
+        "clean_subset": False,
+        "auto": False,
+        "auto_without": [],
+    } | earlier  # runs of before there were the flags
     if not config.auto:  # the default has changed its name, not its meaning
-        earlier["preset"], now["preset"] = earlier.get("preset") or config.start, config.start
+        earlier["preset"], now["preset"] = earlier.get("preset") or "gated", config.start
     differing = sorted(name for name in now if name not in _FREE and now[name] != earlier.get(name))
     if differing:
         flags = ", ".join(f"--{n.replace('_', '-')} (was {earlier.get(n)!r:.80}, now {now[n]!r})" for n in differing)

@@ -121,8 +121,8 @@ class Trust:
 
     @property
     def clean(self) -> Tensor:
-        """Images that can be used like clean ones at every noise level, bool, shape (N,)."""
-        return (self.usable == 0) & (self.weight > 0)
+        """Images that can be used like clean ones at every noise level, bool, shape (N,): none if ``regularise``."""
+        return (self.usable == 0) & (self.weight > 0) & (self.regularise is None)
 
     @property
     def sha256(self) -> str:
@@ -206,8 +206,8 @@ def load(path: Path, count: int) -> Trust:
             raise ValueError("its digest does not fit its contents")
     except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise UsageError(
-            f"--resume: {path} cannot be used ({durable.one_line(error)}): put it back, start anew, or leave out --auto if "
-            "the run began without it"
+            f"--resume: {path} cannot be used ({durable.one_line(error)}): put it back, start anew, or leave out --auto "
+            "if the run began without it"
         ) from None
     return trust
 
@@ -229,7 +229,9 @@ def examine(load: Load, count: int, without: Sequence[str] = ()) -> Trust:
         without = [part for part in AUTO_PARTS if part != "duplicates" or part in without]
     nothing, zero = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.float64)
     trust = Trust(zero, zero, zero + 1, (), nothing, None, (), zero)
-    blank = torch.cat([load(places).flatten(2).std(2, correction=0).amax(1) <= NEAR_CONSTANT for places in batches(count)])
+    blank = torch.cat(
+        [load(places).flatten(2).std(2, correction=0).amax(1) <= NEAR_CONSTANT for places in batches(count)]
+    )
     if "holes" not in without:
         lost, holed = _lost(load, count)
         trust = replace(trust, lost=lost, holed=holed & ~blank)
