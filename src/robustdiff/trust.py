@@ -206,8 +206,8 @@ def load(path: Path, count: int) -> Trust:
             raise ValueError("its digest does not fit its contents")
     except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise UsageError(
-            f"--resume: {path} cannot be used ({durable.one_line(error)}): put it back, start anew, or leave out --auto "
-            "if the run began without it"
+            f"--resume: {path} cannot be used ({durable.one_line(error)}): put it back, start anew, or leave out "
+            "--auto if the run began without it"
         ) from None
     return trust
 
