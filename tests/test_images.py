@@ -6,7 +6,6 @@ Long, because it mirrors images.py, decoding.py and dirty_copy.py: one section p
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -560,11 +559,6 @@ def test_digits():
     loaded = load_images("digits")
     assert (len(loaded), loaded.channels, loaded.size, loaded.names[7]) == (1797, 1, (8, 8), "0007")
     np.testing.assert_allclose(loaded.images[:, 0].numpy() / 255, load_digits().images / 16, atol=0.5 / 255)
-
-
-def test_digits_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    fails("pip install 'robustdiff[digits]'", source="digits")
 
 
 def test_a_folder_called_digits_can_be_reached(tmp_path, monkeypatch):

@@ -386,9 +386,17 @@ _FREE = {
 
 
 def check_resumable(
-    config: TrainConfig, data: ImageSet, levels: NoiseLevels | None, plan: Plan, folder: Path, conditional: bool
+    config: TrainConfig,
+    data: ImageSet,
+    levels: NoiseLevels | None,
+    trust: str | None,
+    plan: Plan,
+    folder: Path,
+    conditional: bool,
 ) -> None:
     """Refuse to go on with other settings, other data or other noise levels than the run was started with.
+
+    ``trust`` is the digest of what ``--auto`` found.
 
     Raises:
         UsageError: Naming the flags that differ.
@@ -398,6 +406,7 @@ def check_resumable(
         earlier, batch, before = dict(saved["settings"]), saved["plan"]["batch"], account["data"]
         pixels, labels = before["sha256"], before.get("labels_sha256")
         told = account["noise_levels"]["sha256"] if account.get("noise_levels") else None
+        trusted = account["auto"]["sha256"] if account.get("auto") else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = durable.one_line(error)
         raise UsageError(f"--resume: {folder} has no readable config.json and data.json ({reason})") from None
@@ -407,8 +416,8 @@ def check_resumable(
         "auto": False,
         "auto_without": [],
     } | earlier  # runs of before there were the flags
-    if earlier.get("preset") == "gated" and not config.auto and config.preset is None:
-        earlier["preset"] = None
+    if not config.auto:  # the default has changed its name, not its meaning
+        earlier["preset"], now["preset"] = earlier.get("preset") or "gated", config.start
     differing = sorted(name for name in now if name not in _FREE and now[name] != earlier.get(name))
     if differing:
         flags = ", ".join(f"--{n.replace('_', '-')} (was {earlier.get(n)!r:.80}, now {now[n]!r})" for n in differing)
@@ -424,3 +433,5 @@ def check_resumable(
         raise UsageError(f"--resume: DATA {config.data} holds other labels than those {folder} was trained on")
     if told != (None if levels is None else levels.sha256):
         raise UsageError(f"--resume: --noise-levels are others than those {folder} was trained with: give the same")
+    if trusted != trust:
+        raise UsageError(f"--resume: {folder / 'auto.json'} is not what the run began with: put it back, or start anew")

@@ -310,10 +310,8 @@ def _unreadable(error: Exception) -> DataError:
 
 
 def _digits() -> Source:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise DataError("scikit-learn is not installed: pip install 'robustdiff[digits]'") from None
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     images = np.round(np.asarray(digits.images) * (255 / 16)).astype(np.uint8)[..., None]
     classes = tuple(map(str, range(10)))

@@ -181,7 +181,8 @@ def fit(q: Tensor, freedom: Tensor, spectrum: Tensor, rounds: int = 30) -> tuple
         lq, q1 = (weight * spectrum * q).sum(1), (weight * q).sum(1)
         determinant = (ll * one - l1**2).clamp(min=1e-300)
         new_s, new_v = (one * lq - l1 * q1) / determinant, (ll * q1 - l1 * lq) / determinant
-        new_v = torch.where(new_s < 1e-3, q1 / one, new_v)
+        # at a bound the other alone
+        new_s, new_v = torch.where(new_v < 0, lq / ll, new_s), torch.where(new_s < 1e-3, q1 / one, new_v)
         s, v = (s + new_s.clamp(min=1e-3)) / 2, (v + new_v.clamp(min=0)) / 2
     return s, v
 

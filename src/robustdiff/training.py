@@ -119,10 +119,11 @@ def train(config: TrainConfig) -> Path:
         sigma = trust.noise if bool((trust.noise > 0).any()) else None
         repair = trust.repaired if trust.lost else None
         batches = dataclasses.replace(batches, sigma=sigma, visits=trust.visits(process), repair=repair)
+    count = len(trained) if batches.visits is None else len(batches.visits.used)
     plan = Plan.resolve(
         config,
         data,
-        len(trained),
+        count,
         accelerator.num_processes,
         pipeline.unet,
         network,
@@ -146,7 +147,7 @@ def train(config: TrainConfig) -> Path:
     if config.evaluate_every is not None:
         during = During(config, plan, data, preview_steps, accelerator.device)
     if config.resuming:
-        check_resumable(config, data, levels, plan, folder, conditional)
+        check_resumable(config, data, levels, None if trust is None else trust.sha256, plan, folder, conditional)
     size = config.train_batch_size
 
     # Model and optimiser on the device
@@ -223,7 +224,7 @@ def train(config: TrainConfig) -> Path:
         versions = {"robustdiff": __version__, "torch": torch.__version__}
         settings = {"settings": dataclasses.asdict(config), "plan": dataclasses.asdict(plan), "versions": versions}
         durable.write_json(folder / "config.json", settings)
-        account = {"data": data.describe(), "corrupt": dirt, "corrupt_seed": config.seed, "trained": len(trained)}
+        account = {"data": data.describe(), "corrupt": dirt, "corrupt_seed": config.seed, "trained": count}
         account["noise_levels"] = None if levels is None else levels.describe()
         account["auto"] = None if trust is None else trust.describe()
         if trust is not None:

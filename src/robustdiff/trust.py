@@ -24,7 +24,7 @@ from robustdiff import damage, durable, groups
 from robustdiff.config import AUTO_PARTS, UsageError
 from robustdiff.levels import Visits, first_timesteps
 from robustdiff.process import NoiseProcess
-from robustdiff.spectrum import Energies, Load, SpectralFit, batches, energies_of, same_above, separate
+from robustdiff.spectrum import SIDES, Energies, Load, SpectralFit, batches, energies_of, same_above, separate
 
 WHITE = 0.5
 """Least whiteness of the excess of a group that is called noisy."""
@@ -121,8 +121,8 @@ class Trust:
 
     @property
     def clean(self) -> Tensor:
-        """Images that can be used like clean ones at every noise level, bool, shape (N,)."""
-        return (self.usable == 0) & (self.weight > 0)
+        """Images that can be used like clean ones at every noise level, bool, shape (N,): none if ``regularise``."""
+        return (self.usable == 0) & (self.weight > 0) & (self.regularise is None)
 
     @property
     def sha256(self) -> str:
@@ -204,8 +204,11 @@ def load(path: Path, count: int) -> Trust:
         )
         if trust.sha256 != found["sha256"]:
             raise ValueError("its digest does not fit its contents")
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise UsageError(f"--resume: {path} cannot be used ({durable.one_line(error)}): start anew") from None
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        raise UsageError(
+            f"--resume: {path} cannot be used ({durable.one_line(error)}): put it back, start anew, or leave out "
+            "--auto if the run began without it"
+        ) from None
     return trust
 
 
@@ -222,9 +225,13 @@ def examine(load: Load, count: int, without: Sequence[str] = ()) -> Trust:
     """
     if unknown := set(without) - set(AUTO_PARTS):
         raise ValueError(f"{', '.join(sorted(unknown))}: not one of {', '.join(AUTO_PARTS)}")
+    if min(load(range(1)).shape[2:]) < SIDES[-1]:  # too small to have detail
+        without = [part for part in AUTO_PARTS if part != "duplicates" or part in without]
     nothing, zero = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.float64)
     trust = Trust(zero, zero, zero + 1, (), nothing, None, (), zero)
-    blank = torch.cat([load(places).flatten(1).std(1) <= NEAR_CONSTANT for places in batches(count)])
+    blank = torch.cat(
+        [load(places).flatten(2).std(2, correction=0).amax(1) <= NEAR_CONSTANT for places in batches(count)]
+    )
     if "holes" not in without:
         lost, holed = _lost(load, count)
         trust = replace(trust, lost=lost, holed=holed & ~blank)
@@ -239,25 +246,30 @@ def examine(load: Load, count: int, without: Sequence[str] = ()) -> Trust:
     asked = whole & ~low["blur"] & ~low["jpeg"]
     if "noise" not in without and int(asked.sum()) >= FEWEST:
         trust = _noise(trust, load, asked)
-    clean = asked & (trust.noise == 0) & (trust.weight > 0)
-    if bool(clean.any()):
-        energies = energies_of(repaired, count, clean)
+    good = asked & (trust.weight > 0)
+    clean = good & (trust.noise == 0)
+    good = clean if bool(clean.any()) else good
+    if bool(good.any()):
+        energies = energies_of(repaired, count, good)
         for part in ("blur", "jpeg"):
-            trust = _soft(trust, energies, low[part], clean, part)
-        trust = _holes(trust, energies, load, clean)
-        if "outliers" not in without:
-            trust = _odd(trust, separate(energies), clean, blank)
+            trust = _soft(trust, energies, low[part], good, part)
+        trust = _holes(trust, energies, load, good)
+        if "outliers" not in without and int(clean.sum()) >= FEWEST:
+            trust = _odd(trust, separate(energies), clean)
+    if "outliers" not in without:
+        trust = _blank(trust, blank)
     if "duplicates" not in without:
         trust = _copies(trust, load)
     return trust if "regulariser" in without else _fall_back(trust)
 
 
 def _fall_back(trust: Trust) -> Trust:
-    """If every image is noisy, none can be trusted below that: plain training, regularised there."""
+    """If no image is right at every level, the noisy ones are trained at all, and regularised below their noise."""
     used = trust.weight > 0
-    if not bool((trust.noise[used] > 0).all()):
+    noisy = trust.noise[used & (trust.noise > 0)]
+    if not len(noisy) or not bool((trust.usable[used] > 0).all()):
         return trust
-    edge = EDGE * float(trust.noise[used].median())
+    edge = EDGE * float(noisy.median())
     action = f"no image is clean, so that noise levels below {edge:.3g} are regularised instead"
     findings = tuple(
         replace(one, action=action) if one.part == "noise" and one.action != LEFT_OUT else one for one in trust.findings
@@ -306,7 +318,7 @@ def _noise(trust: Trust, load: Load, asked: Tensor) -> Trust:
 
     energies = energies_of(some, len(places))
     seen = separate(energies)
-    rest = ~_noisy_groups(seen)[0]
+    rest = ~_noisy_groups(seen, 0.0)[0]  # few noisy images bend the weak directions to themselves, and look less white
     enough = int(rest.sum()) * energies.blocks >= AGAIN * len(energies.mean)
     if enough and not bool(rest.all()):
         seen = separate(energies_of(some, len(places), rest))
@@ -345,14 +357,14 @@ def _noise(trust: Trust, load: Load, asked: Tensor) -> Trust:
     return trust
 
 
-def _noisy_groups(seen: SpectralFit) -> tuple[Tensor, list[tuple[Tensor, float]]]:
+def _noisy_groups(seen: SpectralFit, white: float = WHITE) -> tuple[Tensor, list[tuple[Tensor, float]]]:
     """Images of noisy groups, bool, shape (N,); and each group with its distance from the one below."""
     found, noisy = groups.split(seen.sigma), []
     for group in range(1, len(found)):
         members = found.members(group)
         low, middle = (float(seen.sigma[members].quantile(share)) for share in (0.05, 0.5))
         tight = low >= TIGHT * middle
-        if tight and seen.level(members) >= LEAST_LEVEL and seen.whiteness(members) >= WHITE:
+        if tight and seen.level(members) >= LEAST_LEVEL and seen.whiteness(members) >= white:
             noisy.append((members, float(found.apart[group - 1])))
     nothing = torch.zeros(len(seen.sigma), dtype=torch.bool)
     return torch.stack([members for members, _ in noisy]).any(0) if noisy else nothing, noisy
@@ -378,7 +390,8 @@ def _soft(trust: Trust, energies: Energies, low: Tensor, clean: Tensor, part: st
     """Blurred or compressed images are usable where what they lack drowns in noise."""
     if not bool(low.any()):
         return trust
-    level = same_above(energies.q[clean].mean(0), energies.q[low].mean(0), energies.values)
+    picture = (energies.q - trust.noise.square()[:, None])[clean].mean(0).clamp(min=0)
+    level = same_above(picture, energies.q[low].mean(0), energies.values)
     words = {"blur": "without the fine detail of the others", "jpeg": "with the 8 x 8 grid of strong JPEG"}
     action = f"trained at noise levels above {level:.3g}, where that no longer shows"
     usable = torch.where(low, torch.maximum(trust.usable, torch.tensor(level).double()), trust.usable)
@@ -405,7 +418,7 @@ def _holes(trust: Trust, energies: Energies, load: Load, clean: Tensor) -> Trust
     return replace(trust, usable=usable, findings=(*trust.findings, finding))
 
 
-def _odd(trust: Trust, seen: SpectralFit, clean: Tensor, blank: Tensor) -> Trust:
+def _odd(trust: Trust, seen: SpectralFit, clean: Tensor) -> Trust:
     """Pictures that the common spectrum does not describe weigh less, the less the further off they are."""
     freedom = seen.energies.values
     mean = seen.scale[:, None] * seen.spectrum + seen.variance[:, None]
@@ -420,10 +433,16 @@ def _odd(trust: Trust, seen: SpectralFit, clean: Tensor, blank: Tensor) -> Trust
     if bool(odd.any()):
         what = f"unlike the others, by more than {ODD:g} robust deviations"
         findings = (*findings, Finding("outliers", int(odd.sum()), what, "used less often, the less the odder"))
-    if bool(blank.any()):
-        weight = torch.where(blank, torch.zeros_like(weight), weight)
-        findings = (*findings, Finding("outliers", int(blank.sum()), "of one colour", "left out"))
     return replace(trust, weight=weight, findings=findings)
+
+
+def _blank(trust: Trust, blank: Tensor) -> Trust:
+    """Images of one colour hold no picture."""
+    if not bool(blank.any()):
+        return trust
+    weight = torch.where(blank, torch.zeros_like(trust.weight), trust.weight)
+    finding = Finding("outliers", int(blank.sum()), "of one colour", "left out")
+    return replace(trust, weight=weight, findings=(*trust.findings, finding))
 
 
 def _copies(trust: Trust, load: Load) -> Trust:

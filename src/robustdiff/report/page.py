@@ -130,7 +130,12 @@ def _facts(run: Run) -> str:
     """What a run is, in one line: data, objective, how far it is."""
     flags, plan, data = (_part(run.config, "settings"), _part(run.config, "plan"), _part(run.data, "data"))
     texts = []
-    objective = words(flags.get("preset") or flags.get("objective") or "")
+    default = flags.get("objective") or ""
+    if flags.get("auto") is True:
+        default = "auto"
+    elif "preset" in flags and default == "robust":
+        default = "gated"
+    objective = words(flags.get("preset") or default)
     if objective != run.title:
         texts.append(objective)
     if data.get("source") is not None:

@@ -1,0 +1,280 @@
+"""``train --auto``: what is found of the images reaches the training, is written down, and is kept for resuming."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fields import natural
+from helpers import TINY_UNET
+from safetensors.torch import load_file
+from torch import Tensor
+
+from robustdiff import TrainConfig, cli, train, training
+from robustdiff.config import AUTO_PARTS, UsageError
+from robustdiff.objective import Gate, RobustObjective
+from robustdiff.planning import build_objective
+from robustdiff.process import NoiseProcess
+
+COUNT = 300
+NOISY, ALL = ("gaussian:sigma=0.3,fraction=0.5",), ("gaussian:sigma=0.3",)
+STREAMED = {"max_memory_gib": 0.0, "dataloader_num_workers": 2}
+
+
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 grey images of 16 x 16 in one file."""
+    path = tmp_path_factory.mktemp("data") / "fields.npy"
+    np.save(path, ((natural(COUNT)[:, 0] + 1) * 127.5).round().to(torch.uint8).numpy())
+    return path
+
+
+@pytest.fixture
+def config(fields: Path, tmp_path: Path) -> TrainConfig:
+    """Four steps of two passes of four images."""
+    (tmp_path / "unet.json").write_text(json.dumps(TINY_UNET))
+    return TrainConfig(
+        str(fields),
+        auto=True,
+        output_dir=str(tmp_path / "run"),
+        images="32",
+        train_batch_size=4,
+        gradient_accumulation_steps=2,
+        model_config_name_or_path=str(tmp_path / "unet.json"),
+        learning_rate=1e-3,
+        random_flip=True,
+        ddpm_num_steps=50,
+        ddpm_num_inference_steps=2,
+        preview_images=0,
+        checkpointing_steps=2,
+        logging_steps=2,
+    )
+
+
+def run(config: TrainConfig, name: str = "run", **changes: object) -> dict[str, Tensor]:
+    """Weights and moments after training into a folder of this name."""
+    folder = Path(str(config.output_dir)).with_name(name)
+    train(dataclasses.replace(config, output_dir=str(folder), **changes))
+    last = folder / "checkpoints" / "step-00000004"
+    parts = {part: load_file(last / f"{part}.safetensors") for part in ("model", "ema", "optimizer")}
+    return {f"{part} {key}": value for part, values in parts.items() for key, value in values.items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return bool(a) and a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def plan_of(config: TrainConfig, capsys: pytest.CaptureFixture[str], **changes: object) -> str:
+    train(dataclasses.replace(config, dry_run=True, **changes))
+    return capsys.readouterr().out
+
+
+# -- training ----------------------------------------------------------------------------------------
+
+
+def test_on_clean_images_it_is_plain_training_bit_for_bit(config: TrainConfig, capsys) -> None:
+    found = run(config, "auto")
+    out = capsys.readouterr().out
+    assert f"found clean:    {COUNT} of {COUNT} images" in out
+    assert "PlainObjective()" in out
+    assert same(found, run(config, "plain", auto=False, preset="plain"))
+
+
+def test_on_dirty_images_it_differs_and_says_what_was_found(config: TrainConfig, tmp_path: Path, capsys) -> None:
+    assert not same(run(config, corrupt=NOISY), run(config, "plain", auto=False, preset="plain", corrupt=NOISY))
+    out, folder = capsys.readouterr().out, tmp_path / "run"
+    (row,) = [line for line in out.splitlines() if line.startswith("found noise:")]
+    assert ", white noise, level 0.3" in row
+    assert row.endswith(": trained above it")
+    card = (folder / "README.md").read_text()
+    assert f"| found noise | {row.removeprefix('found noise:').strip()} |" in card
+    assert "| found clean |" in card
+
+    account = json.loads((folder / "data.json").read_text())
+    told, whole = account["auto"], json.loads((folder / "auto.json").read_text())
+    images = whole.pop("images")
+    assert whole == {"format": "robustdiff auto 1", **told}
+    assert told["count"] == COUNT == len(images) == account["trained"]
+    noisy = sum(image["noise"] > 0 for image in images)
+    assert told["clean"] == COUNT - noisy
+    (finding,) = told["findings"]
+    assert (finding["part"], finding["count"]) == ("noise", noisy)
+    assert f"{noisy} images" in row
+    assert images[7]["name"] == "007"
+    assert json.loads((tmp_path / "plain" / "data.json").read_text())["auto"] is None
+    assert not (tmp_path / "plain" / "auto.json").exists()
+
+
+def test_noisy_images_meet_their_level_and_no_timestep_below_it(config: TrainConfig, tmp_path, monkeypatch) -> None:
+    seen = []
+    original = RobustObjective.__call__
+
+    def watching(self, model, x0, *, t=None, noise_level=None, **more):
+        seen.append((t, noise_level, self.process))
+        return original(self, model, x0, t=t, noise_level=noise_level, **more)
+
+    monkeypatch.setattr(RobustObjective, "__call__", watching)
+    run(config, corrupt=NOISY)
+    assert any((levels > 0).any() for _, levels, _ in seen)
+    assert any((levels == 0).any() for _, levels, _ in seen)
+    for t, levels, process in seen:
+        assert (process.noise_to_signal(t) > levels).all()
+
+
+def test_where_all_are_noisy_the_regulariser_begins_below(config: TrainConfig, capsys) -> None:
+    plan = plan_of(config, capsys, corrupt=ALL)
+    assert "RobustObjective(perturbation=RandomPerturbation(" in plan
+    (gate,) = [line for line in plan.splitlines() if line.startswith("objective:")]
+    edge = float(gate.split("Gate(low=0.0, high=")[1].split(",")[0])
+    assert edge == pytest.approx(0.75 * 0.3, rel=0.1)
+    assert "value=15.0)" in gate
+    assert f"found clean:    0 of {COUNT} images" in plan
+    assert "PlainObjective()" in plan_of(config, capsys, corrupt=ALL, preset="plain")
+    assert "value=15.0" not in plan_of(config, capsys, corrupt=ALL, preset="gated")
+    assert "PlainObjective()" in plan_of(config, capsys, corrupt=ALL, auto_without=("regulariser", "noise"))
+
+
+def test_images_that_are_left_out_are_not_counted(config: TrainConfig, capsys) -> None:
+    dirt = ("outlier:source=constant,fraction=0.2",)
+    plan = plan_of(config, capsys, corrupt=dirt, images="500k", num_epochs=8)
+    (out,) = [line for line in plan.splitlines() if line.startswith("found outliers:")]
+    count = int(out.split()[2])
+    assert count > 40
+    assert f" = {8 * (COUNT - count) // 8} steps of 8" in plan
+
+
+@pytest.mark.parametrize("part", ["noise", "blur", "holes", "outliers"])
+def test_a_part_that_is_left_out_is_trained_as_if_it_were_clean(config: TrainConfig, capsys, part: str) -> None:
+    dirt = {
+        "noise": NOISY,
+        "blur": ("blur:radius=2,fraction=0.3",),
+        "holes": ("missing:amount=0.3,fraction=0.5",),
+        "outliers": ("outlier:source=constant,fraction=0.2",),
+    }[part]
+    assert f"found {part}:" in plan_of(config, capsys, corrupt=dirt)
+    without = plan_of(config, capsys, corrupt=dirt, auto_without=AUTO_PARTS)
+    assert f"found clean:    {COUNT} of {COUNT} images" in without
+
+
+# -- the same run in parts, and in any way fed -------------------------------------------------------
+
+
+def test_it_is_fed_in_any_way_and_goes_on_exactly_with_what_it_found(config, tmp_path: Path, monkeypatch) -> None:
+    """Noise and holes: levels, timesteps and repair must all survive."""
+    config = dataclasses.replace(config, corrupt=("missing:amount=0.3,fraction=0.3", *NOISY))
+    whole = run(config, "whole")
+    assert same(whole, run(config, "streamed", **STREAMED))
+
+    @contextlib.contextmanager
+    def stopping():
+        asked = []
+        yield lambda: asked.append(1) or (130 if len(asked) == 3 else 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "stop_signals", stopping)
+        with pytest.raises(training.Interrupted):
+            run(config, "stopped")
+
+    def never(*_):
+        raise AssertionError("looked at the images again")
+
+    found = (tmp_path / "stopped" / "auto.json").read_bytes()
+    monkeypatch.setattr(training, "examine", never)
+    assert same(whole, run(config, "stopped", resume=True, **STREAMED))
+    assert (tmp_path / "stopped" / "auto.json").read_bytes() == found
+
+
+def test_without_what_it_found_it_does_not_go_on(config: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, corrupt=NOISY)
+    whole = run(config)
+    run(config, "other", auto_without=("noise",))
+    file = tmp_path / "run" / "auto.json"
+    good = file.read_bytes()
+    file.write_bytes((tmp_path / "other" / "auto.json").read_bytes())
+    with pytest.raises(UsageError, match=r"auto\.json is not what the run began with: put it back, or start anew"):
+        run(config, resume=True)
+    file.write_bytes(good[:100])
+    with pytest.raises(UsageError, match=r"auto\.json cannot be used .*put it back, start anew"):
+        run(config, resume=True)
+    file.unlink()
+    with pytest.raises(UsageError, match=r"cannot be used \(No such file"):
+        run(config, resume=True)
+    file.write_bytes(good)
+    assert same(whole, run(config, resume=True))
+    for changes in ({"auto": False}, {"auto_without": ("blur",)}, {"preset": "plain"}):
+        with pytest.raises(UsageError, match="these settings differ"):
+            run(config, resume=True, **changes)
+
+
+def test_a_run_of_before_there_was_the_flag_goes_on(config: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, auto=False)
+    whole = run(config)
+    saved = tmp_path / "run" / "config.json"
+    value = json.loads(saved.read_text())
+    assert value["settings"]["preset"] is None
+    value["settings"]["preset"] = "gated"
+    del value["settings"]["auto"], value["settings"]["auto_without"]
+    saved.write_text(json.dumps(value))
+    assert same(whole, run(config, resume=True))  # and writes the settings of today
+    assert same(whole, run(config, resume=True, preset="gated"))
+    with pytest.raises(UsageError, match=r"--preset \(was 'gated', now 'plain'\)"):
+        run(config, resume=True, preset="plain")
+    with pytest.raises(UsageError, match="leave out --auto if the run began without it"):
+        run(config, resume=True, auto=True)
+
+
+# -- flags -------------------------------------------------------------------------------------------
+
+
+def test_the_objective_starts_from_gated_or_with_auto_from_plain() -> None:
+    assert TrainConfig("x").start == "gated"
+    assert TrainConfig("x", auto=True).start == "plain"
+    for preset in ("paper", "gated", "plain"):
+        assert TrainConfig("x", preset=preset).start == TrainConfig("x", auto=True, preset=preset).start == preset
+
+
+def test_levels_that_nothing_is_known_of_are_regularised_unless_flags_say_what_else() -> None:
+    process, unknown = NoiseProcess(torch.linspace(0.999, 0.01, 100)), (0.0, 0.15)
+    plain = build_objective(TrainConfig("x", auto=True), process)
+    assert plain == RobustObjective.preset("plain", process)
+    fallen = build_objective(TrainConfig("x", auto=True), process, unknown)
+    assert fallen == RobustObjective.preset("gated", process, strength=Gate(0.0, 0.15, 15.0))
+    paper = build_objective(TrainConfig("x", auto=True, preset="paper"), process, unknown)
+    assert paper == RobustObjective.preset("paper", process)
+    own = TrainConfig("x", auto=True, perturbation="random", strength=2.0, gate="0:0.4")
+    assert build_objective(own, process, unknown).strength == Gate(0.0, 0.4, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--auto", "--noise-levels", "l.csv"], ["--auto finds out what --noise-levels says", "give one"]),
+        (["--auto", "--clean-subset", "--corrupt", "blur"], ["--auto finds out what --clean-subset says"]),
+        (["--auto", "--objective", "pseudo-huber"], ["--auto has no clean optimum", "--objective pseudo-huber"]),
+        (["--auto-without", "blur"], ["--auto-without needs --auto"]),
+        (["--auto", "--auto-without", "dust"], ["--auto-without", "dust"]),
+        (["--auto", "--strength", "2"], ["without a perturbation --strength would do nothing"]),
+        (["--auto", "--perturbation", "random"], ["--auto has no strength for --perturbation random"]),
+        (["--auto", "--objective", "invariance"], ["needs --perturbation random"]),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_line(fields: Path, capsys, flags: list[str], words: list[str]) -> None:
+    assert cli.main(["train", str(fields), "--dry-run", *flags]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert error.count("\n") == 1
+
+
+def test_parts_are_given_one_by_one(config: TrainConfig, fields: Path, capsys) -> None:
+    command = ["train", str(fields), "--auto", "--dry-run", "--corrupt", NOISY[0], "--images", "32"]
+    command += ["--model-config-name-or-path", str(config.model_config_name_or_path), "--train-batch-size", "4"]
+    assert cli.main([*command, "--auto-without", "noise", "--auto-without", "outliers"]) == 0
+    assert f"found clean:    {COUNT} of {COUNT}" in capsys.readouterr().out
+
+
+def test_another_objective_trains_with_what_is_found(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, objective="input-perturbation", corrupt=NOISY)
+    assert not same(run(config, "a"), run(config, "b", auto_without=("noise",)))

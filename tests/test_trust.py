@@ -1,0 +1,396 @@
+"""What ``--auto`` finds out: every kind of dirt on digits and on fields, what it misses and what it accuses falsely.
+
+Shares are those of images that --corrupt hit, or spared, with a seed of 0.
+"""
+
+import functools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fields import loader, natural
+from helpers import normal
+from torch import Tensor
+
+from robustdiff import damage, trust
+from robustdiff.config import AUTO_PARTS, AutoPart, UsageError
+from robustdiff.corruption import Corruption, corrupt
+from robustdiff.images import load_images
+from robustdiff.process import NoiseProcess
+from robustdiff.trust import Trust, examine
+
+PROCESS = NoiseProcess(torch.linspace(0.9999, 0.001, 200))
+
+
+@functools.cache
+def dirty(source: str, *specs: str) -> tuple[Tensor, Tensor]:
+    """Images, and which were hit."""
+    images = {
+        "digits": lambda: load_images("digits").x0(slice(None)),
+        "fields": lambda: natural(600),
+        "colour": lambda: natural(600).repeat(1, 3, 1, 1),
+    }[source]()
+    dirt = [Corruption.parse(spec) for spec in specs]
+    hit = [any(c.hits(0, index, place) for place, c in enumerate(dirt)) for index in range(len(images))]
+    if dirt:
+        images = torch.stack([corrupt(x, dirt, 0, index)[0] for index, x in enumerate(images)])
+    return images, torch.tensor(hit)
+
+
+@functools.cache
+def found(source: str, *specs: str, without: tuple[AutoPart, ...] = ()) -> tuple[Trust, Tensor]:
+    """What is found of them."""
+    images, hit = dirty(source, *specs)
+    return examine(loader(images), len(images), without), hit
+
+
+def parts(of: Trust) -> set[str]:
+    return {finding.part for finding in of.findings}
+
+
+# -- each kind of dirt -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "sigma", "missed", "false"),
+    [
+        ("digits", 0.2, 0, 5),  # of 1,605 and 192
+        ("digits", 0.05, 40, 10),
+        ("fields", 0.2, 0, 0),
+        ("fields", 0.1, 5, 14),  # of 529 and 71
+    ],
+)
+def test_noisy_images_are_told_from_clean_ones(source: str, sigma: float, missed: int, false: int) -> None:
+    of, hit = found(source, f"gaussian:sigma={sigma},fraction=0.9")
+    assert (of.noise == 0)[hit].sum() <= missed
+    assert (of.noise > 0)[~hit].sum() <= false
+    assert of.noise[hit & (of.noise > 0)].median() == pytest.approx(sigma, rel=0.2 if sigma == 0.05 else 0.06)
+    assert torch.equal(of.usable, of.noise)
+    assert of.regularise is None
+    assert not of.holed.any()
+    assert (of.weight < 1).sum() <= 5
+
+
+@pytest.mark.parametrize(("source", "odd"), [("digits", 20), ("fields", 6)])
+def test_of_clean_images_only_a_few_odd_ones_are_suspected(source: str, odd: int) -> None:
+    of, _ = found(source)
+    assert (of.usable == 0).all()
+    assert (of.weight > 0).all()
+    assert (of.weight < 1).sum() <= odd
+    assert parts(of) <= {"outliers"}
+    assert of.regularise is None
+    assert of.trivial == (of.weight == 1).all().item()
+
+
+@pytest.mark.parametrize(("source", "sigma"), [("digits", 0.2), ("fields", 0.2), ("fields", 0.06)])
+def test_where_all_are_noisy_low_noise_levels_are_regularised(source: str, sigma: float) -> None:
+    of, _ = found(source, f"gaussian:sigma={sigma}")
+    assert of.regularise is not None
+    assert of.regularise[0] == 0
+    assert of.regularise[1] == pytest.approx(0.75 * sigma, rel=0.06)
+    assert (of.usable == 0).all()
+    assert (of.noise == 0).all()
+    assert "regularised instead" in of.rows()["found noise"]
+
+
+@pytest.mark.parametrize("source", ["digits", "fields"])
+def test_noise_in_place_of_pictures_is_left_out(source: str) -> None:
+    of, hit = found(source, "outlier:fraction=0.1")
+    assert (of.weight[hit] == 0).all()
+    assert (of.weight[~hit] > 0).all()
+    assert (of.weight[~hit] == 1).double().mean() > 0.98
+
+
+def test_images_of_one_colour_are_left_out() -> None:
+    of, hit = found("colour", "outlier:source=constant,fraction=0.1")
+    assert torch.equal(of.weight == 0, hit)
+    assert (of.usable == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("spec", "part", "missed"), [("blur:radius=1,fraction=0.3", "blur", 2), ("jpeg:quality=10,fraction=0.3", "jpeg", 4)]
+)
+def test_what_lacks_detail_is_trained_where_that_drowns(spec: str, part: str, missed: int) -> None:
+    of, hit = found("fields", spec)
+    assert (of.usable == 0)[hit].sum() <= missed
+    assert (of.usable == 0)[~hit].all()
+    assert parts(of) - {"outliers"} == {part}
+    level = of.usable.max().item()
+    images, clean = dirty("fields", spec)[0], natural(600)
+    error = (images - clean)[hit].square().mean().sqrt().item()
+    assert error < level < 20 * error  # the level is that of single directions, not of the mean
+    assert not of.noise.any()
+
+
+def test_lost_pixels_are_found_and_filled_in() -> None:
+    of, hit = found("fields", "missing:amount=0.3,fraction=0.5")
+    assert of.lost == pytest.approx((0.0,), abs=1e-6)
+    assert (of.holed == hit).double().mean() > 0.99
+    assert torch.equal(of.usable > 0, of.holed)
+    images, clean = dirty("fields", "missing:amount=0.3,fraction=0.5")[0], natural(600)
+    places = hit.nonzero().flatten()[:50].tolist()
+    mended = of.repaired(images[places], places)
+    before, after = ((x - clean[places]).square().mean().sqrt() for x in (images[places], mended))
+    assert after < 0.4 * before
+    assert of.usable.max() >= 2 * 0.8 * after
+    whole = (~of.holed).nonzero().flatten()[:50].tolist()
+    assert torch.equal(of.repaired(images[whole], whole), images[whole])
+
+
+def test_black_and_white_pixels_are_found_as_holes_or_as_noise() -> None:
+    of, hit = found("fields", "impulse:amount=0.05,fraction=0.5")
+    assert (of.usable > 0)[hit].all()
+    assert (of.usable > 0)[~hit].sum() <= 5
+    assert set(of.lost) == {-1.0, 1.0}
+
+
+def test_copies_count_once_together() -> None:
+    images = natural(200)
+    images[[20, 30, 40]] = images[10].clone()
+    images[60] = images[50].clone()
+    of = examine(loader(images), 200)
+    due = torch.ones(200).double()
+    due[[10, 20, 30, 40]], due[[50, 60]] = 1 / 4, 1 / 2
+    torch.testing.assert_close(of.weight, due)
+    assert "6 images, 2 pictures more than once" in of.rows()["found duplicates"]
+
+
+# -- no clean image ----------------------------------------------------------------------------------
+
+
+def noise(images: Tensor, sigma: float) -> Tensor:
+    return images + sigma * normal(*images.shape, seed=4).float()
+
+
+def test_a_blank_image_among_noisy_ones_does_not_pass_for_clean() -> None:
+    images = noise(natural(400), 0.2)
+    images[:3] = torch.tensor([0.0, 0.5, -1.0])[:, None, None, None]
+    of = examine(loader(images), 400)
+    assert of.weight[:3].tolist() == [0, 0, 0]
+    assert (of.weight[3:] == 1).all()
+    assert of.regularise == pytest.approx((0, 0.15), rel=0.06)
+
+
+def test_blurred_images_among_noisy_ones_do_not_pass_for_clean() -> None:
+    images = natural(600)
+    images[300:] = torch.stack([corrupt(x, [Corruption.parse("blur:radius=1.5")], 0, 0)[0] for x in images[300:]])
+    images[:300] = noise(images[:300], 0.2)
+    of = examine(loader(images), 600)
+    assert (of.usable[300:] > 0.1).double().mean() > 0.98
+    assert (of.usable[:300] == 0).all()  # the only ones for low noise levels
+    assert of.regularise == pytest.approx((0, 0.15), rel=0.1)
+
+
+def test_nothing_but_blank_images_is_one_line() -> None:
+    of = examine(loader(torch.zeros(100, 1, 8, 8)), 100)
+    assert not of.weight.any()
+    assert of.regularise is None
+    with pytest.raises(UsageError, match="--auto found no image that can be trained on"):
+        of.visits(PROCESS)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (3, 3, 5, 2), (70, 1, 1, 1), (70, 1, 3, 2), (63, 1, 16, 16)])
+def test_few_or_tiny_images_say_nothing(shape: tuple[int, ...]) -> None:
+    images = noise(torch.zeros(shape), 0.3)
+    of = examine(loader(images), len(images))
+    assert of.trivial
+    assert of.sigma.isfinite().all()
+    assert of.rows() == {"found clean": f"{len(images)} of {len(images)} images, trained at every noise level"}
+
+
+# -- parts that are left out -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("specs", "part"),
+    [
+        (("gaussian:sigma=0.2,fraction=0.9",), "noise"),
+        (("gaussian:sigma=0.2",), "regulariser"),
+        (("blur:radius=1,fraction=0.3",), "blur"),
+        (("jpeg:quality=10,fraction=0.3",), "jpeg"),
+        (("missing:amount=0.3,fraction=0.5",), "holes"),
+    ],
+)
+def test_a_part_that_is_left_out_is_not_acted_on(specs: tuple[str, ...], part: AutoPart) -> None:
+    with_it, (without, _) = found("fields", *specs)[0], found("fields", *specs, without=(part,))
+    if part == "regulariser":
+        assert without.regularise is None
+        assert (without.noise > 0).all()
+    else:
+        assert part in parts(with_it)
+        assert part not in parts(without)
+    assert without.sha256 != with_it.sha256
+    assert part != "holes" or without.lost == ()
+
+
+def test_odd_and_blank_images_and_copies_may_be_left_alone() -> None:
+    images = natural(200)
+    images[7], images[8] = images[9].clone(), 0.25
+    assert examine(loader(images), 200).weight[[7, 8, 9]].tolist() == [0.5, 0, 0.5]
+    assert examine(loader(images), 200, ("duplicates",)).weight[[7, 8, 9]].tolist() == [1, 0, 1]
+    assert examine(loader(images), 200, ("outliers", "duplicates")).trivial
+    assert examine(loader(images), 200, AUTO_PARTS).findings == ()
+
+
+def test_an_unknown_part_is_refused() -> None:
+    with pytest.raises(ValueError, match="dirt: not one of holes, noise"):
+        examine(loader(torch.zeros(1, 1, 8, 8)), 1, ["dirt"])
+
+
+# -- what is made of it ------------------------------------------------------------------------------
+
+
+def test_the_same_images_are_judged_alike_again() -> None:
+    images, _ = dirty("fields", "missing:amount=0.3,fraction=0.5")
+    of, _ = found("fields", "missing:amount=0.3,fraction=0.5")
+    again = examine(loader(images), 600)
+    assert again.sha256 == of.sha256
+    assert again.findings == of.findings
+
+
+def trusted(**changes: object) -> Trust:
+    """Four images: clean, noisy, blurred, left out."""
+    values = torch.tensor([[0, 0.2, 0, 0], [0, 0.2, 0.5, 0], [1, 1, 0.5, 0]]).double()
+    finding = trust.Finding("noise", 1, "white noise", "trained above it", 0.2)
+    made = Trust(*values, (0.0,), torch.tensor([False, False, True, False]), None, (finding,), values[0])
+    return replace(made, **changes)
+
+
+def test_visits_begin_above_the_usable_level() -> None:
+    visits = trusted().visits(PROCESS)
+    assert visits is not None
+    table = PROCESS.noise_to_signal(torch.arange(200))
+    assert visits.used.tolist() == [0, 1, 2]
+    for place, level in ((0, 0.0), (1, 0.2), (2, 0.5)):
+        assert table[visits.first[place]] > level
+        assert visits.first[place] == 0 or table[visits.first[place] - 1] <= level
+    assert trusted(usable=torch.zeros(4).double(), weight=torch.ones(4).double()).visits(PROCESS) is None
+
+
+def test_a_level_beyond_the_process_leaves_the_image_out() -> None:
+    beyond = trusted(usable=torch.tensor([0, 0.2, 1e6, 0]).double()).visits(PROCESS)
+    assert beyond is not None
+    assert beyond.used.tolist() == [0, 1]
+    with pytest.raises(UsageError, match="robustdiff audit"):
+        trusted(usable=torch.full((4,), 1e6).double()).visits(PROCESS)
+
+
+def test_the_digest_is_of_everything_that_training_depends_on() -> None:
+    one = trusted()
+    others = [
+        trusted(noise=one.noise + 1e-9),
+        trusted(usable=one.usable + 1e-9),
+        trusted(weight=one.weight / 2),
+        trusted(lost=()),
+        trusted(lost=(0.5,)),
+        trusted(holed=~one.holed),
+        trusted(regularise=(0.0, 0.15)),
+    ]
+    assert len({one.sha256, *(other.sha256 for other in others)}) == 8
+    assert trusted(findings=(), sigma=one.sigma + 1).sha256 == one.sha256
+
+
+def test_only_holed_images_are_repaired() -> None:
+    images = normal(4, 1, 8, 8).float()
+    images[:, :, ::2, ::3] = 0.0
+    of = trusted()
+    mended = of.repaired(images, range(4))
+    assert torch.equal(mended[[0, 1, 3]], images[[0, 1, 3]])
+    assert torch.equal(mended[2:3], damage.fill(images[2:3], damage.holes(images[2:3], (0.0,))))
+    assert not torch.equal(mended[2], images[2])
+    assert torch.equal(of.repaired(images[[1, 2]], [1, 2]), mended[[1, 2]])
+    assert trusted(lost=()).repaired(images, range(4)) is images
+
+
+# -- the file ----------------------------------------------------------------------------------------
+
+NAMES = ["a.png", "b/c.png", "d.png", "é.png"]
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    for one in (trusted(), trusted(regularise=(0.0, 0.1), lost=(), findings=())):
+        trust.save(one, tmp_path / "auto.json", NAMES)
+        again = trust.load(tmp_path / "auto.json", 4)
+        assert again.sha256 == one.sha256
+        assert (again.findings, again.lost, again.regularise) == (one.findings, one.lost, one.regularise)
+        assert torch.equal(again.sigma, one.sigma)
+        assert [image["name"] for image in json.loads((tmp_path / "auto.json").read_text())["images"]] == NAMES
+
+
+def changed(**changes: object):
+    return lambda text: json.dumps({**json.loads(text), **changes})
+
+
+def image(**changes: object):
+    def change(text: str) -> str:
+        value = json.loads(text)
+        value["images"][2].update(changes)
+        return json.dumps(value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: "{}",
+        lambda text: 100_000 * "[",
+        lambda text: text.replace("0.5", "NaN", 1),
+        changed(format="robustdiff auto 2"),
+        changed(images=None),
+        changed(images=3),
+        changed(images=[]),
+        changed(images=[1, 2, 3, 4]),
+        changed(images=["a", "b", "c", "d"]),
+        changed(sha256="0"),
+        changed(sha256=None),
+        changed(lost_values=None),
+        changed(lost_values=["a"]),
+        changed(lost_values=[0.5]),
+        changed(regularise=[0.1]),
+        changed(regularise=7),
+        changed(regularise=[0, 0.1]),
+        changed(findings=None),
+        changed(findings=[3]),
+        changed(findings=[{"part": "noise"}]),
+        image(noise="a"),
+        image(noise=None),
+        image(noise=0.25),
+        image(usable=10**400),
+        image(weight=[1]),
+        image(holed=False),
+    ],
+)
+def test_every_damage_to_the_file_is_one_line_that_says_what_to_do(tmp_path: Path, harm) -> None:
+    path = tmp_path / "auto.json"
+    trust.save(trusted(), path, NAMES)
+    path.write_text(harm(path.read_text()))
+    with pytest.raises(UsageError, match=r"--resume: .*auto\.json cannot be used .*put it back, start anew") as error:
+        trust.load(path, 4)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_missing_or_of_other_images_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        trust.load(tmp_path / "auto.json", 4)
+    trust.save(trusted(), tmp_path / "auto.json", NAMES)
+    with pytest.raises(UsageError, match="not robustdiff auto 1 of 5 images"):
+        trust.load(tmp_path / "auto.json", 5)
+    (tmp_path / "auto.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="cannot be used"):
+        trust.load(tmp_path / "auto.json", 4)
+
+
+def test_every_number_found_is_finite_and_in_range() -> None:
+    for source, *specs in (("digits",), ("fields", "blur:radius=1,fraction=0.3"), ("digits", "outlier:fraction=0.1")):
+        of, _ = found(source, *specs)
+        assert ((of.weight >= 0) & (of.weight <= 1)).all()
+        assert (of.usable >= of.noise).all()
+        assert all(x.isfinite().all() for x in (of.noise, of.usable, of.weight, of.sigma))
+        assert all(finding.level is None or math.isfinite(finding.level) for finding in of.findings)
