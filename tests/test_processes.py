@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fields import natural
 from helpers import TINY_UNET as UNET
 from PIL import Image
 from safetensors.torch import load_file
@@ -347,6 +348,24 @@ def test_two_processes_follow_the_adversarial_objective_as_one(base: TrainConfig
     launch(*flags(halved(config, tmp_path / "two")), processes=2)
     assert {line["regularised"] for line in metrics(one)} == {1.0}
     assert_close(one, tmp_path / "two", range(EVERY))
+
+
+@pytest.mark.slow
+def test_two_processes_train_with_what_the_first_found_and_end_if_it_is_lost(base: TrainConfig, tmp_path: Path) -> None:
+    np.save(tmp_path / "fields.npy", ((natural(300)[:, 0] + 1) * 127.5).round().to(torch.uint8).numpy())
+    changes = {"gate": None, "class_conditional": False, "images": str(4 * EVERY), "preview_images": 0}
+    dirt = ("missing:amount=0.3,fraction=0.3", "gaussian:sigma=0.3,fraction=0.5")
+    config = dataclasses.replace(base, data=str(tmp_path / "fields.npy"), auto=True, corrupt=dirt, **changes)
+    one = train(dataclasses.replace(config, output_dir=str(tmp_path / "one")))
+    out = launch(*flags(halved(config, tmp_path / "two")), processes=2)
+    assert out.count("looking at 300 images") == 1
+    assert (tmp_path / "two" / "auto.json").read_bytes() == (one / "auto.json").read_bytes()
+    assert_close(one, tmp_path / "two", range(EVERY))
+    (tmp_path / "two" / "auto.json").unlink()
+    line = command(*flags(halved(config, tmp_path / "two", resume=True)), processes=2)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=LIMIT, env=environment())
+    assert done.returncode != 0
+    assert "auto.json cannot be used (No such file or directory): put it back" in done.stderr
 
 
 # -- stopping ----------------------------------------------------------------------------------------
