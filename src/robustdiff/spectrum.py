@@ -131,6 +131,19 @@ def batches(count: int) -> Iterator[range]:
         yield range(start, min(start + BATCH, count))
 
 
+HELD = 2**31
+"""Bytes of images that are kept between passes rather than loaded, and dirtied, again."""
+
+
+def held(load: Load, count: int) -> Load:
+    """The same images, loaded once if they fit into :data:`HELD` bytes."""
+    first = load(range(1))
+    if count * first.nbytes > HELD:
+        return load
+    images = torch.cat([load(places) for places in batches(count)])
+    return lambda places: images[places.start : places.stop]
+
+
 def energies_of(load: Load, count: int, of: Tensor | None = None) -> Energies:
     """Two passes over the images: directions, then energies along them.
 

@@ -7,6 +7,8 @@ if it belongs to a group that stands apart (``groups.py``).
 
 The questions are asked in this order, each of the images that the earlier ones left: one colour, lost pixels, blur,
 JPEG, noise, odd pictures; copies are looked for among all. What damaged images lack is measured against those left.
+
+A little over 400 lines: every question, in the order in which it is asked.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from robustdiff import damage, durable, groups
 from robustdiff.config import AUTO_PARTS, UsageError
 from robustdiff.levels import Visits, first_timesteps
 from robustdiff.process import NoiseProcess
-from robustdiff.spectrum import SIDES, Energies, Load, SpectralFit, batches, energies_of, same_above, separate
+from robustdiff.spectrum import SIDES, Energies, Load, SpectralFit, batches, energies_of, held, same_above, separate
 
 WHITE = 0.5
 """Least whiteness of the excess of a group that is called noisy."""
@@ -225,6 +227,7 @@ def examine(load: Load, count: int, without: Sequence[str] = ()) -> Trust:
     """
     if unknown := set(without) - set(AUTO_PARTS):
         raise ValueError(f"{', '.join(sorted(unknown))}: not one of {', '.join(AUTO_PARTS)}")
+    load = held(load, count)
     if min(load(range(1)).shape[2:]) < SIDES[-1]:  # too small to have detail
         without = [part for part in AUTO_PARTS if part != "duplicates" or part in without]
     nothing, zero = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.float64)
