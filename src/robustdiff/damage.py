@@ -76,6 +76,8 @@ SPIKE, EXTREME_SPIKE, LEAST = 8.0, 2.0, 0.005
 """How much commoner than its neighbours a value is, or black or white, and its share of all pixels, to be suspected."""
 SPIKY, DRAWING = 3.0, 8
 """How much commoner than its neighbours a value of a drawing is, and how many such values it has."""
+COMPANY, ALSO_HERE = 0.35, 5.0
+"""Of the way from independence to flat areas; how much commoner than its neighbours, in the image itself."""
 HOLED, LONE, APART = 0.02, 0.01, 0.3
 """Least share of an image's pixels that are of the value, or black or white and alone; what alone means."""
 
@@ -117,10 +119,11 @@ def holes(images: Tensor, values: Sequence[float]) -> Tensor:
     """Lost pixels, bool, shape (B, H, W): those of a suspected value that lie scattered over their image.
 
     An image is believed to have holes of a value if at least :data:`HOLED` of its pixels have it and these keep no
-    company: the chance that the pixel to the right or below has it too is less than half way from their share of the
-    image, that of independence, to 1, that of flat areas. Black and white are common in pictures: there at least
-    :data:`LONE` of the pixels must differ from all of their neighbours by :data:`APART`, and from the median of their
-    3 x 3 neighbourhood by three times the neighbours' spread; lost are then those that differ from that median.
+    company: the chance that the pixel to the right or below has it too is less than :data:`COMPANY` of the way from
+    their share of the image, that of independence, to 1, that of flat areas. The value must be a spike in the image's
+    own histogram, too. Black and white are common in pictures: there at least :data:`LONE` of the pixels must differ
+    from all of their neighbours by :data:`APART`, and from the median of their 3 x 3 neighbourhood by three times the
+    neighbours' spread; lost are then those that differ from that median.
 
     Lost blocks of more than 2 x 2 pixels keep company, and are not found; nor are black and white ones in drawings.
 
@@ -147,7 +150,10 @@ def holes(images: Tensor, values: Sequence[float]) -> Tensor:
         pairs = (here[:, 1:] & here[:, :-1]).flatten(1).sum(1) + (here[:, :, 1:] & here[:, :, :-1]).flatten(1).sum(1)
         first = here[:, :-1].flatten(1).sum(1) + here[:, :, :-1].flatten(1).sum(1)
         company = pairs / first.clamp(min=1)
-        found |= here & ((share >= HOLED) & (company < (1 + share) / 2))[:, None, None]
+        away = (images - value).abs()
+        near = ((away > LEVEL * 3 / 4) & (away < LEVEL * 9 / 2)).all(1).flatten(1).double().mean(1) / 8
+        believed = (share >= HOLED) & (company < share + COMPANY * (1 - share)) & (share >= ALSO_HERE * near)
+        found |= here & believed[:, None, None]
     return found
 
 

@@ -1,0 +1,91 @@
+"""What the audit says of a set as a whole: words, lists and sheets; nothing said where nothing can be."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from robustdiff import load_images
+from robustdiff.audit import AUDIT_FILES, check_output
+from robustdiff.cli import main
+from robustdiff.corruption import Corruption, corrupt
+from robustdiff.search import search
+from robustdiff.told import read_levels
+
+DIRT = (Corruption.parse("missing:amount=0.4,value=0.3,fraction=0.9"),)
+
+
+@pytest.fixture(scope="module")
+def dirty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """Digits as an array, nine of ten with lost pixels, two alike; and which were hit."""
+    x0 = load_images("digits").x0(slice(0, 1200))
+    hit = torch.zeros(len(x0), dtype=torch.bool)
+    for index in range(len(x0)):
+        changed, kinds = corrupt(x0[index], DIRT, 0, index)
+        x0[index], hit[index] = changed, bool(kinds)
+    clean = (~hit).nonzero().flatten()
+    x0[clean[1]] = x0[clean[0]]
+    path = tmp_path_factory.mktemp("search") / "dirty.npy"
+    np.save(path, ((x0 + 1) * 127.5).round().to(torch.uint8)[:, 0].numpy())
+    return path, hit
+
+
+def test_the_command_says_what_it_found_and_writes_lists_and_sheets(dirty, tmp_path: Path, capsys) -> None:
+    path, hit = dirty
+    out = tmp_path / "audit"
+    assert main(["audit", str(path), "-o", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "damage, and what train --auto would do about it" in said
+    assert "found holes: " in said
+    assert "found duplicates: 2 images, 1 pictures more than once" in said
+    there = {file.name for file in out.iterdir()}
+    assert {"found.json", "clean.txt", "noise.csv", "found-holed.png", "found-odd.png"} <= there <= set(AUDIT_FILES)
+    found = json.loads((out / "found.json").read_text())
+    holed = torch.tensor([image["holed"] for image in found["images"]])
+    assert (holed != hit).float().mean() < 0.05
+    clean = (out / "clean.txt").read_text().splitlines()
+    assert clean == [image["name"] for image in found["images"] if not image["usable"] and image["weight"]]
+    sheet = Image.open(out / "found-holed.png")
+    assert sheet.size[0] >= 5 * 64
+    check_output(str(path), out, overwrite=True)  # an audit still
+    assert main(["audit", str(path), "-o", str(out), "--overwrite"]) == 0
+
+
+def test_the_list_of_noise_is_one_that_training_takes(tmp_path: Path, capsys) -> None:
+    x0 = load_images("digits").x0(slice(0, 1797)) * 0.4  # not clipped by the noise
+    noisy = Corruption.parse("gaussian:sigma=0.1,fraction=0.5")
+    x0 = torch.stack([corrupt(image, (noisy,), 0, index)[0] for index, image in enumerate(x0)])
+    np.save(tmp_path / "noisy.npy", ((x0 + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)[:, 0].numpy())
+    assert main(["audit", str(tmp_path / "noisy.npy"), "-o", str(tmp_path / "audit")]) == 0
+    assert "found noise: " in capsys.readouterr().out
+    with (tmp_path / "audit" / "noise.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    levels = {name: sigma for name, sigma, _ in read_levels(tmp_path / "audit" / "noise.csv", load_images("digits"))}
+    assert levels == {row["name"]: float(row["sigma"]) for row in rows}
+    assert len(rows) == pytest.approx(1797 / 2, rel=0.1)
+    assert np.median(list(levels.values())) == pytest.approx(0.1, rel=0.15)
+
+
+def test_few_images_and_images_of_many_sizes_are_not_searched(tmp_path: Path, capsys) -> None:
+    for index in range(3):
+        Image.new("L", (8, 8 + index % 2), 40 * index).save(tmp_path / f"{index}.png")
+    assert main(["audit", str(tmp_path)]) == 0
+    assert "damage: not looked for, images differ in size: add --resolution N" in capsys.readouterr().out
+    assert main(["audit", str(tmp_path), "--resolution", "8"]) == 0
+    assert "damage: not looked for, too few images to compare" in capsys.readouterr().out
+    assert search(load_images(tmp_path, resolution=8)) is None
+
+
+def test_of_a_clean_set_it_says_so(tmp_path: Path, capsys) -> None:
+    generator = torch.Generator().manual_seed(0)
+    fields = torch.randn(100, 1, 12, 12, generator=generator).cumsum(2).cumsum(3)
+    pixels = (fields - fields.mean((2, 3), keepdim=True)) / fields.std((2, 3), keepdim=True)
+    np.save(tmp_path / "clean.npy", (pixels * 50 + 128).clamp(0, 255).to(torch.uint8)[:, 0].numpy())
+    assert main(["audit", str(tmp_path / "clean.npy"), "-o", str(tmp_path / "audit")]) == 0
+    assert "damage: none stands apart; train --auto would train plainly" in capsys.readouterr().out
+    assert (tmp_path / "audit" / "noise.csv").read_text().split() == ["name,sigma"]
+    assert len((tmp_path / "audit" / "clean.txt").read_text().splitlines()) == 100
