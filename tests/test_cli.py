@@ -207,9 +207,9 @@ def test_a_reader_that_has_gone_is_no_stack_trace(arguments: tuple[str, ...], bu
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), ("name a command", "train, sample, evaluate, report, audit, corrupt")),
+        ((), ("name a command", "train, sample, evaluate, attack, report, audit, corrupt")),
         (("trian", "x"), ("'trian'", "did you mean train?")),
-        (("zzz",), ("'zzz'", "train, sample, evaluate, report, audit, corrupt")),
+        (("zzz",), ("'zzz'", "train, sample, evaluate, attack, report, audit, corrupt")),
         (("train",), ("train needs DATA",)),
         (("train", "--seed", "3"), ("train needs DATA",)),
         (("sample",), ("sample needs RUN",)),
