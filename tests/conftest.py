@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("checkpoints", "helpers", "report_page", "runs", "source_files")
+pytest.register_assert_rewrite("checkpoints", "helpers", "report_page", "runs", "source_files", "trained")

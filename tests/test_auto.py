@@ -10,10 +10,9 @@ import pytest
 import torch
 from fields import natural
 from helpers import TINY_UNET
-from safetensors.torch import load_file
-from torch import Tensor
+from trained import plan_of, run, same
 
-from robustdiff import TrainConfig, cli, train, training
+from robustdiff import TrainConfig, cli, training
 from robustdiff.config import AUTO_PARTS, UsageError
 from robustdiff.objective import Gate, RobustObjective
 from robustdiff.planning import build_objective
@@ -52,24 +51,6 @@ def config(fields: Path, tmp_path: Path) -> TrainConfig:
         checkpointing_steps=2,
         logging_steps=2,
     )
-
-
-def run(config: TrainConfig, name: str = "run", **changes: object) -> dict[str, Tensor]:
-    """Weights and moments after training into a folder of this name."""
-    folder = Path(str(config.output_dir)).with_name(name)
-    train(dataclasses.replace(config, output_dir=str(folder), **changes))
-    last = folder / "checkpoints" / "step-00000004"
-    parts = {part: load_file(last / f"{part}.safetensors") for part in ("model", "ema", "optimizer")}
-    return {f"{part} {key}": value for part, values in parts.items() for key, value in values.items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return bool(a) and a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def plan_of(config: TrainConfig, capsys: pytest.CaptureFixture[str], **changes: object) -> str:
-    train(dataclasses.replace(config, dry_run=True, **changes))
-    return capsys.readouterr().out
 
 
 # -- training ----------------------------------------------------------------------------------------

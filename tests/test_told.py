@@ -1,7 +1,6 @@
 """``train --noise-levels`` and ``--clean-subset``: what a run is told of its images reaches each, or is refused."""
 
 import contextlib
-import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +11,10 @@ import torch
 from diffusers import DDPMScheduler
 from helpers import TINY_UNET
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
+from trained import plan_of, run, same
 
-from robustdiff import TrainConfig, cli, train, training
+from robustdiff import TrainConfig, cli, training
 from robustdiff.batches import Batches, Shares, feed
 from robustdiff.config import UsageError
 from robustdiff.corruption import Corruption
@@ -64,26 +63,6 @@ def config(photos: Path, tmp_path: Path) -> TrainConfig:
         checkpointing_steps=4,
         logging_steps=3,
     )
-
-
-def run(config: TrainConfig, name: str = "run", **changes: object) -> dict[str, Tensor]:
-    """Weights and moments after training into a folder of this name."""
-    folder = Path(str(config.output_dir)).with_name(name)
-    train(dataclasses.replace(config, output_dir=str(folder), **changes))
-    found = {}
-    for part in ("model", "ema", "optimizer"):
-        for file in (folder / "checkpoints").glob(f"step-00000006/{part}.safetensors"):
-            found |= {f"{part} {key}": value for key, value in load_file(file).items()}
-    return found
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return bool(a) and a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def plan_of(config: TrainConfig, capsys: pytest.CaptureFixture[str], **changes: object) -> str:
-    train(dataclasses.replace(config, dry_run=True, **changes))
-    return capsys.readouterr().out
 
 
 # -- what reaches the objective ----------------------------------------------------------------------
