@@ -1,4 +1,7 @@
-"""Attacks against closed forms and other implementations: the sampler, the balls, the objectives, the optimisers."""
+"""Attacks against closed forms and other implementations: the sampler, the balls, the objectives, the optimisers.
+
+Long, because it mirrors trajectory.py, threat.py and attack.py, which are tested on the same samplers.
+"""
 
 from __future__ import annotations
 

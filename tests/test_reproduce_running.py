@@ -1,4 +1,7 @@
-"""Training, keeping and sampling a small denoiser of points: against loops written out, and closed forms."""
+"""Training, keeping and sampling a small denoiser of points: against loops written out, and closed forms.
+
+A little over 400 lines: training, files and sampling of the same small network.
+"""
 
 from __future__ import annotations
 
