@@ -1,4 +1,7 @@
-"""``robustdiff attack`` from end to end: what it finds, what it flags, that it goes on, what it refuses, the report."""
+"""``robustdiff attack`` from end to end: what it finds, what it flags, that it goes on, what it refuses, the report.
+
+Long, because one command is followed through all its ends, on the same small pipelines.
+"""
 
 from __future__ import annotations
 
@@ -354,6 +357,10 @@ def test_a_finished_attack_is_not_done_again_unless_told_and_damage_is_noticed(
         (["--eot", "3"], "--eot: ddim draws no noise"),
         (["--noise", "fixed"], "--noise: ddim draws no noise"),
         (["--scheduler", "ddpm", "--eot", "3"], "--eot needs --noise fixed or fresh"),
+        (
+            ["--scheduler", "ddpm", "--noise", "fresh", "--objective", "shift"],
+            "--noise fresh does nothing with --objective shift",
+        ),
         (["--optimiser", "apgd", "--step-size", "0.1"], "--step-size does nothing with --optimiser apgd"),
         (["--optimiser", "one-step", "--iterations", "10"], "--iterations does nothing"),
         (["--optimiser", "random", "--restarts", "2"], "--restarts does nothing"),

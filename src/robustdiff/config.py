@@ -738,6 +738,11 @@ class AttackConfig:
         if self.scheduler == "ddim":
             idle = [name for name in ("noise", "eot", "verdicts") if getattr(self, name) is not None]
             _require(not idle, f"{_flags(idle)}: ddim draws no noise; add --scheduler ddpm, or leave it out")
+        alone = self.noise in ("fixed", "fresh") and self.objective in ("shift", "residual")
+        message = (
+            f"--noise {self.noise} does nothing with --objective {self.objective}, whose attacker knows each state: "
+        )
+        _require(not alone, message + "leave it out, or use end-to-end")
         if self.noise in (None, "known"):
             idle = [name for name in ("eot", "verdicts") if getattr(self, name) is not None]
             _require(not idle, f"{_flags(idle)} needs --noise fixed or fresh: the attacker knows the noise")
