@@ -394,3 +394,31 @@ def test_every_number_found_is_finite_and_in_range() -> None:
         assert (of.usable >= of.noise).all()
         assert all(x.isfinite().all() for x in (of.noise, of.usable, of.weight, of.sigma))
         assert all(finding.level is None or math.isfinite(finding.level) for finding in of.findings)
+
+
+@pytest.mark.parametrize(("without", "trained"), [((), True), (("regulariser",), False)])
+def test_where_every_image_has_holes_the_repair_is_measured_on_repaired_ones(without: tuple, trained: bool) -> None:
+    of, hit = found("fields", "missing:amount=0.2", without=without)
+    assert hit.all()
+    (holes,) = [one for one in of.findings if one.part == "holes"]
+    assert of.holed.double().mean() > 0.98
+    assert holes.level is not None
+    assert holes.level > 0.02
+    assert bool((of.usable == 0).all()) is trained
+    assert ("trained at every noise level" in holes.action) is trained
+    assert ("not trained" in of.rows()) is not trained
+
+
+def test_images_are_loaded_once_if_they_may_be_kept() -> None:
+    images, loaded = natural(100), []
+
+    def counting(places: range) -> Tensor:
+        loaded.extend(places)
+        return images[places.start : places.stop]
+
+    kept = examine(counting, len(images), memory=images.nbytes)
+    assert len(loaded) == len(images) + 1  # and one for their size
+    loaded.clear()
+    anew = examine(counting, len(images), memory=images.nbytes - 1)
+    assert len(loaded) > 3 * len(images)
+    assert kept.sha256 == anew.sha256

@@ -131,14 +131,9 @@ def batches(count: int) -> Iterator[range]:
         yield range(start, min(start + BATCH, count))
 
 
-HELD = 2**31
-"""Bytes of images that are kept between passes rather than loaded, and dirtied, again."""
-
-
-def held(load: Load, count: int) -> Load:
-    """The same images, loaded once if they fit into :data:`HELD` bytes."""
-    first = load(range(1))
-    if count * first.nbytes > HELD:
+def held(load: Load, count: int, memory: int) -> Load:
+    """The same images, loaded once if they fit into ``memory`` bytes rather than at every pass."""
+    if count * load(range(1)).nbytes > memory:
         return load
     images = torch.cat([load(places) for places in batches(count)])
     return lambda places: images[places.start : places.stop]

@@ -35,7 +35,7 @@ from robustdiff.config import TrainConfig, UsageError, check_corruptions
 from robustdiff.corruption import derive_seed
 from robustdiff.during import During
 from robustdiff.images import image_grid, load_images, save_png
-from robustdiff.machine import check_launcher, cores, is_out_of_memory
+from robustdiff.machine import check_launcher, cores, free_memory, is_out_of_memory
 from robustdiff.objective import LossTerms
 from robustdiff.planning import (
     Plan,
@@ -406,7 +406,8 @@ def _examined(config: TrainConfig, accelerator: Accelerator, batches: Batches, f
             found[0] = load_trust(folder / AUTO_FILE, len(batches.images))
         else:
             accelerator.print(f"looking at {len(batches.images)} images", flush=True)
-            found[0] = examine(batches.images_at, len(batches.images), config.auto_without)
+            memory = 0 if batches.images.streamed else free_memory() // 4
+            found[0] = examine(batches.images_at, len(batches.images), config.auto_without, memory)
     broadcast_object_list(found)
     assert found[0] is not None
     return found[0]

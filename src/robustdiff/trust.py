@@ -123,7 +123,7 @@ class Trust:
 
     @property
     def clean(self) -> Tensor:
-        """Images that can be used like clean ones at every noise level, bool, shape (N,): none if ``regularise``."""
+        """Images that are used like clean ones at every noise level, bool, shape (N,): none if ``regularise``."""
         return (self.usable == 0) & (self.weight > 0) & (self.regularise is None)
 
     @property
@@ -147,6 +147,9 @@ class Trust:
             said.setdefault(f"found {one.part}", []).append(f"{one.count} images, {one.what}: {one.action}")
         rows = {name: "; ".join(texts) for name, texts in said.items()}
         rows["found clean"] = f"{int(self.clean.sum())} of {len(self.noise)} images, trained at every noise level"
+        used = self.usable[self.weight > 0]
+        if len(used) and (floor := float(used.min())) > 0:
+            rows["not trained"] = f"noise levels below {floor:.3g}: sample with --label-floor {floor:.3g}"
         return rows
 
     def describe(self) -> dict[str, Any]:
@@ -214,20 +217,21 @@ def load(path: Path, count: int) -> Trust:
     return trust
 
 
-def examine(load: Load, count: int, without: Sequence[str] = ()) -> Trust:
+def examine(load: Load, count: int, without: Sequence[str] = (), memory: int = 0) -> Trust:
     """Look at every image of a set, all of one size.
 
     Args:
         load: Images by place, as they will be trained on.
         count: N >= 1.
         without: Parts of :data:`AUTO_PARTS` that are not looked for, or not acted on.
+        memory: Bytes that images may take between the passes over them; those that do not fit are loaded anew.
 
     Raises:
         ValueError: If a part is unknown.
     """
     if unknown := set(without) - set(AUTO_PARTS):
         raise ValueError(f"{', '.join(sorted(unknown))}: not one of {', '.join(AUTO_PARTS)}")
-    load = held(load, count)
+    load = held(load, count, memory)
     if min(load(range(1)).shape[2:]) < SIDES[-1]:  # too small to have detail
         without = [part for part in AUTO_PARTS if part != "duplicates" or part in without]
     nothing, zero = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.float64)
@@ -251,12 +255,12 @@ def examine(load: Load, count: int, without: Sequence[str] = ()) -> Trust:
         trust = _noise(trust, load, asked)
     good = asked & (trust.weight > 0)
     clean = good & (trust.noise == 0)
-    good = clean if bool(clean.any()) else good
+    good = next((images for images in (clean, good, ~blank) if bool(images.any())), blank)
     if bool(good.any()):
         energies = energies_of(repaired, count, good)
         for part in ("blur", "jpeg"):
             trust = _soft(trust, energies, low[part], good, part)
-        trust = _holes(trust, energies, load, good)
+        trust = _holes(trust, energies, load, repaired, good)
         if "outliers" not in without and int(clean.sum()) >= FEWEST:
             trust = _odd(trust, separate(energies), clean)
     if "outliers" not in without:
@@ -267,11 +271,23 @@ def examine(load: Load, count: int, without: Sequence[str] = ()) -> Trust:
 
 
 def _fall_back(trust: Trust) -> Trust:
-    """If no image is right at every level, the noisy ones are trained at all, and regularised below their noise."""
+    """If no image is right at every level, some must be trained there all the same, or nothing would be.
+
+    The noisy ones, and regularised below their noise; if there are none, the least damaged.
+    """
     used = trust.weight > 0
     noisy = trust.noise[used & (trust.noise > 0)]
-    if not len(noisy) or not bool((trust.usable[used] > 0).all()):
+    if not bool(used.any()) or not bool((trust.usable[used] > 0).all()):
         return trust
+    if not len(noisy):
+        least = used & (trust.usable == trust.usable[used].min())
+        action = "no image is whole, so that they are trained at every noise level"
+        findings = tuple(
+            replace(one, action=f"{one.action}; {action}") if one.level == float(trust.usable[least][0]) else one
+            for one in trust.findings
+        )
+        usable = torch.where(least, torch.zeros_like(trust.usable), trust.usable)
+        return replace(trust, usable=usable, findings=findings)
     edge = EDGE * float(noisy.median())
     action = f"no image is clean, so that noise levels below {edge:.3g} are regularised instead"
     findings = tuple(
@@ -397,27 +413,30 @@ def _soft(trust: Trust, energies: Energies, low: Tensor, clean: Tensor, part: st
     level = same_above(picture, energies.q[low].mean(0), energies.values)
     words = {"blur": "without the fine detail of the others", "jpeg": "with the 8 x 8 grid of strong JPEG"}
     action = f"trained at noise levels above {level:.3g}, where that no longer shows"
-    usable = torch.where(low, torch.maximum(trust.usable, torch.tensor(level).double()), trust.usable)
+    usable = torch.where(low, trust.usable.clamp(min=level), trust.usable)
     finding = Finding(part, int(low.sum()), words[part], action, level)
     return replace(trust, usable=usable, findings=(*trust.findings, finding))
 
 
-def _holes(trust: Trust, energies: Energies, load: Load, clean: Tensor) -> Trust:
-    """Images with lost pixels are filled in, and used where the same repair of clean images no longer shows."""
+def _holes(trust: Trust, energies: Energies, load: Load, repaired: Load, clean: Tensor) -> Trust:
+    """Images with lost pixels are filled in, and used where the same repair of clean images no longer shows.
+
+    If none is whole, the repair is tried on repaired ones, each with the lost pixels of the next.
+    """
     count = int(trust.holed.sum())
     if not count:
         return trust
     gaps, whole = (mask.nonzero().flatten()[:PAIRED].tolist() for mask in (trust.holed, clean))
-    pairs = list(zip(gaps, whole, strict=False))
-    original = torch.cat([load(range(place, place + 1)) for _, place in pairs])
+    pairs = list(zip(gaps[1:] + gaps[:1], whole, strict=False))
+    original = torch.cat([repaired(range(place, place + 1)) for _, place in pairs])
     lost = torch.cat([damage.holes(load(range(place, place + 1)), trust.lost) for place, _ in pairs])
     mended = damage.fill(original, lost)
     level = same_above(energies.of(original).mean(0), energies.of(mended).mean(0), energies.values)
     level = max(level, 2 * float((mended - original).double().square().mean().sqrt()))
     values = ", ".join(f"{value:.3g}" for value in trust.lost)
-    action = f"filled in, and trained at noise levels above {level:.3g}, measured on {len(pairs)} whole images"
+    action = f"filled in, and trained at noise levels above {level:.3g}, measured on {len(pairs)} images"
     finding = Finding("holes", count, f"scattered pixels of the value {values}", action, level)
-    usable = torch.where(trust.holed, torch.maximum(trust.usable, torch.tensor(level).double()), trust.usable)
+    usable = torch.where(trust.holed, trust.usable.clamp(min=level), trust.usable)
     return replace(trust, usable=usable, findings=(*trust.findings, finding))
 
 
