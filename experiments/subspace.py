@@ -1,6 +1,6 @@
 """Images on a known linear subspace of pixel space (digits; other images by --data): the same.
 
-    python experiments/subspace.py [--quick] [--output FOLDER]        # about 50 minutes on 2 cores
+    python experiments/subspace.py [--quick] [--output FOLDER]        # about 90 minutes on 2 cores
 
 The same as ``robustdiff reproduce subspace``, which takes these flags; stopped, it goes on where it was.
 """
