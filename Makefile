@@ -1,5 +1,5 @@
 # Everything from nothing but Python: each target makes .venv if it is missing.
-#   make demo    train on dirty digits, plain and robust, and compare: demo/
+#   make demo    train on dirty digits, plain, auto and robust, and compare: demo/
 #   make test    the test suite
 #   make check   lint, types, import order
 
@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	@echo "== demo: diffusion models of dirty digits, plain and robust, and a clean yardstick (about 7 minutes on 2 cores)"
+	@echo "== demo: diffusion models of dirty digits, plain, auto and robust, and a clean yardstick (about 8 minutes on 2 cores)"
 	$(BIN)/python experiments/digits_demo.py --output demo
 
 test: $(STAMP)

@@ -1,10 +1,11 @@
-"""The demo: 90 % of the digits are noised; a plain and a robust model are trained on them, side by side.
+"""The demo: 90 % of the digits are noised; a plain model and one by ``--auto`` are trained on them, side by side.
 
     python experiments/digits_demo.py --output demo
 
-Neither is told which images are noisy; the robust model's gate was placed knowing the noise level. Everything is drawn,
-measured and written into one folder: ``figure.png``, ``table.md``, ``results.json`` and three runs, each an ordinary
-diffusers pipeline. The third, plain training on clean digits, is the yardstick: it shows what is lost to the dirt.
+Neither is told anything; a third, the regulariser alone, has a gate placed knowing the noise level. Everything is
+drawn, measured and written into one folder: ``figure.png``, ``table.md``, ``results.json`` and four runs, each an
+ordinary diffusers pipeline. The fourth, plain training on clean digits, is the yardstick: it shows what is lost to the
+dirt.
 """
 
 import argparse
@@ -70,10 +71,11 @@ def spread(images: torch.Tensor, real: torch.Tensor) -> float:
 
 
 def train_all(folder: Path, data: Path, images: str, seed: int) -> dict[str, float]:
-    """Train the three models, two at a time with half of the cores each; seconds per model."""
+    """Train the four models, two at a time with half of the cores each; seconds per model."""
     threads = str(max(1, (os.cpu_count() or 2) // 2))
     runs = {
         "plain": ["--preset", "plain", "--corrupt", DIRT],
+        "auto": ["--auto", "--corrupt", DIRT],
         "robust": [*ROBUST, "--corrupt", DIRT],
         "plain-on-clean": ["--preset", "plain"],
     }
@@ -91,15 +93,15 @@ def train_all(folder: Path, data: Path, images: str, seed: int) -> dict[str, flo
         return time.perf_counter() - started
 
     with ThreadPoolExecutor(2) as pool:
-        robust = pool.submit(one, "robust")
-        plain = pool.submit(lambda: [one("plain"), one("plain-on-clean")])
-        while wait([robust, plain], timeout=30).not_done:
+        queues = (("auto", "robust"), ("plain", "plain-on-clean"))
+        waiting = [pool.submit(lambda names=names: {name: one(name) for name in names}) for names in queues]
+        while wait(waiting, timeout=30).not_done:
             for name in runs:
                 log = folder / f"{name}.log"
                 lines = log.read_text().splitlines() if log.exists() else []
                 if lines and not lines[-1].startswith("done"):
                     print(f"  {name}: {lines[-1]}", flush=True)
-        return {"robust": robust.result(), **dict(zip(("plain", "plain-on-clean"), plain.result(), strict=True))}
+        return {name: seconds for queue in waiting for name, seconds in queue.result().items()}
 
 
 def main() -> None:
@@ -129,7 +131,7 @@ def main() -> None:
     dirty = to_uint8(torch.stack([dirt.apply(image, seed, index) for index, image in enumerate(clean)]))
 
     # Training
-    print(f"== training three models of {arguments.images} images each, two at a time", flush=True)
+    print(f"== training four models of {arguments.images} images each, two at a time", flush=True)
     seconds = train_all(folder, folder / "data" / "train.npy", arguments.images, seed)
     logging.disable_progress_bar()
     pipelines = {name: load_pipeline(folder / name) for name in seconds}
@@ -148,7 +150,7 @@ def main() -> None:
         return min(values, key=lambda value: frechet(draw("plain", n // 2, 100_000, **{setting: value}), validation))
 
     print(f"== sampling {n} images per row, {STEPS} deterministic steps", flush=True)
-    plain, robust = draw("plain"), draw("robust")
+    plain, auto = draw("plain"), draw("auto")
     apart = draw("plain", n // 2, 100_000)
     floor, relabel = best("label_floor", FLOORS), best("relabel", RELABELS)
     factor = min(SHRINKS, key=lambda value: frechet(shrink(apart, value), validation))
@@ -163,7 +165,11 @@ def main() -> None:
         ),
         f"plain, label floor {floor:g}": ("level chosen on clean validation images", draw("plain", label_floor=floor)),
         f"plain, shrunk x {factor:g}": ("factor chosen on clean validation images", shrink(plain, factor)),
-        "robust": ("noise level; gate and strength chosen on clean held-out digits, the test half included", robust),
+        "robust": (
+            "noise level; gate and strength chosen on clean held-out digits, the test half included",
+            draw("robust"),
+        ),
+        "--auto": ("nothing", auto),
     }
     results = [
         {
@@ -195,7 +201,7 @@ def main() -> None:
         f"| {r['row']} | {r['told']} | {r['frechet']:.3f} | {r['noise']:.3f} | {r['spread']:.3f} |" for r in results
     ]
     (folder / "table.md").write_text("\n".join(table) + "\n")
-    draw_figure(folder / "figure.png", {"training images": dirty, "plain samples": plain, "robust samples": robust})
+    draw_figure(folder / "figure.png", {"training images": dirty, "plain samples": plain, "samples of --auto": auto})
     print("\n".join(table))
     print(f"== {folder}/figure.png, table.md, results.json after {(time.perf_counter() - started) / 60:.1f} minutes")
 

@@ -117,8 +117,8 @@ def test_the_demo_runs_and_writes_what_it_promises(tmp_path: Path) -> None:
     python(str(script), "--output", str(tmp_path / "demo"), "--images", "256", "--samples", "300", cwd=tmp_path)
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     names = [row["row"] for row in results["rows"]]
-    assert names[-1] == "robust"
-    assert len(names) == 8
+    assert names[-2:] == ["robust", "--auto"]
+    assert len(names) == 9
     rows = {row["row"]: row for row in results["rows"]}
     floor, dirty = rows["clean training digits (the floor)"], rows["dirty training digits"]
     assert 0 < floor["frechet"] < dirty["frechet"]
@@ -126,7 +126,7 @@ def test_the_demo_runs_and_writes_what_it_promises(tmp_path: Path) -> None:
     assert floor["noise"] < 0.06 < dirty["noise"] < 0.19
     assert (tmp_path / "demo" / "figure.png").stat().st_size > 10_000
     table = (tmp_path / "demo" / "table.md").read_text().splitlines()
-    assert len(table) == 10
+    assert len(table) == 11
 
 
 def test_the_noise_experiment_runs_and_its_committed_result_says_how_it_was_got(tmp_path: Path) -> None:
