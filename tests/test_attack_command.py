@@ -406,7 +406,7 @@ def test_the_report_shows_displacements_curves_and_flags(whole: Path, tmp_path: 
     page = render(collect([tmp_path / "run"]))
     for words in (
         "end-to-end · linf 0.1 · all sampler steps · the attacker knows weights, sampler, noise · 3 images",
-        "none of 14 flags says that it is invalid",
+        "none of 15 flags says that it is invalid",
         "displacement, strongest of all",
         "Displacement by radius",
         "Best so far, by evaluation",

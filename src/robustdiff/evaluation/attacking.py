@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from robustdiff import durable
-from robustdiff.attack import APGD, PGD, Found, RandomSearch
+from robustdiff.attack import Found
 from robustdiff.config import AttackConfig
 from robustdiff.corruption import derive_seed
+from robustdiff.evaluation.attack_plan import EOT, VERDICTS, Cell, is_blind, radius
 from robustdiff.evaluation.validity import HUGE, Flag, check_checkpointing, check_gradient
 from robustdiff.process import draw_normal
 from robustdiff.sampling import image_generators
@@ -27,78 +28,8 @@ from robustdiff.trajectory import Trajectory, frozen
 
 Tell = Callable[[int], None]
 """Told of finished work, in network calls per image; may raise, to stop."""
-Optimiser = RandomSearch | PGD | APGD
-DEFAULT_RADIUS = 0.01
-"""At all of 50 steps PGD-40 moves digits by 1.15 spreads, random signs by 0.1; at 0.1 images saturate (lab notes)."""
-RANDOM_DRAWS = 10
-RADII = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Of the curve, in units of ``--radius``."""
-STEP_SIZES = (1.0, 6.25)
-"""Of the sweep, in radii per run of PGD, beside the usual 2.5."""
-EOT, VERDICTS = 5, 20
 CHECKED, CHECKED_STEPS = 8, 4
 """Images that gradients are checked on; sampler steps that plain gradients, which hold all of them, go through."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One attack, on every image or the first few.
-
-    Attributes:
-        name: What files and tables call it.
-        optimiser: What it does.
-        factor: Its radius in units of ``--radius``; None: huge.
-        everywhere: Whether all images are attacked, or the first ``--sweep-n``.
-    """
-
-    name: str
-    optimiser: Optimiser
-    factor: float | None = 1.0
-    everywhere: bool = False
-
-    @property
-    def evaluations(self) -> tuple[int, int]:
-        """Evaluations of the objective with a gradient, and without."""
-        if isinstance(self.optimiser, RandomSearch):
-            return 0, self.optimiser.draws
-        return self.optimiser.restarts * self.optimiser.steps, self.optimiser.restarts
-
-
-def lengths(config: AttackConfig) -> tuple[int, int, int]:
-    """Gradient steps of short, usual and long PGD."""
-    usual = config.iterations or 40
-    return usual // 4, usual, usual * 5 // 2
-
-
-def plan(config: AttackConfig) -> list[Cell]:
-    """Every attack that a result needs: the one asked for first, then what it is measured against."""
-    short, usual, long = lengths(config)
-    asked: Optimiser
-    if config.optimiser == "random":
-        asked = RandomSearch(usual)
-    elif config.optimiser == "one-step":
-        asked = PGD(1, restarts=config.restarts)
-    elif config.optimiser == "apgd":
-        asked = APGD(usual, config.restarts)
-    else:
-        asked = PGD(usual, config.step_size, config.momentum, config.restarts)
-    cells = [
-        Cell("attack", asked, everywhere=True),
-        Cell("random", RandomSearch(RANDOM_DRAWS), everywhere=True),
-        Cell("one-step", PGD(1), everywhere=True),
-        *(Cell(f"pgd-{steps}", PGD(steps)) for steps in (short, usual, long)),
-        Cell(f"apgd-{usual}", APGD(usual)),
-        *(Cell(f"pgd-{short} step {size / short:g}", PGD(short, size / short)) for size in STEP_SIZES),
-        *(Cell(f"pgd-{short} radius x {factor:g}", PGD(short), factor) for factor in RADII if factor != 1),
-        Cell(f"pgd-{short} huge radius", PGD(short), None),
-    ]
-    # what is asked for may be one of the others: it is computed once, under its own name
-    return [cells[0], *(cell for cell in cells[1:] if (cell.optimiser, cell.factor) != (asked, 1.0))]
-
-
-def twin(cells: Sequence[Cell], name: str) -> str:
-    """The cell of that name, or ``attack`` where that is the same."""
-    return name if any(cell.name == name for cell in cells) else "attack"
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +38,8 @@ class Outcome:
 
     Attributes:
         moved: Euclidean distance of the final image from the undisturbed one, root mean square over the verdicts, (B,).
-        score: What the attack makes large, in distances, (B,): ``moved``; for a target how much nearer it came; for
-            shift and residual their size.
+        score: What the attack makes large, in distances, (B,): ``moved``; for a target how much nearer it came, over
+            the verdicts alike; for shift and residual their size.
         trace: The best value of the objective so far, (evaluations, B), of the first restart.
         restarts: The same after each restart, (R, B).
         images: The images reached, uint8 (B, C, H, W), in the first verdict.
@@ -233,7 +164,7 @@ class Batch:
     @property
     def blind(self) -> bool:
         """Whether the attacker does not know the noise."""
-        return self.config.noise in ("fixed", "fresh")
+        return is_blind(self.config)
 
     def verdict_noise(self, i: int) -> Sequence[Tensor | None]:
         """The noise that judges, number i: the sampler's own if the attacker knows it, or one that he has not seen."""
@@ -246,28 +177,33 @@ class Batch:
         """How many."""
         return (self.config.verdicts or VERDICTS) if self.blind else 1
 
-    def _displacement(self, cell: str) -> Displacement:
+    def _draws(self, eot: int | None) -> int:
+        """Draws of the noise per gradient."""
+        return (eot or self.config.eot or EOT) if self.blind else 1
+
+    def _displacement(self, cell: str, eot: int | None = None) -> Displacement:
         """The end-to-end objective under the noise that the attacker uses."""
         target = self.target if self.config.objective == "target" else None
         made: dict[str, Any] = {"target": target}
-        first, terms = self.attacked[0], self.config.eot or EOT
+        first, terms = self.attacked[0], self._draws(eot)
         if self.config.noise == "fresh":
             generators = self._generators("eot", cell)
             made |= {"terms": terms, "fresh": True}
             made["noise"] = lambda term: self.trajectory.draw_noise(self.state, generators, first=first)
         elif self.config.noise == "fixed":
-            drawn = [
-                self.trajectory.draw_noise(self.state, self._generators("eot", e), first=first) for e in range(terms)
-            ]
-            made |= {"terms": terms, "noise": drawn.__getitem__}
+            # drawn again each time, the same: held, twenty draws would be most of the memory
+            made |= {"terms": terms}
+            made["noise"] = lambda term: self.trajectory.draw_noise(
+                self.state, self._generators("eot", term), first=first
+            )
         else:
             made["noise"] = lambda term: self._start[1]
         return Displacement(self.trajectory, self.state, self.attacked, **made)
 
-    def objective(self, cell: str) -> Objective:
+    def objective(self, cell: str, eot: int | None = None) -> Objective:
         """What ``--objective`` says."""
         if self.config.objective in ("end-to-end", "target"):
-            return self._displacement(cell)
+            return self._displacement(cell, eot)
         noise, x, here = self._start[1], self.state, self.attacked[0]
         states = []
         with torch.no_grad(), frozen(self.trajectory.modules):
@@ -293,7 +229,7 @@ class Batch:
         """Network calls per image, about: a gradient is worth four (forward twice, backward)."""
         remaining = len(self.trajectory.steps) - self.attacked[0]
         through = remaining if self.config.objective in ("end-to-end", "target") else len(self.attacked)
-        terms = (self.config.eot or EOT) if self.blind and self.config.objective in ("end-to-end", "target") else 1
+        terms = self._draws(cell.eot)
         with_gradient, without = cell.evaluations
         return (4 * with_gradient + without) * through * terms + self.verdicts * remaining
 
@@ -308,7 +244,7 @@ class Batch:
         Raises:
             ArithmeticError: If nothing finite was found, or the constraint is violated.
         """
-        objective, ball = self.objective(cell.name), self.ball(cell.factor)
+        objective, ball = self.objective(cell.name, cell.eot), self.ball(cell.factor)
         total, (with_gradient, without) = self.work(cell), cell.evaluations
         told = 0
 
@@ -325,7 +261,7 @@ class Batch:
         return outcome
 
     def _judge(self, found: Found, ball: Ball, replay: Replay | None) -> Outcome:
-        squares, first = [], None
+        squares, nearer, first = [], [], None
         judging = Displacement(self.trajectory, self.state, self.attacked)
         with torch.no_grad(), frozen(self.trajectory.modules):
             for i in range(self.verdicts):
@@ -335,29 +271,27 @@ class Batch:
                 reached = judging.images(found.omega, noise)
                 first = reached if first is None else first
                 squares.append((reached - self._ends[i]).square().flatten(1).sum(1))
+                if self.config.objective == "target":
+                    gaps = [(self.target - images).square().flatten(1).sum(1) for images in (self._ends[i], reached)]
+                    nearer.append(torch.stack(gaps))
         assert first is not None
         mismatch = torch.tensor(float("nan"))
         if replay is not None and not self.blind:
             mismatch = (replay(self.images, found.omega) - first.cpu()).abs().max()
         moved = torch.stack(squares).mean(0).sqrt()
+        score = moved if self.config.objective == "end-to-end" else found.value.clamp(min=0).sqrt()
+        if nearer:
+            away, left = torch.stack(nearer).mean(0).sqrt()
+            score = away - left
         return Outcome(
             moved.double(),
-            self._score(found, moved).double(),
+            score.double(),
             found.trace.double(),
             found.restarts.double(),
             ((first / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8),
             ball.excess(found.omega).double(),
             mismatch.double(),
         )
-
-    def _score(self, found: Found, moved: Tensor) -> Tensor:
-        if self.config.objective == "end-to-end":
-            return moved
-        if self.config.objective == "target":
-            away = (self.target - self.clean).flatten(1).norm(dim=1)
-            covered: Tensor = away - (-found.value).clamp(min=0).sqrt()
-            return covered
-        return found.value.clamp(min=0).sqrt()
 
     def check(self) -> list[Flag]:
         """The flags about gradients, on these images: give few."""
@@ -377,9 +311,3 @@ class Batch:
                 check_checkpointing(short, Ball("linf", 0.1).draw(short.like, self._generators("checkpoints")))
             )
         return flags
-
-
-def radius(config: AttackConfig, shape: Sequence[int]) -> float:
-    """``--radius``, or its default."""
-    root = float(torch.Size(shape).numel()) ** 0.5
-    return config.radius or (DEFAULT_RADIUS if config.norm == "linf" else DEFAULT_RADIUS * root)

@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +22,11 @@ from tqdm.auto import tqdm
 from robustdiff import durable
 from robustdiff.config import AttackConfig, EvaluateConfig, RobustdiffWarning, SampleConfig, UsageError
 from robustdiff.evaluation import few_step, sheets
-from robustdiff.evaluation.attacking import (
-    CHECKED,
-    EOT,
-    VERDICTS,
-    Batch,
-    Cell,
-    Outcome,
-    join,
-    lengths,
-    plan,
-    radius,
-    twin,
-)
+from robustdiff.evaluation.attack_plan import EOT, VERDICTS, Cell, is_blind, lengths, plan, radius
+from robustdiff.evaluation.attack_results import Summary, sentence
+from robustdiff.evaluation.attacking import CHECKED, Batch, Outcome, join
 from robustdiff.evaluation.gathering import digest, name_of, output_folder, weights_sha256
-from robustdiff.evaluation.quality import NORMAL_95
 from robustdiff.evaluation.results import write_result
-from robustdiff.evaluation.validity import (
-    Flag,
-    check_gain,
-    check_huge,
-    check_random,
-    check_rising,
-)
 from robustdiff.machine import check_launcher, processes
 from robustdiff.sample_files import class_labels
 from robustdiff.sampling import SamplerStep, load_pipeline, sample, trajectory_of, without_accelerator
@@ -97,7 +78,7 @@ def attack(config: AttackConfig) -> Path:
 
 
 def _protocol(config: AttackConfig, pipeline: DiffusionPipeline, shape: Sequence[int]) -> dict[str, Any]:
-    blind = config.noise in ("fixed", "fresh")
+    blind = is_blind(config)
     attacker = {
         "knows": "weights, sampler" + ("" if blind else ", noise"),
         "norm": config.norm,
@@ -152,11 +133,6 @@ class _Run:
         following = [(i + 1) % self.config.n for i in images]
         return Batch(self.config, trajectory, images, self.shape, self.device, lambda: self._batch(following).clean)
 
-    @cached_property
-    def _sweep(self) -> int:
-        """Images that every flag and curve compares."""
-        return min(self.config.sweep_n, self.config.n)
-
     def _batches(self, count: int) -> list[Batch]:
         """The first images, in batches."""
         return [
@@ -180,7 +156,7 @@ class _Run:
 
     def _cells(self, cells: Sequence[Cell], everyone: Sequence[Batch]) -> dict[str, Outcome]:
         """Every cell of every batch: from disk, or computed and kept."""
-        few = self._batches(self._sweep)
+        few = self._batches(min(self.config.sweep_n, self.config.n))
         parts = [(cell, batch) for cell in cells for batch in (everyone if cell.everywhere else few)]
         kept = [self._kept(self._path(cell, batch), len(batch.images)) for cell, batch in parts]
         work = [batch.work(cell) * len(batch.images) for cell, batch in parts]
@@ -246,18 +222,18 @@ class _Run:
         spread, variance = self._spread(clean)
         per_pixel = float(variance.mean().sqrt())
         unit = spread if per_pixel > 1e-4 else None
-        means = {name: float(o.moved[: self._sweep].mean()) / unit if unit else None for name, o in found.items()}
-        flags += self._flags(cells, found, means, per_pixel)
+        summary = Summary(config, self.shape, cells, found, per_pixel, unit)
+        flags += summary.flags()
         sheet = path.with_name(f"{path.stem}-images.png")
         pictures = ((clean / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         sheets.attacked_sheet(pictures, found["attack"].images, sheet)
         for name, images in (("undisturbed", pictures), ("attacked", found["attack"].images)):
             _save(images, path.with_name(f"{path.stem}-{name}.npy"))
         body = {
-            "values": self._values(cells, found, unit, per_pixel),
-            "details": {"flags": [flag.to_json() for flag in flags], **self._curves(cells, found, means, unit)},
+            "values": summary.values(),
+            "details": {"flags": [flag.to_json() for flag in flags], **summary.curves()},
             "sheets": {"attacked": sheet.name},
-            "warnings": [_sentence(flag) for flag in flags if flag.raised],
+            "warnings": [sentence(flag) for flag in flags if flag.raised],
         }
         about = {"run": config.run, "title": config.title, "told": config.told}
         protocol = {
@@ -267,87 +243,6 @@ class _Run:
         }
         return write_result(path, "attack", about, protocol, body, time.perf_counter() - started)
 
-    def _flags(
-        self, cells: Sequence[Cell], found: Mapping[str, Outcome], means: Mapping[str, float | None], per_pixel: float
-    ) -> list[Flag]:
-        """Those that compare attacks."""
-        short, usual, long = lengths(self.config)
-        scores = {name: float(outcome.score[: self._sweep].mean()) for name, outcome in found.items()}
-        by_radius = [scores[name] for name, _ in self._radii(cells)]
-        by_steps = [scores[twin(cells, f"pgd-{steps}")] for steps in (short, usual, long)]
-        strongest = max(scores[cell.name] for cell in cells if cell.factor == 1)
-        huge = next(cell.name for cell in cells if cell.factor is None)
-        asked, random = found["attack"].score, found[twin(cells, "random")].score
-        if self.config.optimiser == "random":  # what was asked for is the baseline: the others must beat it
-            asked, random = found[f"pgd-{usual}"].score, random[: self._sweep]
-        mismatch = float(found["attack"].mismatch)
-        replayed = Flag("sampler-mismatch", mismatch)
-        if mismatch != mismatch:
-            replayed = Flag("sampler-mismatch", 0.0, "not replayed: the result is judged on noise of its own")
-        return [
-            check_random(asked, random),
-            check_rising("radius-not-monotone", by_radius),
-            check_huge(means[huge]),
-            check_rising("steps-not-monotone", by_steps),
-            check_gain("not-converged", by_steps[1], by_steps[2]),
-            check_gain("other-attack-stronger", scores["attack"], strongest),
-            Flag("constraint-violated", max(float(outcome.excess) for outcome in found.values())),
-            replayed,
-            Flag("no-spread", per_pixel),
-        ]
-
-    def _radii(self, cells: Sequence[Cell]) -> list[tuple[str, float]]:
-        """Cells of the radius curve and their radii, rising."""
-        short = lengths(self.config)[0]
-        rows = [(cell.name, cell.factor) for cell in cells if cell.factor not in (None, 1.0)]
-        rows.append((twin(cells, f"pgd-{short}"), 1.0))
-        unit = radius(self.config, self.shape)
-        return sorted(((name, factor * unit) for name, factor in rows if factor is not None), key=lambda row: row[1])
-
-    def _values(
-        self, cells: Sequence[Cell], found: Mapping[str, Outcome], unit: float | None, per_pixel: float
-    ) -> dict[str, Any]:
-        """Displacements at the radius asked for, in units of the generated spread."""
-        moved = {cell.name: found[cell.name].moved for cell in cells if cell.factor == 1}
-        worst = moved["attack"].clone()
-        for values in moved.values():  # those on fewer images count for these
-            worst[: len(values)] = torch.maximum(worst[: len(values)], values)
-        rows = {"displacement": moved.pop("attack"), "displacement, strongest of all": worst}
-        for name, values in moved.items():
-            few = f" (first {len(values)})" if len(values) < self.config.n else ""
-            rows[f"displacement, {name}{few}"] = values
-        values = {name: _value(distances, unit) for name, distances in rows.items()}
-        pixels = torch.Size(self.shape).numel() ** 0.5
-        values["moved per pixel"] = {**_value(rows["displacement"], pixels), "better": "lower"}
-        values["generated spread per pixel"] = {**_value(None, None), "value": per_pixel}
-        return values
-
-    def _curves(
-        self,
-        cells: Sequence[Cell],
-        found: Mapping[str, Outcome],
-        means: Mapping[str, float | None],
-        unit: float | None,
-    ) -> dict[str, Any]:
-        short, usual, long = lengths(self.config)
-        names = [twin(cells, f"pgd-{steps}") for steps in (short, usual, long)]
-        radii = self._radii(cells)
-        sizes = {cell.name: cell.optimiser for cell in cells if " step " in cell.name}
-        attacked = found["attack"]
-        follow = self.config.objective == "end-to-end" and unit is not None
-        return {
-            "spread": unit,
-            "by_radius": {"radius": [r for _, r in radii], "displacement": [means[name] for name, _ in radii]},
-            "by_steps": {"steps": [short, usual, long], "displacement": [means[name] for name in names]},
-            "by_step_size": {
-                "step_size": [*(getattr(o, "step_size", None) for o in sizes.values()), 2.5 / short],
-                "displacement": [*(means[name] for name in sizes), means[names[0]]],
-            },
-            "by_evaluation": _mean_root(attacked.trace, unit) if follow else None,
-            "by_restart": _mean_root(attacked.restarts, unit) if follow else None,
-            "per_image": [round(float(x), 6) for x in attacked.moved / unit] if unit else None,
-        }
-
 
 def _save(images: Tensor, path: Path) -> None:
     """uint8 (n, C, H, W) as an array that ``robustdiff evaluate`` reads, whole or not at all."""
@@ -356,31 +251,6 @@ def _save(images: Tensor, path: Path) -> None:
     np.save(part, array[..., 0] if array.shape[-1] == 1 else array)
     durable.fsync_file(part)
     part.replace(path)
-
-
-# -- numbers and words -----------------------------------------------------------------------------------
-
-
-def _value(moved: Tensor | None, unit: float | None) -> dict[str, Any]:
-    """An entry of ``values``: the mean over the images and its 95 % interval."""
-    if moved is None or unit is None:
-        return {"value": None, "floor": None, "better": "neither", "interval": None, "about": {}}
-    mean, error = float(moved.mean()) / unit, float(moved.std()) / len(moved) ** 0.5 / unit
-    interval = [mean - NORMAL_95 * error, mean + NORMAL_95 * error]
-    about = {"n": len(moved), "largest": float(moved.max()) / unit, "smallest": float(moved.min()) / unit}
-    return {"value": mean, "floor": None, "better": "lower", "interval": interval, "about": about}
-
-
-def _mean_root(values: Tensor, unit: float | None) -> list[float]:
-    """Squared distances (rows, B) to mean distances in spreads."""
-    return [float(x) for x in values.clamp(min=0).sqrt().mean(1) / (unit or 1.0)]
-
-
-def _sentence(flag: Flag) -> str:
-    told = flag.to_json()
-    value = "not measured" if told["value"] is None else f"{told['value']:.3g}, limit {told['limit']:g}"
-    weight = "the result is not valid" if told["invalid"] else "a stronger attack may exist"
-    return f"flag {flag.name} ({value}): {weight}; raised when {told['raised_when']}"
 
 
 def _minutes(seconds: float) -> str:

@@ -31,6 +31,7 @@ RAISED_WHEN = {
     "steps-not-monotone": "more steps of PGD achieve less, by a share above the limit",
     "not-converged": "the last extension of PGD still gained a share above the limit",
     "other-attack-stronger": "PGD or one of its variants beats the attack asked for by a share above the limit",
+    "eot-too-few": "more draws of the noise per gradient achieve more, by a share above the limit",
     "constraint-violated": "a perturbation is larger than its radius times the limit",
     "sampler-mismatch": "replayed in the stock sampler, images end elsewhere by more than the limit, in pixel units",
     "no-spread": "generated images differ from one another by less than the limit, per pixel",
@@ -48,11 +49,12 @@ LIMITS = {
     "steps-not-monotone": 0.02,
     "not-converged": 0.05,
     "other-attack-stronger": 0.05,
+    "eot-too-few": 0.05,
     "constraint-violated": 1 + TOLERANCE,
     "sampler-mismatch": 0.01,
     "no-spread": 1e-4,
 }
-INFORMATIVE = ("gradient-local", "not-converged", "other-attack-stronger")
+INFORMATIVE = ("gradient-local", "not-converged", "other-attack-stronger", "eot-too-few")
 """Raised, these say that a stronger attack may exist; the others, that the number is wrong or means something else."""
 HUGE = 10.0
 """Size of the perturbation that must break any model, in units of the data (pixels in [-1, 1])."""
