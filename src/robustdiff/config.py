@@ -683,6 +683,21 @@ class AttackConfig:
     """Image i starts from its own generator, seeded with SEED + i, as `robustdiff sample` does; SEED >= 0."""
     batch_size: Annotated[int, arg(aliases=["--eval-batch-size"])] = 64
     """Images per forward pass, >= 1; memory grows with it."""
+    reference: OptionalText = None
+    """Clean real images that quality before and after the attack is measured against: anything that `robustdiff train`
+    reads. Default: 2000 of those that the run folder names as its data; `none` = leave it out."""
+    extractor: UseAppendAction[tuple[str, ...]] = ()
+    """What turns images into features for that (repeatable), as of `robustdiff evaluate`. Default: pixels."""
+    split: OptionalText = None
+    """Part of the reference, if it comes in parts (train, test ..., or all). Default: train."""
+    dataset_config_name: OptionalText = None
+    """Configuration of the reference, if it is a hub data set that has several."""
+    image_column: OptionalText = None
+    """Column of the reference that holds the images, if it is a table. Default: the only one that can."""
+    max_bad_fraction: float = 0.01
+    """Largest share of unreadable images of the reference that is skipped rather than an error, 0 to 1."""
+    cache: OptionalText = None
+    """Folder that keeps features by content, or `none`. Default: ~/.cache/robustdiff (see ROBUSTDIFF_CACHE)."""
     output: Annotated[str | None, arg(aliases=["-o", "--output-dir"], metavar="FOLDER")] = None
     """Folder for the result and its pictures. Default: RUN/evaluation of a pipeline folder, else
     evaluation/NAME/evaluation here."""
@@ -699,7 +714,8 @@ class AttackConfig:
         Raises:
             UsageError: One line that names the flag and the remedy.
         """
-        for name in ("run", "output", "title", "told", "at"):
+        texts = ("output", "title", "told", "at", "reference", "split", "dataset_config_name", "image_column", "cache")
+        for name in ("run", *texts):
             flag = "RUN" if name == "run" else "--" + name.replace("_", "-")
             _require(getattr(self, name) != "", f"{flag} is empty: give a name, or leave the flag out")
         radius, most = self.radius, 10.0 if self.norm == "linf" else math.inf
@@ -746,7 +762,20 @@ class AttackConfig:
         if self.noise in (None, "known"):
             idle = [name for name in ("eot", "verdicts") if getattr(self, name) is not None]
             _require(not idle, f"{_flags(idle)} needs --noise fixed or fresh: the attacker knows the noise")
+        self._check_reference()
         self.attacked()
+
+    def _check_reference(self) -> None:
+        """What quality after the attack is measured against, and by."""
+        _require("" not in self.extractor, "--extractor is empty: name one, or leave the flag out")
+        twice = [name for name in self.extractor if self.extractor.count(name) > 1]
+        _require(not twice, f"--extractor {twice[0] if twice else ''} is given twice: leave one out")
+        _require(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction must be between 0 and 1")
+        nothing = self.reference == "none" and bool(self.extractor)
+        _require(not nothing, "--extractor does nothing with --reference none: leave one of them out")
+        if self.reference in (None, "none"):
+            idle = [name for name in ("split", "dataset_config_name", "image_column") if getattr(self, name)]
+            _require(not idle, f"{_flags(idle)} needs --reference: add it, or leave this out")
 
     def attacked(self) -> tuple[int, ...]:
         """The sampler steps of ``--at``, rising.

@@ -114,7 +114,7 @@ class _Evaluation:
             cache = Path(self.config.cache).expanduser() if self.config.cache else default_cache()
 
         def features(images: Tensor | ImageSet, what: str) -> Features | None:
-            with _bar(extractor.name, len(images), "image") as tell:
+            with bar(extractor.name, len(images), "image") as tell:
                 size = self.config.batch_size
                 return extract_together(extractor, images, what, batch_size=size, cache=cache, progress=tell)
 
@@ -131,7 +131,7 @@ class _Evaluation:
         """Every result by one extractor."""
         started = time.perf_counter() - found.seconds
         extractor, fake, real = found.extractor, found.fake, found.real
-        quality = judge(fake, real, found.held_out, seed=self.config.seed, bars=_bar)
+        quality = judge(fake, real, found.held_out, seed=self.config.seed, bars=bar)
         written = [self._quality(extractor, fake, real, quality, started)]
         if found.training is not None:
             written.append(self._copying(extractor, fake, real, found.training, time.perf_counter()))
@@ -178,7 +178,7 @@ class _Evaluation:
                 "against; name others with --reference"
             )
         features = (fake.values, training.values, null_features)
-        with _bar("copies", 2 * (len(fake.values) + (0 if null is None else len(null))), "row") as tell:
+        with bar("copies", 2 * (len(fake.values) + (0 if null is None else len(null))), "row") as tell:
             found = memorisation(
                 _flat(self.generated.images),
                 _flat(self.training.images[:]),
@@ -206,7 +206,7 @@ class _Evaluation:
         assert self.generated.pipeline is not None
         counts, names = self.config.few_step_counts(), self.config.few_step_samplers()
         rows = sum(2 * len(real.values) + len(fake.values) for fake in drawn.values())
-        with _bar("few steps", rows, "row") as tell:
+        with bar("few steps", rows, "row") as tell:
             curves = [
                 few_step.curve([drawn[name, n] for n in counts], self.generated.pipeline, real, name, counts, tell)
                 for name in names
@@ -226,23 +226,15 @@ class _Evaluation:
         return self._write(path, "few-step", protocol, body, started)
 
     def _protocol(self, extractor: Extractor, fake: Features | None, floor: str) -> dict[str, Any]:
-        about = {
-            "name": extractor.name,
-            "kind": extractor.kind,
-            "sha256": extractor.sha256,
-            "features": None if fake is None else fake.values.shape[1],
-            "resize": extractor.resize,
-            "settings": dict(extractor.settings),
-        }
         return {
-            "extractor": about,
+            "extractor": describe(extractor, fake),
             "n_generated": len(self.generated.images),
             "n_real": len(self.real),
             "image": list(self.generated.images.shape[1:]),
             "generated": dict(self.generated.about),
-            "reference": _account(self.real, self.config.split),
-            "held_out": None if self.held_out is None else _account(self.held_out, self.config.held_out_split),
-            "training": None if self.training is None else _account(self.training, self.config.training_split),
+            "reference": account(self.real, self.config.split),
+            "held_out": None if self.held_out is None else account(self.held_out, self.config.held_out_split),
+            "training": None if self.training is None else account(self.training, self.config.training_split),
             "sampler": None if self.generated.sampler is None else dict(self.generated.sampler),
             "floor": floor,
             "seeds": [self.config.seed],
@@ -281,14 +273,27 @@ def summary(paths: Sequence[Path]) -> str:
 
 
 @contextmanager
-def _bar(what: str, total: int, unit: str = "row") -> Iterator[Callable[[int], object]]:
+def bar(what: str, total: int, unit: str = "row") -> Iterator[Callable[[int], object]]:
     """A bar on the first process's terminal; nothing elsewhere."""
     shown = PartialState().is_main_process and sys.stderr.isatty()
     with tqdm(total=total, unit=unit, desc=what, disable=not shown, leave=False) as bar:
         yield bar.update
 
 
-def _account(images: ImageSet, split: str | None) -> dict[str, Any]:
+def describe(extractor: Extractor, features: Features | None) -> dict[str, Any]:
+    """``extractor`` of a protocol."""
+    return {
+        "name": extractor.name,
+        "kind": extractor.kind,
+        "sha256": extractor.sha256,
+        "features": None if features is None else features.values.shape[1],
+        "resize": extractor.resize,
+        "settings": dict(extractor.settings),
+    }
+
+
+def account(images: ImageSet, split: str | None) -> dict[str, Any]:
+    """``reference`` of a protocol, and its like."""
     return {
         "source": name_of(images.source),
         "split": split,

@@ -235,17 +235,35 @@ def load_training(
         images = _load(config.training, "--training", config.max_bad_fraction, **options)
         _same_size(images, "--training", size)
         return images, None
-    settings = _settings(config.run)
+    try:
+        images = trained_on(config.run, resolution, channels, size)
+    except TrainingUnread as error:
+        return None, f"copying was not looked for, as the training images cannot be read ({error}): give --training"
+    return images, None if images else "copying was not looked for: name the training images with --training"
+
+
+class TrainingUnread(UsageError):
+    """A run says what it was trained on, and that cannot be read."""
+
+
+def trained_on(run: str, resolution: int | None, channels: int, size: tuple[int, int]) -> ImageSet | None:
+    """The images that a run folder says it was trained on, without dirt that was added to them; None if it says none.
+
+    Raises:
+        TrainingUnread: If they cannot be read, or brought to this size.
+        UsageError: If the run's settings cannot be read.
+    """
+    settings = _settings(run)
     if not settings:
-        return None, "copying was not looked for: name the training images with --training"
+        return None
     options = {"split": settings.get("split"), "config": settings.get("dataset_config_name")}
     options["image_column"] = settings.get("image_column")
     try:
         images = load_images(settings["data"], resolution=resolution, channels=channels, **options)
         _same_size(images, "the training images", size)
     except UsageError as error:
-        return None, f"copying was not looked for, as the training images cannot be read ({error}): give --training"
-    return images, None
+        raise TrainingUnread(str(error)) from None
+    return images
 
 
 def _settings(run: str) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from robustdiff import durable
 from robustdiff.config import AttackConfig, EvaluateConfig, RobustdiffWarning, SampleConfig, UsageError
 from robustdiff.evaluation import few_step, sheets
+from robustdiff.evaluation.after_attack import Reference, open_reference, quality
 from robustdiff.evaluation.attack_plan import EOT, VERDICTS, Cell, is_blind, lengths, plan, radius
 from robustdiff.evaluation.attack_results import Summary, sentence
 from robustdiff.evaluation.attacking import CHECKED, Batch, Outcome, join
@@ -64,13 +65,14 @@ def attack(config: AttackConfig) -> Path:
     shape = (pipeline.unet.config["in_channels"], *((side, side) if isinstance(side, int) else side))
     if radius(config, shape) > 10 * (torch.Size(shape).numel() ** 0.5 if config.norm == "l2" else 1.0):
         raise UsageError(f"--radius {config.radius} is more than ten times the noise of each value: use a smaller one")
+    reference = open_reference(config, shape, device)
     protocol = _protocol(config, pipeline, shape)
     name = f"attack-{config.scheduler}-{digest(protocol)}"
     cells_at = folder / "attack-cells" / name
     if config.overwrite:
         shutil.rmtree(cells_at, ignore_errors=True)
     with stop_signals() as stopped:
-        run = _Run(config, pipeline, trajectory, labels, shape, device, cells_at, stopped)
+        run = _Run(config, pipeline, trajectory, labels, shape, device, reference, cells_at, stopped)
         try:
             return run.write(folder / f"{name}.json", protocol)
         except NoGradient as error:
@@ -120,6 +122,7 @@ class _Run:
     labels: Sequence[int] | None
     shape: tuple[int, ...]
     device: torch.device
+    reference: Reference | str
     cells_at: Path
     stopped: Callable[[], int]
 
@@ -167,10 +170,7 @@ class _Run:
 
             def tell(calls: int) -> None:
                 bar.update(calls)
-                if status := self.stopped():
-                    finished = sum(found is not None for found in kept)
-                    message = f"stopped; {finished} of {len(parts)} parts are finished, the same command goes on"
-                    raise Interrupted(message, status)
+                self._check_stopped(f"{sum(found is not None for found in kept)} of {len(parts)}")
 
             for i, (cell, batch) in enumerate(parts):
                 if kept[i] is not None:
@@ -189,6 +189,11 @@ class _Run:
             assert outcome_or_none is not None
             found[cell.name].append(outcome_or_none)
         return {name: join(row) for name, row in found.items()}
+
+    def _check_stopped(self, finished: str) -> None:
+        """Raises: Interrupted, if a signal has come."""
+        if status := self.stopped():
+            raise Interrupted(f"stopped; {finished} parts are finished, the same command goes on", status)
 
     def _path(self, cell: Cell, batch: Batch) -> Path:
         images = f"{batch.images[0]:06d}-{batch.images[-1]:06d}"
@@ -229,17 +234,24 @@ class _Run:
         sheets.attacked_sheet(pictures, found["attack"].images, sheet)
         for name, images in (("undisturbed", pictures), ("attacked", found["attack"].images)):
             _save(images, path.with_name(f"{path.stem}-{name}.npy"))
+        values, told = summary.values(), [sentence(flag) for flag in flags if flag.raised]
+        judged = None
+        if isinstance(self.reference, Reference):
+            shown = {"undisturbed": pictures, "attacked": found["attack"].images}
+            judged = quality(config, self.reference, shown, lambda: self._check_stopped("all"))
+            values |= judged.values
         body = {
-            "values": summary.values(),
+            "values": values,
             "details": {"flags": [flag.to_json() for flag in flags], **summary.curves()},
             "sheets": {"attacked": sheet.name},
-            "warnings": [sentence(flag) for flag in flags if flag.raised],
+            "warnings": [*told, *(judged.warnings if judged else [str(self.reference)])],
         }
         about = {"run": config.run, "title": config.title, "told": config.told}
         protocol = {
             **protocol,
             "batch_size": config.batch_size,
             "spread_of": max(config.n, SPREAD_OF),
+            "quality": None if judged is None else judged.protocol,
         }
         return write_result(path, "attack", about, protocol, body, time.perf_counter() - started)
 

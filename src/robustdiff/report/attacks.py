@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from robustdiff.report.charts import Point, Series, line_chart
 from robustdiff.report.checks import ATTACK_CURVES, ATTACK_TRACES
 from robustdiff.report.collecting import Run
-from robustdiff.report.comparing import Line, compare, count, datum, sampler_words, words
+from robustdiff.report.comparing import ARROWS, Line, compare, count, datum, sampler_words, words
 from robustdiff.report.curves import Chart, Table
 from robustdiff.reproduce.results import number
 
@@ -30,7 +31,8 @@ class Attacks:
     Attributes:
         title: The threat model, in words.
         charts: One per curve.
-        tables: Displacements, one row per attack; then the flags that are raised.
+        tables: Displacements, one row per attack; quality before and after, one table per reference; then the flags
+            that are raised.
         verdicts: Of each run: its title and whether its result may be believed.
         notes: What all share.
     """
@@ -47,11 +49,13 @@ def attacks(runs: Sequence[Run]) -> list[Attacks]:
     found = []
     for comparison in compare(runs, "attack"):
         lines = comparison.lines
-        tables = [_displacements(lines), *_flags(lines)]
+        qualities, about = _qualities(lines)
+        tables = [_displacements(lines), *qualities, *_flags(lines)]
         notes = [
             "In units of the generated spread: independent images are about 1.4 apart; lower is better. Small: 95 % "
             "interval.",
             f"Sampled with {sampler_words(lines[0].evaluation)}." if sampler_words(lines[0].evaluation) else "",
+            *about,
         ]
         charts = [chart for name in _TITLES if (chart := _chart(name, lines)) is not None]
         verdicts = [(line.run, line.title, *_verdict(line)) for line in lines]
@@ -86,20 +90,53 @@ def _threat(line: Line) -> str:
 
 
 def _displacements(lines: Sequence[Line]) -> Table:
-    names = dict.fromkeys(name for line in lines for name in line.evaluation.values)
+    names = dict.fromkeys(n for line in lines for n, value in line.evaluation.values.items() if not _of(value))
     rows = []
     for name in names:
-        cells = [datum(line.evaluation.values.get(name, {})) for line in lines]
-        rows.append(
-            [
-                name,
-                *(
-                    "-" if cell is None else f"{cell.text} ({cell.small})" if cell.small else cell.text
-                    for cell in cells
-                ),
-            ]
-        )
+        rows.append([name, *(_cell(line.evaluation.values.get(name, {})) for line in lines)])
     return Table("displacements", ["attack", *(line.title for line in lines)], rows)
+
+
+def _of(value: Mapping[str, Any]) -> str:
+    """Which images a value of quality is of; empty for displacements."""
+    return words(about["of"]) if (about := value.get("about") or {}).get("of") is not None else ""
+
+
+def _qualities(lines: Sequence[Line]) -> tuple[list[Table], list[str]]:
+    """Quality before and after, side by side where reference, extractors and numbers of images agree; and notes."""
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        if about := line.evaluation.protocol.get("quality"):
+            same = [about.get(name) for name in ("reference", "extractors", "n_generated", "n_real")]
+            groups.setdefault(json.dumps(same, sort_keys=True), []).append(line)
+    tables, notes = [], []
+    for group in groups.values():
+        about = group[0].evaluation.protocol["quality"]
+        names = dict.fromkeys(n for line in group for n, value in line.evaluation.values.items() if _of(value))
+        which = dict.fromkeys(_of(line.evaluation.values[n]) for line in group for n in names)
+        metrics = dict.fromkeys(name.removesuffix(f", {one}") for name in names for one in which if name.endswith(one))
+        reference = about.get("reference")
+        source = words(reference.get("source")) if isinstance(reference, dict) else "images"
+        head = f"{count(about.get('n_generated'))} images against {count(about.get('n_real'))} of {source}"
+        rows = []
+        for metric in metrics:
+            values = [line.evaluation.values.get(f"{metric}, {one}", {}) for line in group for one in which]
+            floors = [float(value["floor"]) for value in values if value.get("floor") is not None]
+            floor = " to ".join(dict.fromkeys(number(x) for x in (min(floors), max(floors)))) if floors else "-"
+            arrow = ARROWS[values[0].get("better", "neither")]
+            rows.append([metric + arrow, *(_cell(value) for value in values), floor])
+        header = [head, *(f"{line.title}: {one}" for line in group for one in which), "floor"]
+        tables.append(Table("quality", header, rows))
+        floors_are = about.get("floors")
+        if isinstance(floors_are, dict):
+            told = "; ".join(dict.fromkeys(words(text) for text in floors_are.values()))
+            notes.append(f"Quality ({head}): floor: {told}. So few images raise a Frechet distance: read it beside it.")
+    return tables, notes
+
+
+def _cell(value: Mapping[str, Any]) -> str:
+    cell = datum(value)
+    return "-" if cell is None else f"{cell.text} ({cell.small})" if cell.small else cell.text
 
 
 def _raised(line: Line) -> list[dict[str, Any]]:

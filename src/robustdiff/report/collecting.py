@@ -260,7 +260,7 @@ def _wrong(body: Mapping[str, Any]) -> str:
     protocol = body.get("protocol")
     if not isinstance(protocol, dict):
         return "it has no protocol"
-    for name in ("extractor", "generated", "reference", "training", "sampler", "attack"):
+    for name in ("extractor", "generated", "reference", "training", "sampler", "attack", "quality"):
         if not isinstance(protocol.get(name), (dict, type(None))):
             return f"protocol[{name!r}] is not an object"
     for name, kind, text in (
