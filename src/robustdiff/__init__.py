@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from robustdiff.dirty_copy import write_dirty_copy as write_dirty_copy
     from robustdiff.images import ImageSet as ImageSet
     from robustdiff.images import load_images as load_images
+    from robustdiff.joint import BatchDistance as BatchDistance
+    from robustdiff.joint import FeatureDistance as FeatureDistance
     from robustdiff.networks import PointDenoiser as PointDenoiser
     from robustdiff.networks import build_unet as build_unet
     from robustdiff.objective import Gate as Gate
@@ -67,6 +69,7 @@ _HOMES = {
     "process": ("NoiseProcess",),
     "trajectory": ("Trajectory",),
     "threat": ("Ball", "Displacement", "Function", "OneStep"),
+    "joint": ("BatchDistance", "FeatureDistance"),
     "attack": ("APGD", "PGD", "RandomSearch"),
     "sampling": ("RelabelledModel", "load_pipeline", "sample", "trajectory_of"),
     "purification": ("PurifiedLoss", "purify"),

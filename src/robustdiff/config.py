@@ -650,9 +650,11 @@ class AttackConfig:
     """linf: every value of a push within the radius; l2: its Euclidean length."""
     at: str = "all"
     """Sampler steps that are pushed, counted from 0 (pure noise): `all`, or a list such as 0,10,20."""
-    objective: Literal["end-to-end", "target", "shift", "residual"] = "end-to-end"
+    objective: Literal["end-to-end", "target", "batch-mean", "batch-kernel", "shift", "residual"] = "end-to-end"
     """end-to-end: the final image far from the undisturbed one, through all remaining steps; target: near the
-    undisturbed next image; shift, residual: the network's answer at each step by itself, as training attacks it."""
+    undisturbed next image; batch-mean, batch-kernel: all images together away from the reference, in the mean of the
+    features of the first --extractor, or in KID's kernel distance; shift, residual: the network's answer at each step
+    by itself, as training attacks it."""
     optimiser: Literal["pgd", "apgd", "one-step", "random"] = "pgd"
     """pgd: projected gradient ascent; apgd: with adaptive steps; one-step: one gradient step; random: best of draws."""
     iterations: OptionalInt = None
@@ -773,6 +775,8 @@ class AttackConfig:
         _require(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction must be between 0 and 1")
         nothing = self.reference == "none" and bool(self.extractor)
         _require(not nothing, "--extractor does nothing with --reference none: leave one of them out")
+        away = self.reference == "none" and self.objective.startswith("batch")
+        _require(not away, f"--objective {self.objective} needs real images to push away from: name a --reference")
         if self.reference in (None, "none"):
             idle = [name for name in ("split", "dataset_config_name", "image_column") if getattr(self, name)]
             _require(not idle, f"{_flags(idle)} needs --reference: add it, or leave this out")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,7 @@ class PurifiedLoss:
     fresh: bool = False
     seed: int = 0
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    joint: ClassVar[bool] = False
     _calls: list[int] = dataclasses.field(default_factory=lambda: [0], init=False, repr=False)
 
     @property

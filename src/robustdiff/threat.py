@@ -7,9 +7,10 @@ the noise scale, so that the state before step k moves by ``s_k omega_k``
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,11 @@ class Objective(Protocol):
         """Networks whose weights need no gradients meanwhile."""
         ...
 
+    @property
+    def joint(self) -> bool:
+        """Whether the value is the batch's as a whole, the same for every image."""
+        ...
+
     def __call__(self, omega: Tensor, term: int) -> Tensor:
         """One value per image, shape (B,), for ``omega``, shape (B, K, ...)."""
         ...
@@ -130,6 +136,7 @@ class Function:
     function: Callable[[Tensor], Tensor]
     terms: int = 1
     modules: Sequence[nn.Module] = ()
+    joint: ClassVar[bool] = False
 
     def __call__(self, omega: Tensor, term: int) -> Tensor:
         """The function's value."""
@@ -163,6 +170,7 @@ class Displacement:
     target: Tensor | None = None
     fresh: bool = False
     checkpointed: bool = True
+    joint: ClassVar[bool] = False
     _clean: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -174,6 +182,11 @@ class Displacement:
     def like(self) -> Tensor:
         """A tensor of the shape of omega, (B, K, ...)."""
         return _like(self.x, len(self.attacked))
+
+    def part(self, rows: slice) -> Displacement:
+        """Some images of the batch; noise is to be given to :meth:`images`."""
+        target = None if self.target is None else self.target[rows]
+        return dataclasses.replace(self, trajectory=self.trajectory.part(rows), x=self.x[rows], target=target)
 
     def images(self, omega: Tensor | None, noise: Sequence[Tensor | None]) -> Tensor:
         """The final images, shape (B, ...), with a perturbation or without."""
@@ -217,6 +230,7 @@ class OneStep:
     states: Sequence[Tensor]
     attacked: Sequence[int]
     inner: Literal["shift", "residual"] = "shift"
+    joint: ClassVar[bool] = False
     _clean: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -272,6 +286,7 @@ def evaluate(objective: Objective, omega: Tensor) -> Tensor:
 def value_and_gradient(objective: Objective, omega: Tensor) -> tuple[Tensor, Tensor]:
     """The mean over the terms, (B,), and the gradient of every image's with respect to its own omega, (B, K, ...).
 
+    Of a joint objective the gradient is that of its one value.
     One term's graph is alive at a time; no weight receives a gradient.
 
     Raises:
@@ -284,7 +299,7 @@ def value_and_gradient(objective: Objective, omega: Tensor) -> tuple[Tensor, Ten
             one = objective(leaf, term)
             if not one.requires_grad:
                 raise NoGradient("the model gives no gradients (it detaches its input, or runs without autograd)")
-            (slope,) = torch.autograd.grad(one.sum(), leaf)
+            (slope,) = torch.autograd.grad(one.mean() if objective.joint else one.sum(), leaf)
         value = one.detach() if value is None else value + one.detach()
         gradient = slope if gradient is None else gradient + slope
     if value is None or gradient is None:

@@ -9,6 +9,7 @@ Torch only: it works on any ``callable(x_t, t)`` with a :class:`~robustdiff.proc
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -173,6 +174,11 @@ class Trajectory:
         while model is not None and not isinstance(model, nn.Module):
             model = getattr(model, "model", None)
         return [] if model is None else [model]
+
+    def part(self, rows: slice) -> Trajectory:
+        """The same sampler for some images of the batch."""
+        kwargs = {k: v[rows] if isinstance(v, Tensor) else v for k, v in self.kwargs.items()}
+        return dataclasses.replace(self, kwargs=kwargs)
 
     def sigmas(self, attacked: Sequence[int], like: Tensor) -> Tensor:
         """Noise scales s_k of the sampler steps ``attacked``, shape (K,), dtype and device of ``like``."""

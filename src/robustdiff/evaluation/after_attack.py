@@ -12,11 +12,14 @@ from torch import Tensor
 
 from robustdiff.config import AttackConfig, EvaluateConfig, UsageError
 from robustdiff.corruption import derive_seed
+from robustdiff.evaluation.attack_plan import is_joint
 from robustdiff.evaluation.command import account, bar, describe
+from robustdiff.evaluation.differentiable import differentiable
 from robustdiff.evaluation.extractors import Extractor, open_extractor
 from robustdiff.evaluation.features import Features, Images, default_cache, extract
 from robustdiff.evaluation.gathering import TrainingUnread, left_out, load_real, trained_on
 from robustdiff.evaluation.judging import LEAST, judge
+from robustdiff.joint import FeatureDistance
 
 REAL = 2000
 """Images of the run's own data, at most, that quality is measured against where no reference is named: enough for the
@@ -55,11 +58,12 @@ def open_reference(config: AttackConfig, shape: Sequence[int], device: torch.dev
     square = size[0] if size[0] == size[1] else None
     named = config.reference is not None or bool(config.extractor)
     why = ""
+    named = named or is_joint(config)
     if config.reference == "none":
         return "quality after the attack was not measured, as --reference none says"
     if channels not in (1, 3):
         why = f"images of {channels} channels cannot be judged: leave --reference and --extractor out"
-    elif config.n < LEAST:
+    elif config.n < LEAST and not is_joint(config):
         why = f"that takes at least {LEAST} images: raise -n"
     elif config.reference is not None:
         options = {name: getattr(config, name) for name in ("split", "dataset_config_name", "image_column")}
@@ -85,12 +89,30 @@ def open_reference(config: AttackConfig, shape: Sequence[int], device: torch.dev
             return Reference(images, about, _open(config, device), [note])
         why = why or "the run does not say what it was trained on: name clean images with --reference"
     if named:
-        raise UsageError(f"quality after the attack: {why}")
+        what = f"--objective {config.objective}" if is_joint(config) else "quality after the attack"
+        raise UsageError(f"{what}: {why}")
     return f"quality after the attack was not measured: {why}"
 
 
 def _open(config: AttackConfig, device: torch.device) -> list[Extractor]:
     return [open_extractor(spec, device) for spec in config.extractor or ("pixels",)]
+
+
+def measure(config: AttackConfig, reference: Reference, tell: Callable[[], object]) -> FeatureDistance:
+    """What ``--objective batch-mean`` and ``batch-kernel`` make large: by the first extractor.
+
+    Args:
+        config: The command's flags.
+        reference: Real images.
+        tell: Called now and then; may raise, to stop.
+
+    Raises:
+        UsageError: If that extractor is not differentiable.
+    """
+    extractor = reference.extractors[0]
+    features = differentiable(extractor, reference.images[:4])
+    rows = features_of(config, extractor, reference.images, tell).values.to(extractor.device)
+    return FeatureDistance(features, rows, "mean" if config.objective == "batch-mean" else "kernel")
 
 
 @dataclass(frozen=True)

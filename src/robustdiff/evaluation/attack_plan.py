@@ -18,6 +18,8 @@ RADII = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the curve, in units of ``--radius``."""
 STEP_SIZES = (1.0, 6.25)
 """Of the sweep, in radii per run of PGD, beside the usual 2.5."""
+SWEPT = "attack on few"
+"""What was asked for, on the first ``--sweep-n`` images alone, where all images are attacked as one batch."""
 EOT, VERDICTS = 5, 20
 EOT_DRAWS = (1, 2, 5, 10, 20)
 """Of the curve over draws of the noise, beside ``--eot`` and twice that."""
@@ -53,6 +55,11 @@ def lengths(config: AttackConfig) -> tuple[int, int, int]:
     """Gradient steps of short, usual and long PGD."""
     usual = config.iterations or 40
     return usual // 4, usual, usual * 5 // 2
+
+
+def is_joint(config: AttackConfig) -> bool:
+    """Whether all images are attacked together, as one batch."""
+    return config.objective in ("batch-mean", "batch-kernel")
 
 
 def is_blind(config: AttackConfig) -> bool:
@@ -94,13 +101,19 @@ def plan(config: AttackConfig) -> list[Cell]:
         Cell(f"pgd-{short} huge radius", PGD(short), None),
         *(Cell(f"pgd-{short} eot {draws}", PGD(short), eot=draws) for draws in eot_draws(config)[1:]),
     ]
+    if is_joint(config) and config.sweep_n < config.n:  # what a batch achieves depends on how many it is of
+        cells.insert(1, Cell(SWEPT, asked))
     # what is asked for may be one of the others: it is computed once, under its own name
-    return [cells[0], *(cell for cell in cells[1:] if (cell.optimiser, cell.factor, cell.eot) != (asked, 1.0, None))]
+    same = [cell.name != SWEPT and (cell.optimiser, cell.factor, cell.eot) == (asked, 1.0, None) for cell in cells]
+    return [cells[0], *(cell for cell, twice in zip(cells[1:], same[1:], strict=True) if not twice)]
 
 
 def twin(cells: Sequence[Cell], name: str) -> str:
-    """The cell of that name, or ``attack`` where that is the same."""
-    return name if any(cell.name == name for cell in cells) else "attack"
+    """The cell of that name, or where that is the same, what was asked for; on the same images, if it is joint."""
+    names = [cell.name for cell in cells]
+    if name in names:
+        return name
+    return SWEPT if SWEPT in names and name.startswith(("pgd", "apgd")) else "attack"
 
 
 def radius(config: AttackConfig, shape: Sequence[int]) -> float:

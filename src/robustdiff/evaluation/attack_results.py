@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robustdiff.config import AttackConfig
-from robustdiff.evaluation.attack_plan import Cell, eot_draws, lengths, radius, twin
+from robustdiff.evaluation.attack_plan import SWEPT, Cell, eot_draws, lengths, radius, twin
 from robustdiff.evaluation.attacking import Outcome
 from robustdiff.evaluation.quality import NORMAL_95
 from robustdiff.evaluation.validity import Flag, check_gain, check_huge, check_random, check_rising
@@ -28,6 +28,7 @@ class Summary:
         found: Their outcomes, by name.
         per_pixel: Generated spread per pixel: root of the mean variance over undisturbed images.
         unit: Generated spread of whole images, the unit of displacements; None if there is none.
+        undisturbed: Distance of the undisturbed batch from the reference, where batches are attacked.
     """
 
     config: AttackConfig
@@ -36,6 +37,7 @@ class Summary:
     found: Mapping[str, Outcome]
     per_pixel: float
     unit: float | None
+    undisturbed: float | None = None
 
     @property
     def sweep(self) -> int:
@@ -78,11 +80,13 @@ class Summary:
         found = self.found
         scores = {name: float(outcome.score[: self.sweep].mean()) for name, outcome in found.items()}
         by_steps = [scores[name] for name, _ in self._steps()]
-        strongest = max(scores[cell.name] for cell in self.cells if cell.factor == 1)
+        few = any(cell.name == SWEPT for cell in self.cells)  # then batches of all images are of another size
+        rivals = [cell.name for cell in self.cells if cell.factor == 1 and not (few and cell.everywhere)]
         huge = next(cell.name for cell in self.cells if cell.factor is None)
         asked, random = found["attack"].score, found[twin(self.cells, "random")].score
         if self.config.optimiser == "random":  # what was asked for is the baseline: the others must beat it
             asked, random = found[f"pgd-{lengths(self.config)[1]}"].score, random[: self.sweep]
+            random = found[SWEPT].score if few else random
         mismatch = float(found["attack"].mismatch)
         replayed = Flag("sampler-mismatch", mismatch)
         if mismatch != mismatch:
@@ -93,7 +97,9 @@ class Summary:
             check_huge(self.means[huge]),
             check_rising("steps-not-monotone", by_steps),
             check_gain("not-converged", by_steps[1], by_steps[2]),
-            check_gain("other-attack-stronger", scores["attack"], strongest),
+            check_gain(
+                "other-attack-stronger", scores[SWEPT if few else "attack"], max(scores[name] for name in rivals)
+            ),
             self._more_draws(scores),
             Flag("constraint-violated", max(float(outcome.excess) for outcome in found.values())),
             replayed,
@@ -120,6 +126,11 @@ class Summary:
             rows[f"displacement, {name}{few}"] = one
         values = {name: _value(distances, self.unit) for name, distances in rows.items()}
         pixels = torch.Size(self.shape).numel() ** 0.5
+        if self.undisturbed is not None:
+            gain = float(self.found["attack"].score[0])
+            for which, distance in (("undisturbed", self.undisturbed), ("attacked", self.undisturbed + gain)):
+                entry = {**_value(None, None), "value": distance, "better": "lower", "about": {"n": self.config.n}}
+                values[f"distance of the batch from the reference, {which}"] = entry
         values["moved per pixel"] = {**_value(rows["displacement"], pixels), "better": "lower"}
         values["generated spread per pixel"] = {**_value(None, None), "value": self.per_pixel}
         return values

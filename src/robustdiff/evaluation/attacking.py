@@ -21,6 +21,7 @@ from robustdiff.config import AttackConfig
 from robustdiff.corruption import derive_seed
 from robustdiff.evaluation.attack_plan import EOT, VERDICTS, Cell, is_blind, radius
 from robustdiff.evaluation.validity import HUGE, Flag, check_checkpointing, check_gradient
+from robustdiff.joint import BatchDistance, FeatureDistance
 from robustdiff.process import draw_normal
 from robustdiff.sampling import image_generators
 from robustdiff.threat import Ball, Displacement, Objective, OneStep
@@ -39,7 +40,8 @@ class Outcome:
     Attributes:
         moved: Euclidean distance of the final image from the undisturbed one, root mean square over the verdicts, (B,).
         score: What the attack makes large, in distances, (B,): ``moved``; for a target how much nearer it came, over
-            the verdicts alike; for shift and residual their size.
+            the verdicts alike; for a batch how much farther from the reference, each image the same; for shift and
+            residual their size.
         trace: The best value of the objective so far, (evaluations, B), of the first restart.
         restarts: The same after each restart, (R, B).
         images: The images reached, uint8 (B, C, H, W), in the first verdict.
@@ -112,6 +114,9 @@ class Batch:
         shape: (C, H, W).
         device: Where.
         targets: Gives the images that ``--objective target`` comes near, (B, C, H, W).
+        measure: What ``--objective batch-mean`` and ``batch-kernel`` make large.
+
+    No more than ``--batch-size`` images are computed at a time.
     """
 
     config: AttackConfig
@@ -120,6 +125,7 @@ class Batch:
     shape: tuple[int, ...]
     device: torch.device
     targets: Callable[[], Tensor]
+    measure: FeatureDistance | None = None
     _ends: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     # -- the undisturbed images ------------------------------------------------------------------------
@@ -140,14 +146,56 @@ class Batch:
     def state(self) -> Tensor:
         """Before the first attacked step."""
         x, noise = self._start
-        with torch.no_grad(), frozen(self.trajectory.modules):
-            return self.trajectory.run(x, last=self.attacked[0], noise=noise)
+        return self._run(x, noise=noise, last=self.attacked[0])
 
     @cached_property
     def clean(self) -> Tensor:
         """The images as they would be, with the sampler's own noise, shape (B, C, H, W)."""
+        return self._images(None, self._start[1])
+
+    def _run(
+        self,
+        x: Tensor,
+        omega: Tensor | None = None,
+        *,
+        noise: Sequence[Tensor | None],
+        first: int = 0,
+        last: int | None = None,
+    ) -> Tensor:
+        """The sampler without gradients, a few images at a time."""
+        attacked, found = self.attacked if omega is not None else (), []
         with torch.no_grad(), frozen(self.trajectory.modules):
-            return self.trajectory.run(self.state, first=self.attacked[0], noise=self._start[1])
+            for rows in self._parts():
+                pushes, own = None if omega is None else omega[rows], [None if z is None else z[rows] for z in noise]
+                part = self.trajectory.part(rows)
+                found.append(part.run(x[rows], pushes, attacked, first=first, last=last, noise=own))
+        return torch.cat(found)
+
+    def _parts(self) -> list[slice]:
+        step = self.config.batch_size
+        return [slice(start, start + step) for start in range(0, len(self.images), step)]
+
+    def _images(self, omega: Tensor | None, noise: Sequence[Tensor | None]) -> Tensor:
+        """The final images, with a perturbation or without."""
+        return self._run(self.state, omega, noise=noise, first=self.attacked[0])
+
+    def _end(self, verdict: int) -> Tensor:
+        """The undisturbed images under the noise that judges."""
+        if verdict not in self._ends:
+            self._ends[verdict] = self._images(None, self.verdict_noise(verdict))
+        return self._ends[verdict]
+
+    def _distance(self, images: Tensor) -> Tensor:
+        """Squared, of the batch from the reference, shape ()."""
+        assert self.measure is not None
+        with torch.no_grad():
+            return self.measure(torch.cat([self.measure.features(images[rows]) for rows in self._parts()]))
+
+    @property
+    def undisturbed_distance(self) -> float:
+        """Of the undisturbed batch from the reference, root mean square over the verdicts; 0 if it is below."""
+        squares = torch.stack([self._distance(self._end(i)) for i in range(self.verdicts)])
+        return float(squares.mean().clamp(min=0).sqrt())
 
     @cached_property
     def target(self) -> Tensor:
@@ -204,6 +252,8 @@ class Batch:
         """What ``--objective`` says."""
         if self.config.objective in ("end-to-end", "target"):
             return self._displacement(cell, eot)
+        if self.measure is not None:
+            return BatchDistance(self._displacement(cell, eot), self.measure, self.config.batch_size)
         noise, x, here = self._start[1], self.state, self.attacked[0]
         states = []
         with torch.no_grad(), frozen(self.trajectory.modules):
@@ -228,10 +278,11 @@ class Batch:
     def work(self, cell: Cell) -> int:
         """Network calls per image, about: a gradient is worth four (forward twice, backward)."""
         remaining = len(self.trajectory.steps) - self.attacked[0]
-        through = remaining if self.config.objective in ("end-to-end", "target") else len(self.attacked)
+        through = len(self.attacked) if self.config.objective in ("shift", "residual") else remaining
         terms = self._draws(cell.eot)
         with_gradient, without = cell.evaluations
-        return (4 * with_gradient + without) * through * terms + self.verdicts * remaining
+        price = 4 if len(self._parts()) == 1 else 5
+        return (price * with_gradient + without) * through * terms + self.verdicts * remaining
 
     def run(self, cell: Cell, tell: Tell, replay: Replay | None = None) -> Outcome:
         """Attack these images.
@@ -261,28 +312,29 @@ class Batch:
         return outcome
 
     def _judge(self, found: Found, ball: Ball, replay: Replay | None) -> Outcome:
-        squares, nearer, first = [], [], None
-        judging = Displacement(self.trajectory, self.state, self.attacked)
-        with torch.no_grad(), frozen(self.trajectory.modules):
-            for i in range(self.verdicts):
-                noise = self.verdict_noise(i)
-                if i not in self._ends:
-                    self._ends[i] = judging.images(None, noise)
-                reached = judging.images(found.omega, noise)
-                first = reached if first is None else first
-                squares.append((reached - self._ends[i]).square().flatten(1).sum(1))
-                if self.config.objective == "target":
-                    gaps = [(self.target - images).square().flatten(1).sum(1) for images in (self._ends[i], reached)]
-                    nearer.append(torch.stack(gaps))
+        squares, nearer, away, first = [], [], [], None
+        for i in range(self.verdicts):
+            reached = self._images(found.omega, self.verdict_noise(i))
+            first = reached if first is None else first
+            squares.append((reached - self._end(i)).square().flatten(1).sum(1))
+            if self.config.objective == "target":
+                gaps = [(self.target - images).square().flatten(1).sum(1) for images in (self._end(i), reached)]
+                nearer.append(torch.stack(gaps))
+            if self.measure is not None:
+                away.append(self._distance(reached))
         assert first is not None
         mismatch = torch.tensor(float("nan"))
         if replay is not None and not self.blind:
-            mismatch = (replay(self.images, found.omega) - first.cpu()).abs().max()
+            parts = [replay(self.images[rows], found.omega[rows]) for rows in self._parts()]
+            mismatch = (torch.cat(parts) - first.cpu()).abs().max()
         moved = torch.stack(squares).mean(0).sqrt()
         score = moved if self.config.objective == "end-to-end" else found.value.clamp(min=0).sqrt()
         if nearer:
-            away, left = torch.stack(nearer).mean(0).sqrt()
-            score = away - left
+            before, left = torch.stack(nearer).mean(0).sqrt()
+            score = before - left
+        if away:
+            gained = torch.stack(away).mean().clamp(min=0).sqrt() - self.undisturbed_distance
+            score = gained.expand(len(moved))
         return Outcome(
             moved.double(),
             score.double(),
@@ -297,7 +349,10 @@ class Batch:
         """The flags about gradients, on these images: give few."""
         noise = self._start[1]
         objective: Objective = Displacement(self.trajectory, self.state, self.attacked, lambda term: noise)
-        if self.config.objective not in ("end-to-end", "target"):
+        if self.measure is not None:
+            known = Displacement(self.trajectory, self.state, self.attacked, lambda term: noise)
+            objective = BatchDistance(known, self.measure, self.config.batch_size)
+        elif self.config.objective not in ("end-to-end", "target"):
             objective = self.objective("check")
         like, ball = self._displacement("check").like, self.ball(1.0)
         with frozen(self.trajectory.modules):

@@ -22,19 +22,23 @@ from tqdm.auto import tqdm
 from robustdiff import durable
 from robustdiff.config import AttackConfig, EvaluateConfig, RobustdiffWarning, SampleConfig, UsageError
 from robustdiff.evaluation import few_step, sheets
-from robustdiff.evaluation.after_attack import Reference, open_reference, quality
-from robustdiff.evaluation.attack_plan import EOT, VERDICTS, Cell, is_blind, lengths, plan, radius
+from robustdiff.evaluation.after_attack import Reference, measure, open_reference, quality
+from robustdiff.evaluation.attack_plan import EOT, VERDICTS, Cell, is_blind, is_joint, lengths, plan, radius
 from robustdiff.evaluation.attack_results import Summary, sentence
 from robustdiff.evaluation.attacking import CHECKED, Batch, Outcome, join
 from robustdiff.evaluation.gathering import digest, name_of, output_folder, weights_sha256
+from robustdiff.evaluation.judging import LEAST
 from robustdiff.evaluation.results import write_result
-from robustdiff.machine import check_launcher, processes
+from robustdiff.joint import FeatureDistance
+from robustdiff.machine import check_launcher, free_memory, processes
 from robustdiff.sample_files import class_labels
 from robustdiff.sampling import SamplerStep, load_pipeline, sample, trajectory_of, without_accelerator
 from robustdiff.stopping import Interrupted, stop_signals
 from robustdiff.threat import NoGradient
 from robustdiff.trajectory import Trajectory
 
+HELD = 6
+"""Tensors of the size of all pushes that an optimiser has at a time: iterate, gradient, best, and what it steps by."""
 SPREAD_OF = 256
 """Undisturbed images, at least, whose spread displacements are measured by."""
 
@@ -67,16 +71,39 @@ def attack(config: AttackConfig) -> Path:
         raise UsageError(f"--radius {config.radius} is more than ten times the noise of each value: use a smaller one")
     reference = open_reference(config, shape, device)
     protocol = _protocol(config, pipeline, shape)
+    measured = None
+    if is_joint(config):
+        assert isinstance(reference, Reference)  # it was asked for, and refused if there is none
+        _check_memory(config, shape, device)
+        measured = measure(config, reference, lambda: None)
+        real = {name: reference.about[name] for name in ("sha256", "used") if name in reference.about}
+        extractor = reference.extractors[0]
+        protocol["attack"]["away_from"] = {**real, "extractor": extractor.name, "weights": extractor.sha256}
     name = f"attack-{config.scheduler}-{digest(protocol)}"
     cells_at = folder / "attack-cells" / name
     if config.overwrite:
         shutil.rmtree(cells_at, ignore_errors=True)
     with stop_signals() as stopped:
-        run = _Run(config, pipeline, trajectory, labels, shape, device, reference, cells_at, stopped)
+        run = _Run(config, pipeline, trajectory, labels, shape, device, reference, measured, cells_at, stopped)
         try:
             return run.write(folder / f"{name}.json", protocol)
         except NoGradient as error:
             raise UsageError(f"{config.run}: {error}: it cannot be attacked through its gradients") from None
+
+
+def _check_memory(config: AttackConfig, shape: Sequence[int], device: torch.device) -> None:
+    """A batch is attacked whole: its images are computed a few at a time, but all pushes are held at once.
+
+    Raises:
+        UsageError: If they will not fit.
+    """
+    needed = HELD * config.n * len(config.attacked()) * torch.Size(shape).numel() * 4
+    if device.type == "cpu" and needed > (free := free_memory()):
+        raise UsageError(
+            f"--objective {config.objective} holds the pushes of all {config.n} images at once, "
+            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: lower -n, or push fewer steps with --at "
+            "(--batch-size does not help)"
+        )
 
 
 def _protocol(config: AttackConfig, pipeline: DiffusionPipeline, shape: Sequence[int]) -> dict[str, Any]:
@@ -123,6 +150,7 @@ class _Run:
     shape: tuple[int, ...]
     device: torch.device
     reference: Reference | str
+    measure: FeatureDistance | None
     cells_at: Path
     stopped: Callable[[], int]
 
@@ -134,10 +162,14 @@ class _Run:
             kwargs["class_labels"] = torch.tensor([self.labels[i] for i in images], device=self.device)
         trajectory = dataclasses.replace(self.trajectory, kwargs=kwargs)
         following = [(i + 1) % self.config.n for i in images]
-        return Batch(self.config, trajectory, images, self.shape, self.device, lambda: self._batch(following).clean)
+        return Batch(
+            self.config, trajectory, images, self.shape, self.device, lambda: self._batch(following).clean, self.measure
+        )
 
     def _batches(self, count: int) -> list[Batch]:
-        """The first images, in batches."""
+        """The first images, in batches; as one where they are attacked together."""
+        if self.measure is not None:
+            return [self._batch(range(count))]
         return [
             self._batch(range(start, min(start + self.config.batch_size, count)))
             for start in range(0, count, self.config.batch_size)
@@ -227,7 +259,8 @@ class _Run:
         spread, variance = self._spread(clean)
         per_pixel = float(variance.mean().sqrt())
         unit = spread if per_pixel > 1e-4 else None
-        summary = Summary(config, self.shape, cells, found, per_pixel, unit)
+        away = batches[0].undisturbed_distance if self.measure is not None else None
+        summary = Summary(config, self.shape, cells, found, per_pixel, unit, away)
         flags += summary.flags()
         sheet = path.with_name(f"{path.stem}-images.png")
         pictures = ((clean / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
@@ -235,16 +268,18 @@ class _Run:
         for name, images in (("undisturbed", pictures), ("attacked", found["attack"].images)):
             _save(images, path.with_name(f"{path.stem}-{name}.npy"))
         values, told = summary.values(), [sentence(flag) for flag in flags if flag.raised]
-        judged = None
-        if isinstance(self.reference, Reference):
+        judged, unjudged = None, self.reference
+        if isinstance(self.reference, Reference) and config.n >= LEAST:
             shown = {"undisturbed": pictures, "attacked": found["attack"].images}
             judged = quality(config, self.reference, shown, lambda: self._check_stopped("all"))
             values |= judged.values
+        elif isinstance(self.reference, Reference):
+            unjudged = f"quality after the attack was not measured: that takes at least {LEAST} images: raise -n"
         body = {
             "values": values,
             "details": {"flags": [flag.to_json() for flag in flags], **summary.curves()},
             "sheets": {"attacked": sheet.name},
-            "warnings": [*told, *(judged.warnings if judged else [str(self.reference)])],
+            "warnings": [*told, *(judged.warnings if judged else [str(unjudged)])],
         }
         about = {"run": config.run, "title": config.title, "told": config.told}
         protocol = {

@@ -127,6 +127,8 @@ def check_gradient(
     zero = float((~(promised > rounding)).double().mean())
     ways = [ball.draw(like, generator, surface=True) for _ in range(directions)]
     slopes = torch.stack([(gradient * way).flatten(1).sum(1) for way in ways])
+    if objective.joint:  # one value, and all images move at once
+        slopes = slopes.sum(1, keepdim=True).expand_as(slopes)
 
     def mismatch(h: float) -> float:
         differences = [evaluate(objective, omega + h * way) - evaluate(objective, omega - h * way) for way in ways]
