@@ -12,6 +12,8 @@ Source: derived for this project; docs/theory.md, T3 to T11.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -296,6 +298,23 @@ def linf_bounds(alpha_bar: float, w: Tensor, radius: float) -> tuple[float, floa
     _, s = _scales(alpha_bar)
     squares = (1 - s * _double(w)).square()
     return radius**2 * squares.sum().item(), radius**2 * len(squares) * squares.max().item()
+
+
+def displacement_bound(rho: float) -> float:
+    """Least root mean square by which a generator's output moves when its start does, in spreads of that output.
+
+    For any map G of standard normal noise x, and ``x' = sqrt(1 - rho^2) x + rho z`` with fresh noise z, which has the
+    law of x: ``E ||G(x') - G(x)||^2 >= 2 (1 - sqrt(1 - rho^2)) tr Cov G(x)``; equal for linear maps.
+
+    Args:
+        rho: In [0, 1].
+
+    Returns:
+        ``sqrt(2 (1 - sqrt(1 - rho^2)))``, about rho.
+
+    Source: docs/theory.md T14; the Hermite expansion behind the Gaussian Poincare inequality (Chernoff 1981).
+    """
+    return math.sqrt(2 * (1 - math.sqrt(1 - rho**2)))
 
 
 def largest_displacement(gains: Tensor, bounds: Tensor) -> float:

@@ -1,0 +1,70 @@
+"""The experiment that attacks samplers of known worlds: its own objective, its numbers, and what the README says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from robustdiff import linear
+from robustdiff.reproduce.running import process_for
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def attacked() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("attacked_worlds", ROOT / "experiments" / "attacked_worlds.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_unrolled_penalty_of_a_linear_denoiser_is_its_squared_gain(attacked: ModuleType) -> None:
+    process, v = process_for("epsilon"), torch.tensor([0.2, 0.01, 1.0])
+    alphas_cumprod = process.alphas_cumprod.double()
+
+    def model(x_t: Tensor, t: Tensor) -> Tensor:
+        w = linear.optimum(alphas_cumprod[t.reshape(-1)], v.double(), 0.0)
+        return (w * x_t).to(x_t.dtype)
+
+    objective = attacked.Unrolled(process, strength=2.0, radius=0.3, calls=5)
+    x0 = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) * v.sqrt()
+    terms = objective(model, x0, generator=torch.Generator().manual_seed(1))
+    steps = torch.tensor([999, 799, 599, 399, 199])
+    alpha_bar = torch.cat([alphas_cumprod[steps], torch.ones(1)])
+    gains = linear.ddim_gains(alpha_bar, linear.optimum(alphas_cumprod[steps], v.double(), 0.0))
+    expected = float(gains.prod(0).square().mean())
+    # one sign step from anywhere in the box reaches a corner, whichever it is
+    assert (terms.total - terms.denoising).mean().item() == pytest.approx(2 * expected, rel=1e-4)
+
+
+def test_a_row_is_measured_kept_and_not_measured_again(
+    attacked: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"POINTS": 16, "DRAWS": 500, "STEPS": 5}.items():
+        monkeypatch.setattr(attacked, name, value)
+    found = attacked.row("plane", "ideal", 1, tmp_path, tmp_path)
+    values = found["runs"]["0"]
+    assert values["random"] > 0.9 * found["bound"]  # T14, up to the noise of 500 draws
+    assert values["pgd_start"] > values["signs_start"]
+    assert values["error"] < 0.08  # the exact score: its floor is 0.05
+    assert values["spread"] == pytest.approx(1, abs=0.1)
+    monkeypatch.setattr(attacked, "measure", lambda *_: pytest.fail("measured again"))
+    assert attacked.row("plane", "ideal", 1, tmp_path, tmp_path) == found
+    assert "| ideal network | 1 |" in attacked.table(tmp_path, "plane")
+
+
+def test_the_readme_shows_the_committed_rows(attacked: ModuleType) -> None:
+    text, results = (ROOT / "experiments" / "README.md").read_text(), ROOT / "experiments" / "results" / "attacked"
+    for world in {json.loads(path.read_text())["world"] for path in results.glob("*.json")}:
+        assert attacked.table(results, world) in text
