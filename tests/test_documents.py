@@ -111,6 +111,25 @@ def test_the_table_of_the_readme_is_the_committed_result() -> None:
         assert f"| {row['row']} | {row['told']} | {numbers} |" in README
 
 
+@pytest.mark.parametrize(
+    ("line", "method"),
+    [
+        ("plain | nothing", "plain"),
+        ("the paper's (adversarial) | nothing", "adversarial"),
+        ("**`--auto`** | nothing", "auto"),
+        ("`--noise-levels` | the noise of every image", "told"),
+        ("plain, on the clean part | which images are clean", "clean-subset"),
+    ],
+)
+def test_the_image_table_of_the_readme_is_the_committed_result(line: str, method: str) -> None:
+    cells = []
+    for dirt in ("clean", "gaussian-p0.9-s0.2", "outliers-q0.1"):
+        path = ROOT / "experiments" / "results" / "images" / "cifar10-cpu" / f"cifar10-cpu-{dirt}-{method}.json"
+        values = json.loads(path.read_text())["values"] if path.is_file() else None
+        cells.append(f"{values['FD-squeezenet10_imagenet']['mean'] / 1000:.1f}k" if values else "-")
+    assert f"| {line} | {' | '.join(cells)} |" in README
+
+
 @pytest.mark.slow
 def test_the_demo_runs_and_writes_what_it_promises(tmp_path: Path) -> None:
     script = ROOT / "experiments" / "digits_demo.py"
