@@ -878,6 +878,66 @@ class ReproduceConfig:
 
 
 @dataclass(frozen=True)
+class PurifyConfig:
+    """Purify images: drown what was done to them in noise, and denoise them with a model; with a manifest."""
+
+    data: Annotated[Positional[str], arg(metavar="DATA")]
+    """Any source of images that `robustdiff train` takes, of the model's size (or with --resolution)."""
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """Pipeline that denoises: a run folder, another folder, or a hub id."""
+    output: Annotated[str | None, arg(aliases=["-o", "--output-dir"], metavar="FOLDER")] = None
+    """Folder to write: one PNG per image under its own relative name, and manifest.json. Needed."""
+    strength: float = 0.1
+    """How far up the noise goes, as a share of the model's noise levels, > 0 and at most 1: more removes more, of the
+    image too."""
+    steps: int = 10
+    """Network calls per image from there down, >= 1; no more than there are noise levels below."""
+    scheduler: Literal["ddim", "ddpm"] = "ddim"
+    """Sampler: ddim draws noise once, at the start; ddpm at each step."""
+    seed: int = 0
+    """Rules the noise: that of image i is a function of (SEED, i), whatever the batch size; SEED >= 0."""
+    batch_size: Annotated[int, arg(aliases=["--eval-batch-size"])] = 64
+    """Images per forward pass, >= 1."""
+    resolution: OptionalInt = None
+    """Resize the shorter side to this many pixels and crop the centre square first: the model's own size."""
+    split: OptionalText = None
+    """Part of a data set that comes in parts (train, test ..., or all). Default: train."""
+    dataset_config_name: OptionalText = None
+    """Configuration of a hub data set that has several."""
+    image_column: OptionalText = None
+    """Column of a table that holds the images. Default: the only one that can."""
+    label_column: OptionalText = None
+    """Column of a table that holds the class labels, for class-conditional models. Default: as `robustdiff train`."""
+    max_bad_fraction: float = 0.01
+    """Largest share of unreadable images that is skipped rather than an error, 0 to 1."""
+    max_memory_gib: OptionalGiB = None
+    """Hold the decoded images if they take at most this much. Default: half of the free memory."""
+    overwrite: bool = False
+    """Replace FOLDER, if it holds purified images."""
+
+    def validate(self) -> None:
+        """Check ranges.
+
+        Raises:
+            UsageError: One line that names the flag and the remedy.
+        """
+        _require(self.data != "" and self.model != "", "DATA and MODEL must not be empty: name images and a pipeline")
+        _require(self.output is not None, "--output is missing: name a folder, such as -o purified")
+        for name in ("output", "split", "dataset_config_name", "image_column", "label_column"):
+            flag = "--" + name.replace("_", "-")
+            _require(getattr(self, name) != "", f"{flag} is empty: give a name, or leave the flag out")
+        good = 0 < self.strength <= 1
+        _require(good, f"--strength {self.strength} must be above 0 and at most 1: 0.1 removes what is faint")
+        _require(self.steps >= 1, f"--steps {self.steps} must be at least 1")
+        _require(self.batch_size >= 1, f"--batch-size {self.batch_size} must be at least 1")
+        _require(0 <= self.seed <= MAX_SEED, f"--seed must be in 0 .. {MAX_SEED}")
+        good = self.resolution is None or 1 <= self.resolution <= MAX_SIDE
+        _require(good, f"--resolution must be in 1 .. {MAX_SIDE} pixels")
+        _require(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction must be between 0 and 1")
+        _check_memory(self.max_memory_gib)
+
+
+@dataclass(frozen=True)
 class CorruptConfig:
     """Write a dirty copy of a folder of images, with a manifest that says which image got what."""
 

@@ -36,7 +36,7 @@ from robustdiff.evaluation.attacking import (
     radius,
     twin,
 )
-from robustdiff.evaluation.gathering import digest, name_of, output_folder, weights_sha256
+from robustdiff.evaluation.gathering import digest, name_of, output_folder
 from robustdiff.evaluation.quality import NORMAL_95
 from robustdiff.evaluation.results import write_result
 from robustdiff.evaluation.validity import (
@@ -48,7 +48,7 @@ from robustdiff.evaluation.validity import (
 )
 from robustdiff.machine import check_launcher, processes
 from robustdiff.sample_files import class_labels
-from robustdiff.sampling import SamplerStep, load_pipeline, sample, trajectory_of, without_accelerator
+from robustdiff.sampling import SamplerStep, load_pipeline, sample, trajectory_of, weights_sha256, without_accelerator
 from robustdiff.stopping import Interrupted, stop_signals
 from robustdiff.threat import NoGradient
 from robustdiff.trajectory import Trajectory
