@@ -60,7 +60,7 @@ MEMORY_REMEDY = {
     "train": "lower --train-batch-size (--gradient-accumulation-steps makes up for it), or take a smaller --network or "
     "--resolution; with worker processes, fewer --dataloader-num-workers",
     "sample": "lower --batch-size",
-    "corrupt": "lower --resolution",
+    "corrupt": "lower --resolution, or with --poison --batch-size",
     "purify": "lower --batch-size",
     "audit": "close other programs, or take a smaller part of the data",
     "evaluate": "lower --batch-size, or -n",
@@ -360,18 +360,25 @@ def _corrupt(config: CorruptConfig) -> int:
     from robustdiff.dirty_copy import write_dirty_copy
     from robustdiff.images import load_images
 
-    corruptions = check_corruptions(config.corrupt)
-    images = load_images(
-        config.source,
-        resolution=config.resolution,
-        max_bad_fraction=config.max_bad_fraction,
-        max_memory=None if config.max_memory_gib is None else int(config.max_memory_gib * 2**30),
-        split=config.split,
-        config=config.dataset_config_name,
-        image_column=config.image_column,
-    )
-    manifest = write_dirty_copy(images, Path(config.destination), corruptions, config.seed, overwrite=config.overwrite)
-    hit = sum(bool(image["corruptions"]) for image in manifest["images"])
+    settings: dict[str, Any] = {
+        "resolution": config.resolution,
+        "max_bad_fraction": config.max_bad_fraction,
+        "max_memory": None if config.max_memory_gib is None else int(config.max_memory_gib * 2**30),
+        "split": config.split,
+        "config": config.dataset_config_name,
+        "image_column": config.image_column,
+    }
+    poison = None
+    if config.poison is None:
+        images = load_images(config.source, **settings)
+    else:
+        from robustdiff.poisoning import load_poison
+
+        _quiet_libraries()
+        images, poison = load_poison(config, **settings)
+    corruptions, target = check_corruptions(config.corrupt), Path(config.destination)
+    manifest = write_dirty_copy(images, target, corruptions, config.seed, overwrite=config.overwrite, poison=poison)
+    hit = sum(bool(image["corruptions"] or image.get("poison")) for image in manifest["images"])
     print(f"{config.destination}: {len(images)} images, {hit} of them dirty (see manifest.json)")
     return 0
 

@@ -947,6 +947,20 @@ class CorruptConfig:
     """Folder to write: one PNG per image (clipped to 8 bit) and manifest.json."""
     corrupt: Annotated[UseAppendAction[tuple[str, ...]], arg(aliases=["--with"])] = ()
     """KIND:NAME=VALUE,...,fraction=SHARE (repeatable, applied in order)."""
+    poison: Annotated[str | None, arg(metavar="MODEL")] = None
+    """Adversarial dirt, applied last: pixels are pushed to where this pipeline denoises worst, so as to spoil training
+    (folder or hub id; images must be of its size)."""
+    poison_radius: Annotated[str | None, arg(metavar="NUMBER")] = None
+    """Largest change of a pixel by --poison, in units of [-1, 1]: a number or a fraction, 1/127.5 to 2. Holds in the
+    8-bit files. Default: 16/255, which is the usual 8/255 of [0, 1]."""
+    poison_fraction: OptionalFloat = None
+    """Probability that --poison hits an image, for each independently, 0 to 1. Default: 1."""
+    poison_steps: OptionalInt = None
+    """Gradient steps of --poison, >= 1. Default: 40."""
+    poison_draws: OptionalInt = None
+    """Random noise levels and noises behind each gradient of --poison, >= 1. Default: 4."""
+    batch_size: OptionalInt = None
+    """Images per forward pass of --poison, >= 1; changes no draw. Default: 64."""
     seed: int = 0
     """Rules which images are hit and every draw; a whole number >= 0."""
     resolution: OptionalInt = None
@@ -971,8 +985,10 @@ class CorruptConfig:
             UsageError: One line that names the flag and the remedy.
         """
         _require(self.source != "" and self.destination != "", "SRC and DST must not be empty: name two folders")
-        _require(bool(self.corrupt), "--corrupt is missing: give at least one, e.g. --corrupt gaussian:sigma=0.2")
+        message = "--corrupt is missing: give at least one, e.g. --corrupt gaussian:sigma=0.2, or --poison MODEL"
+        _require(bool(self.corrupt) or self.poison is not None, message)
         check_corruptions(self.corrupt)
+        self._check_poison()
         _check_memory(self.max_memory_gib)
         _require(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction must be between 0 and 1")
         for name in ("split", "dataset_config_name", "image_column"):
@@ -981,3 +997,31 @@ class CorruptConfig:
         _require(self.seed >= 0, "--seed must be 0 or more")
         good = self.resolution is None or 1 <= self.resolution <= MAX_SIDE
         _require(good, f"--resolution must be in 1 .. {MAX_SIDE} pixels")
+
+    def _check_poison(self) -> None:
+        _require(self.poison != "", "--poison is empty: name a pipeline, or leave the flag out")
+        flags = ("poison_radius", "poison_fraction", "poison_steps", "poison_draws", "batch_size")
+        idle = [name for name in flags if getattr(self, name) is not None]
+        _require(self.poison is not None or not idle, f"{_flags(idle)} needs --poison MODEL: add it, or leave it out")
+        self.radius()
+        fraction = self.poison_fraction
+        _require(fraction is None or 0 <= fraction <= 1, f"--poison-fraction {fraction} must be between 0 and 1")
+        for name in flags[2:]:
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
+
+    def radius(self) -> float:
+        """``--poison-radius`` as a number, in units of [-1, 1].
+
+        Raises:
+            UsageError: If it is none, or out of range.
+        """
+        text = "16/255" if self.poison_radius is None else self.poison_radius
+        top, _, bottom = text.partition("/")
+        try:
+            value = float(top) / float(bottom or 1)
+        except (ValueError, ZeroDivisionError):
+            value = math.nan
+        good = 1 / 127.5 - 1e-9 <= value <= 2
+        _require(good, f"--poison-radius {text} is not in 1/127.5 (one 8-bit step) .. 2: use 16/255, or 0.1")
+        return value

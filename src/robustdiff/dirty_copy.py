@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from robustdiff import durable
@@ -19,6 +21,27 @@ from robustdiff.parallel import progress_bar
 MANIFEST_FORMAT = "robustdiff dirty copy 1"
 
 
+class Poison(Protocol):
+    """Dirt that needs a model and a batch, applied last: :class:`robustdiff.poisoning.Poison`."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images that it takes at a time."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready account of it."""
+        ...
+
+    def hits(self, seed: int, index: int, position: int) -> bool:
+        """Whether it hits an image, as :meth:`Corruption.hits`."""
+        ...
+
+    def __call__(self, images: Tensor, places: Sequence[int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 images (B, C, H, W) with it, and the model's loss at each before and after, (B,)."""
+        ...
+
+
 def write_dirty_copy(
     images: ImageSet,
     destination: str | Path,
@@ -26,6 +49,7 @@ def write_dirty_copy(
     seed: int,
     *,
     overwrite: bool = False,
+    poison: Poison | None = None,
 ) -> dict[str, Any]:
     """Write every image as PNG with its dirt, and ``manifest.json`` with the truth about it.
 
@@ -38,9 +62,11 @@ def write_dirty_copy(
         corruptions: Applied in this order.
         seed: Seed of the experiment.
         overwrite: Replace the destination, if it is itself a dirty copy.
+        poison: Applied last, to the images as they would be written without it.
 
     Returns:
-        The manifest. ``images[i]["corruptions"]`` lists the places (from 0) in ``corruptions`` of those that hit.
+        The manifest. ``images[i]["corruptions"]`` lists the places (from 0) in ``corruptions`` of those that hit;
+        with a poison, ``images[i]["poison"]`` is false, or the loss before and after.
 
     Raises:
         DataError: If the destination is not empty, or a name points outside it.
@@ -64,8 +90,31 @@ def write_dirty_copy(
         ],
     }
     pictures = (to_uint8(corrupt(images.x0(i), corruptions, seed, i)[0]) for i in range(len(images)))
-    write_copy(folder, manifest, progress_bar(pictures, len(images), "writing"))
+    if poison is not None:
+        entries = manifest.pop("images")
+        manifest |= {"poison": poison.describe(), "images": entries}  # the long list last
+        pictures = _poisoned(pictures, manifest["images"], poison, seed, len(corruptions))
+    what, least = ("writing", 1000) if poison is None else ("poisoning", 0)
+    write_copy(folder, manifest, progress_bar(pictures, len(images), what, least))
     return manifest
+
+
+def _poisoned(
+    pictures: Iterator[Tensor], entries: Sequence[dict[str, Any]], poison: Poison, seed: int, position: int
+) -> Iterator[Tensor]:
+    """The pictures with their poison, told to their entries in the manifest."""
+    for start in range(0, len(entries), poison.batch_size):
+        batch = entries[start : start + poison.batch_size]
+        out = list(itertools.islice(pictures, len(batch)))
+        hit = [i for i, entry in enumerate(batch) if poison.hits(seed, entry["index"], position)]
+        for entry in batch:
+            entry["poison"] = False
+        if hit:
+            pushed, before, after = poison(torch.stack([out[i] for i in hit]), [batch[i]["index"] for i in hit], seed)
+            for i, image, *losses in zip(hit, pushed, before.tolist(), after.tolist(), strict=True):
+                out[i] = image
+                batch[i]["poison"] = {"loss_before": losses[0], "loss_after": losses[1]}
+        yield from out
 
 
 def write_copy(folder: Path, manifest: Mapping[str, Any], pictures: Iterable[Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from robustdiff import durable
 from robustdiff.config import PurifyConfig, UsageError
@@ -19,6 +17,7 @@ from robustdiff.dirty_copy import check_destination, png_names, write_copy
 from robustdiff.fitting import labels_for, load_fitting, place_generators
 from robustdiff.images import ImageSet
 from robustdiff.machine import check_launcher, processes
+from robustdiff.parallel import progress_bar
 from robustdiff.purification import purify
 from robustdiff.sampling import load_pipeline, trajectory_of, weights_sha256, without_accelerator
 from robustdiff.trajectory import trailing
@@ -84,8 +83,8 @@ def purify_to_files(config: PurifyConfig) -> dict[str, Any]:
         ],
     }
     pipeline.unet.to(PartialState(cpu=without_accelerator()).device)
-    bar = tqdm(purified(images, pipeline, labels, config), total=len(images), unit="image", disable=not _on_terminal())
-    write_copy(folder, manifest, bar)
+    pictures = purified(images, pipeline, labels, config)
+    write_copy(folder, manifest, progress_bar(pictures, len(images), "purifying", least=0))
     return manifest
 
 
@@ -123,10 +122,6 @@ def purified(
         if not bool(torch.isfinite(batch).all()):
             raise UsageError(f"{config.model} makes values of images that are not finite: name another model")
         yield from to_uint8(batch)
-
-
-def _on_terminal() -> bool:
-    return sys.stderr.isatty()
 
 
 def summary(manifest: dict[str, Any], output: str | Path) -> str:
