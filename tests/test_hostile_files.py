@@ -53,7 +53,7 @@ def test_json_that_is_nested_without_end(here: Path, capfd: pytest.CaptureFixtur
     corrupt = ("corrupt", str(here / "photos"), str(here / "copy"), "--corrupt", "gaussian:sigma=0.1", "--overwrite")
     assert "not a dirty copy" in refused(capfd, *corrupt)
     (here / "data.json").write_bytes(b'{"data": {"classes": ' + NESTED + b"}}")
-    assert sample_files._class_names(str(here)) == []
+    assert sample_files.class_names(str(here)) == []
     (here / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + NESTED + b"\n")
     assert recording.Lines(here / "metrics.jsonl", 5).kept == ('{"step": 1}\n',)
     (here / "run/data.json").write_bytes(NESTED)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -117,6 +118,8 @@ class PGD:
         step_size: In units of the radius, > 0. Default: ``2.5 / steps``, and 2 for one step.
         momentum: Decay of the accumulated gradient, each divided by its mean absolute value, >= 0; 0 = none.
         restarts: Random starts, >= 1.
+        keep: ``"best"``, or ``"last"``: each image's last iterate, for objectives that draw anew at every evaluation,
+            where the best would be the luckiest; one restart only.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -128,6 +131,7 @@ class PGD:
     step_size: float | None = None
     momentum: float = 0.0
     restarts: int = 1
+    keep: Literal["best", "last"] = "best"
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -135,6 +139,8 @@ class PGD:
             raise ValueError(f"PGD needs steps >= 1 and restarts >= 1, got {self.steps} and {self.restarts}")
         if not (self.momentum >= 0 and (self.step_size is None or self.step_size > 0)):
             raise ValueError(f"PGD needs step_size > 0 and momentum >= 0, got {self.step_size} and {self.momentum}")
+        if self.keep not in ("best", "last") or (self.keep == "last" and self.restarts > 1):
+            raise ValueError(f"PGD keeps best, or the last of one restart, got {self.keep!r} of {self.restarts}")
 
     @property
     def evaluations(self) -> int:
@@ -178,6 +184,8 @@ class PGD:
                         value = evaluate(objective, omega)
                     else:
                         value, gradient = value_and_gradient(objective, omega)
+                    if last and self.keep == "last":
+                        best = _Best(omega)
                     best.see(omega, value)
                     if restart == 0:
                         trace.append(best.value)

@@ -1,4 +1,7 @@
-"""The ``robustdiff`` command: flags in, one line per error out; everything else is imported when it is needed."""
+"""The ``robustdiff`` command: flags in, one line per error out; everything else is imported when it is needed.
+
+A little over 400 lines, so that every command and every way in which one can fail stand in one place.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from robustdiff.config import (
     AuditConfig,
     CorruptConfig,
     EvaluateConfig,
+    PurifyConfig,
     ReportConfig,
     ReproduceConfig,
     RobustdiffWarning,
@@ -42,6 +46,7 @@ COMMANDS: dict[str, type] = {
     "report": ReportConfig,
     "audit": AuditConfig,
     "corrupt": CorruptConfig,
+    "purify": PurifyConfig,
     "reproduce": ReproduceConfig,
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -55,7 +60,8 @@ MEMORY_REMEDY = {
     "train": "lower --train-batch-size (--gradient-accumulation-steps makes up for it), or take a smaller --network or "
     "--resolution; with worker processes, fewer --dataloader-num-workers",
     "sample": "lower --batch-size",
-    "corrupt": "lower --resolution",
+    "corrupt": "lower --resolution, or with --poison --batch-size",
+    "purify": "lower --batch-size",
     "audit": "close other programs, or take a smaller part of the data",
     "evaluate": "lower --batch-size, or -n",
     "attack": "lower --batch-size",
@@ -145,19 +151,18 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
 
 
 def _run(config: Any) -> int:  # noqa: ANN401 - one of COMMANDS' dataclasses
-    if isinstance(config, TrainConfig):
-        return _train(config)
-    if isinstance(config, AuditConfig):
-        return _audit(config)
-    if isinstance(config, ReproduceConfig):
-        return _reproduce(config)
-    if isinstance(config, EvaluateConfig):
-        return _evaluate(config)
-    if isinstance(config, AttackConfig):
-        return _attack(config)
-    if isinstance(config, ReportConfig):
-        return _report(config)
-    return _sample(config) if isinstance(config, SampleConfig) else _corrupt(config)
+    commands: dict[type, Callable[[Any], int]] = {
+        TrainConfig: _train,
+        SampleConfig: _sample,
+        EvaluateConfig: _evaluate,
+        AttackConfig: _attack,
+        ReportConfig: _report,
+        AuditConfig: _audit,
+        CorruptConfig: _corrupt,
+        PurifyConfig: _purify,
+        ReproduceConfig: _reproduce,
+    }
+    return commands[type(config)](config)
 
 
 # -- flags -------------------------------------------------------------------------------------------
@@ -355,19 +360,34 @@ def _corrupt(config: CorruptConfig) -> int:
     from robustdiff.dirty_copy import write_dirty_copy
     from robustdiff.images import load_images
 
-    corruptions = check_corruptions(config.corrupt)
-    images = load_images(
-        config.source,
-        resolution=config.resolution,
-        max_bad_fraction=config.max_bad_fraction,
-        max_memory=None if config.max_memory_gib is None else int(config.max_memory_gib * 2**30),
-        split=config.split,
-        config=config.dataset_config_name,
-        image_column=config.image_column,
-    )
-    manifest = write_dirty_copy(images, Path(config.destination), corruptions, config.seed, overwrite=config.overwrite)
-    hit = sum(bool(image["corruptions"]) for image in manifest["images"])
+    settings: dict[str, Any] = {
+        "resolution": config.resolution,
+        "max_bad_fraction": config.max_bad_fraction,
+        "max_memory": None if config.max_memory_gib is None else int(config.max_memory_gib * 2**30),
+        "split": config.split,
+        "config": config.dataset_config_name,
+        "image_column": config.image_column,
+    }
+    poison = None
+    if config.poison is None:
+        images = load_images(config.source, **settings)
+    else:
+        from robustdiff.poisoning import load_poison
+
+        _quiet_libraries()
+        images, poison = load_poison(config, **settings)
+    corruptions, target = check_corruptions(config.corrupt), Path(config.destination)
+    manifest = write_dirty_copy(images, target, corruptions, config.seed, overwrite=config.overwrite, poison=poison)
+    hit = sum(bool(image["corruptions"] or image.get("poison")) for image in manifest["images"])
     print(f"{config.destination}: {len(images)} images, {hit} of them dirty (see manifest.json)")
+    return 0
+
+
+def _purify(config: PurifyConfig) -> int:
+    from robustdiff.purified_files import purify_to_files, summary
+
+    _quiet_libraries()
+    print(summary(purify_to_files(config), str(config.output)))
     return 0
 
 

@@ -911,6 +911,66 @@ class ReproduceConfig:
 
 
 @dataclass(frozen=True)
+class PurifyConfig:
+    """Purify images: drown what was done to them in noise, and denoise them with a model; with a manifest."""
+
+    data: Annotated[Positional[str], arg(metavar="DATA")]
+    """Any source of images that `robustdiff train` takes, of the model's size (or with --resolution)."""
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """Pipeline that denoises: a run folder, another folder, or a hub id."""
+    output: Annotated[str | None, arg(aliases=["-o", "--output-dir"], metavar="FOLDER")] = None
+    """Folder to write: one PNG per image under its own relative name, and manifest.json. Needed."""
+    strength: float = 0.1
+    """How far up the noise goes, as a share of the model's noise levels, > 0 and at most 1: more removes more, of the
+    image too."""
+    steps: int = 10
+    """Network calls per image from there down, >= 1; no more than there are noise levels below."""
+    scheduler: Literal["ddim", "ddpm"] = "ddim"
+    """Sampler: ddim draws noise once, at the start; ddpm at each step."""
+    seed: int = 0
+    """Rules the noise: that of image i is a function of (SEED, i), whatever the batch size; SEED >= 0."""
+    batch_size: Annotated[int, arg(aliases=["--eval-batch-size"])] = 64
+    """Images per forward pass, >= 1."""
+    resolution: OptionalInt = None
+    """Resize the shorter side to this many pixels and crop the centre square first: the model's own size."""
+    split: OptionalText = None
+    """Part of a data set that comes in parts (train, test ..., or all). Default: train."""
+    dataset_config_name: OptionalText = None
+    """Configuration of a hub data set that has several."""
+    image_column: OptionalText = None
+    """Column of a table that holds the images. Default: the only one that can."""
+    label_column: OptionalText = None
+    """Column of a table that holds the class labels, for class-conditional models. Default: as `robustdiff train`."""
+    max_bad_fraction: float = 0.01
+    """Largest share of unreadable images that is skipped rather than an error, 0 to 1."""
+    max_memory_gib: OptionalGiB = None
+    """Hold the decoded images if they take at most this much. Default: half of the free memory."""
+    overwrite: bool = False
+    """Replace FOLDER, if it holds purified images."""
+
+    def validate(self) -> None:
+        """Check ranges.
+
+        Raises:
+            UsageError: One line that names the flag and the remedy.
+        """
+        _require(self.data != "" and self.model != "", "DATA and MODEL must not be empty: name images and a pipeline")
+        _require(self.output is not None, "--output is missing: name a folder, such as -o purified")
+        for name in ("output", "split", "dataset_config_name", "image_column", "label_column"):
+            flag = "--" + name.replace("_", "-")
+            _require(getattr(self, name) != "", f"{flag} is empty: give a name, or leave the flag out")
+        good = 0 < self.strength <= 1
+        _require(good, f"--strength {self.strength} must be above 0 and at most 1: 0.1 removes what is faint")
+        _require(self.steps >= 1, f"--steps {self.steps} must be at least 1")
+        _require(self.batch_size >= 1, f"--batch-size {self.batch_size} must be at least 1")
+        _require(0 <= self.seed <= MAX_SEED, f"--seed must be in 0 .. {MAX_SEED}")
+        good = self.resolution is None or 1 <= self.resolution <= MAX_SIDE
+        _require(good, f"--resolution must be in 1 .. {MAX_SIDE} pixels")
+        _require(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction must be between 0 and 1")
+        _check_memory(self.max_memory_gib)
+
+
+@dataclass(frozen=True)
 class CorruptConfig:
     """Write a dirty copy of a folder of images, with a manifest that says which image got what."""
 
@@ -920,6 +980,20 @@ class CorruptConfig:
     """Folder to write: one PNG per image (clipped to 8 bit) and manifest.json."""
     corrupt: Annotated[UseAppendAction[tuple[str, ...]], arg(aliases=["--with"])] = ()
     """KIND:NAME=VALUE,...,fraction=SHARE (repeatable, applied in order)."""
+    poison: Annotated[str | None, arg(metavar="MODEL")] = None
+    """Adversarial dirt, applied last: pixels are pushed to where this pipeline denoises worst, so as to spoil training
+    (folder or hub id; images must be of its size)."""
+    poison_radius: Annotated[str | None, arg(metavar="NUMBER")] = None
+    """Largest change of a pixel by --poison, in units of [-1, 1]: a number or a fraction, 1/127.5 to 2. Holds in the
+    8-bit files. Default: 16/255, which is the usual 8/255 of [0, 1]."""
+    poison_fraction: OptionalFloat = None
+    """Probability that --poison hits an image, for each independently, 0 to 1. Default: 1."""
+    poison_steps: OptionalInt = None
+    """Gradient steps of --poison, >= 1. Default: 40."""
+    poison_draws: OptionalInt = None
+    """Random noise levels and noises behind each gradient of --poison, >= 1. Default: 4."""
+    batch_size: OptionalInt = None
+    """Images per forward pass of --poison, >= 1; changes no draw. Default: 64."""
     seed: int = 0
     """Rules which images are hit and every draw; a whole number >= 0."""
     resolution: OptionalInt = None
@@ -944,8 +1018,10 @@ class CorruptConfig:
             UsageError: One line that names the flag and the remedy.
         """
         _require(self.source != "" and self.destination != "", "SRC and DST must not be empty: name two folders")
-        _require(bool(self.corrupt), "--corrupt is missing: give at least one, e.g. --corrupt gaussian:sigma=0.2")
+        message = "--corrupt is missing: give at least one, e.g. --corrupt gaussian:sigma=0.2, or --poison MODEL"
+        _require(bool(self.corrupt) or self.poison is not None, message)
         check_corruptions(self.corrupt)
+        self._check_poison()
         _check_memory(self.max_memory_gib)
         _require(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction must be between 0 and 1")
         for name in ("split", "dataset_config_name", "image_column"):
@@ -954,3 +1030,31 @@ class CorruptConfig:
         _require(self.seed >= 0, "--seed must be 0 or more")
         good = self.resolution is None or 1 <= self.resolution <= MAX_SIDE
         _require(good, f"--resolution must be in 1 .. {MAX_SIDE} pixels")
+
+    def _check_poison(self) -> None:
+        _require(self.poison != "", "--poison is empty: name a pipeline, or leave the flag out")
+        flags = ("poison_radius", "poison_fraction", "poison_steps", "poison_draws", "batch_size")
+        idle = [name for name in flags if getattr(self, name) is not None]
+        _require(self.poison is not None or not idle, f"{_flags(idle)} needs --poison MODEL: add it, or leave it out")
+        self.radius()
+        fraction = self.poison_fraction
+        _require(fraction is None or 0 <= fraction <= 1, f"--poison-fraction {fraction} must be between 0 and 1")
+        for name in flags[2:]:
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
+
+    def radius(self) -> float:
+        """``--poison-radius`` as a number, in units of [-1, 1].
+
+        Raises:
+            UsageError: If it is none, or out of range.
+        """
+        text = "16/255" if self.poison_radius is None else self.poison_radius
+        top, _, bottom = text.partition("/")
+        try:
+            value = float(top) / float(bottom or 1)
+        except (ValueError, ZeroDivisionError):
+            value = math.nan
+        good = 1 / 127.5 - 1e-9 <= value <= 2
+        _require(good, f"--poison-radius {text} is not in 1/127.5 (one 8-bit step) .. 2: use 16/255, or 0.1")
+        return value

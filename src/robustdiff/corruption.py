@@ -127,6 +127,12 @@ def derive_seed(*key: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
+def is_hit(fraction: float, seed: int, position: int, kind: str, index: int) -> bool:
+    """Whether an image is hit: a uniform number from (seed, position, kind, index) against ``fraction``."""
+    bits = derive_seed("corruption hits", seed, position, kind, index) >> 10
+    return bits / 2**53 < fraction  # 53 bits: the quotient is exact and always below 1
+
+
 @dataclass(frozen=True)
 class Corruption:
     """One kind of dirt with its settings; parameters left out take their defaults.
@@ -200,8 +206,7 @@ class Corruption:
             index: Index of the image in its data set.
             position: Place of this corruption in the list, so that two of a kind are independent.
         """
-        bits = derive_seed("corruption hits", seed, position, self.kind, index) >> 10
-        return bits / 2**53 < self.fraction  # 53 bits: the quotient is exact and always below 1
+        return is_hit(self.fraction, seed, position, self.kind, index)
 
     def apply(self, x0: Tensor, seed: int, index: int, position: int = 0) -> Tensor:
         """The image with this dirt on it, if :meth:`hits`, else ``x0`` itself. ``x0`` is never mutated.

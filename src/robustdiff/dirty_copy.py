@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from robustdiff import durable
 from robustdiff.corruption import Corruption, corrupt, to_uint8
@@ -17,6 +21,27 @@ from robustdiff.parallel import progress_bar
 MANIFEST_FORMAT = "robustdiff dirty copy 1"
 
 
+class Poison(Protocol):
+    """Dirt that needs a model and a batch, applied last: :class:`robustdiff.poisoning.Poison`."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images that it takes at a time."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready account of it."""
+        ...
+
+    def hits(self, seed: int, index: int, position: int) -> bool:
+        """Whether it hits an image, as :meth:`Corruption.hits`."""
+        ...
+
+    def __call__(self, images: Tensor, places: Sequence[int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 images (B, C, H, W) with it, and the model's loss at each before and after, (B,)."""
+        ...
+
+
 def write_dirty_copy(
     images: ImageSet,
     destination: str | Path,
@@ -24,6 +49,7 @@ def write_dirty_copy(
     seed: int,
     *,
     overwrite: bool = False,
+    poison: Poison | None = None,
 ) -> dict[str, Any]:
     """Write every image as PNG with its dirt, and ``manifest.json`` with the truth about it.
 
@@ -36,15 +62,16 @@ def write_dirty_copy(
         corruptions: Applied in this order.
         seed: Seed of the experiment.
         overwrite: Replace the destination, if it is itself a dirty copy.
+        poison: Applied last, to the images as they would be written without it.
 
     Returns:
-        The manifest. ``images[i]["corruptions"]`` lists the places (from 0) in ``corruptions`` of those that hit.
+        The manifest. ``images[i]["corruptions"]`` lists the places (from 0) in ``corruptions`` of those that hit;
+        with a poison, ``images[i]["poison"]`` is false, or the loss before and after.
 
     Raises:
         DataError: If the destination is not empty, or a name points outside it.
     """
-    folder = Path(destination).expanduser().absolute()
-    _check_destination(images.source, destination, folder, overwrite)
+    folder = check_destination(images.source, destination, overwrite=overwrite)
     manifest: dict[str, Any] = {
         "format": MANIFEST_FORMAT,
         "seed": seed,
@@ -59,44 +86,93 @@ def write_dirty_copy(
                 "file": file,
                 "corruptions": [place for place, c in enumerate(corruptions) if c.hits(seed, index, place)],
             }
-            for index, file in enumerate(_png_names(images.names))
+            for index, file in enumerate(png_names(images.names))
         ],
     }
-    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-    try:
-        unfinished.mkdir(parents=True)
-        for entry in progress_bar(manifest["images"], len(images), "writing"):
-            dirty, _ = corrupt(images.x0(entry["index"]), corruptions, seed, entry["index"])
-            path = unfinished / entry["file"]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_png(to_uint8(dirty), path)
-        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        durable.replace_folder(unfinished, folder)  # which is empty, or a dirty copy that may be replaced
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    pictures = (to_uint8(corrupt(images.x0(i), corruptions, seed, i)[0]) for i in range(len(images)))
+    if poison is not None:
+        entries = manifest.pop("images")
+        manifest |= {"poison": poison.describe(), "images": entries}  # the long list last
+        pictures = _poisoned(pictures, manifest["images"], poison, seed, len(corruptions))
+    what, least = ("writing", 1000) if poison is None else ("poisoning", 0)
+    write_copy(folder, manifest, progress_bar(pictures, len(images), what, least))
     return manifest
 
 
-def _check_destination(source: str, destination: str | Path, folder: Path, overwrite: bool) -> None:
-    clean = Path(source).expanduser()
+def _poisoned(
+    pictures: Iterator[Tensor], entries: Sequence[dict[str, Any]], poison: Poison, seed: int, position: int
+) -> Iterator[Tensor]:
+    """The pictures with their poison, told to their entries in the manifest."""
+    for start in range(0, len(entries), poison.batch_size):
+        batch = entries[start : start + poison.batch_size]
+        out = list(itertools.islice(pictures, len(batch)))
+        hit = [i for i, entry in enumerate(batch) if poison.hits(seed, entry["index"], position)]
+        for entry in batch:
+            entry["poison"] = False
+        if hit:
+            pushed, before, after = poison(torch.stack([out[i] for i in hit]), [batch[i]["index"] for i in hit], seed)
+            for i, image, *losses in zip(hit, pushed, before.tolist(), after.tolist(), strict=True):
+                out[i] = image
+                batch[i]["poison"] = {"loss_before": losses[0], "loss_after": losses[1]}
+        yield from out
+
+
+def write_copy(folder: Path, manifest: Mapping[str, Any], pictures: Iterable[Tensor]) -> None:
+    """Write PNGs and ``manifest.json``: to a temporary folder beside ``folder``, renamed at the end.
+
+    Args:
+        folder: New or empty, or one that may be replaced (:func:`check_destination`).
+        manifest: Names each picture's ``file`` in ``images``.
+        pictures: uint8 (C, H, W), one after the other, in that order.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        for entry, picture in zip(manifest["images"], pictures, strict=True):
+            path = unfinished / entry["file"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_png(picture, path)
+        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        durable.replace_folder(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_destination(
+    source: str, destination: str | Path, *, overwrite: bool, written: str = MANIFEST_FORMAT, what: str = "a dirty copy"
+) -> Path:
+    """Where a copy goes.
+
+    Args:
+        source: What is copied.
+        destination: As the user wrote it.
+        overwrite: Whether a folder whose manifest is of the same format may be replaced.
+        written: That format.
+        what: What such a folder is called in messages.
+
+    Raises:
+        DataError: If it is not empty, no folder, or inside the source.
+    """
+    folder, clean = Path(destination).expanduser().absolute(), Path(source).expanduser()
     if source != "digits" and clean.is_dir() and clean.resolve() in folder.resolve().parents:
         raise DataError(f"{destination}: lies inside {source}, whose images it would join; choose another destination")
     if not os.path.lexists(folder):
-        return
+        return folder
     if folder.is_symlink() or not folder.is_dir():
         raise DataError(f"{destination}: exists and is not a folder; choose another destination")
     if any(folder.iterdir()):
         if not overwrite:
-            raise DataError(f"{destination}: not empty; choose another, or replace a dirty copy with --overwrite")
+            raise DataError(f"{destination}: not empty; choose another, or replace {what} with --overwrite")
         try:
-            ours = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["format"] == MANIFEST_FORMAT
+            ours = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["format"] == written
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             ours = False
         if not ours:  # never delete somebody's photographs
-            raise DataError(f"{destination}: not a dirty copy, so --overwrite spares it; remove it yourself")
+            raise DataError(f"{destination}: not {what}, so --overwrite spares it; remove it yourself")
+    return folder
 
 
-def _png_names(names: Sequence[str]) -> list[str]:
+def png_names(names: Sequence[str]) -> list[str]:
     """The same relative names with .png; one that is taken (a.jpg, then a.png) keeps its suffix: a.png.png."""
     taken: set[str] = set()
     files = []

@@ -95,7 +95,7 @@ def in_parallel(
         yield from zip(places, progress_bar(results, len(places), what), strict=True)
 
 
-def progress_bar(items: Iterable[T], total: int, what: str) -> Iterable[T]:
-    """``items``, with a progress bar where it is worth one: many items, on a terminal, on the first process."""
-    shown = total > 1000 and sys.stderr.isatty() and rank() == 0
+def progress_bar(items: Iterable[T], total: int, what: str, least: int = 1000) -> Iterable[T]:
+    """``items``, with a progress bar where it is worth one: more than ``least``, on a terminal, first process."""
+    shown = total > least and sys.stderr.isatty() and rank() == 0
     return tqdm(items, what, total, unit="image") if shown else items

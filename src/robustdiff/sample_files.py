@@ -131,7 +131,7 @@ def class_labels(config: SampleConfig, classes: int | None) -> list[int] | None:
         return None
     if config.class_label is None:
         return [i % classes for i in range(config.n)]
-    names, label = _class_names(config.run), str(config.class_label)
+    names, label = class_names(config.run), str(config.class_label)
     if label in names:
         number = names.index(label)
     elif label.isdecimal() and int(label) < classes and not any(name.isdecimal() for name in names):
@@ -144,7 +144,7 @@ def class_labels(config: SampleConfig, classes: int | None) -> list[int] | None:
     return [number] * config.n
 
 
-def _class_names(run: str) -> list[str]:
+def class_names(run: str) -> list[str]:
     """Names of the classes, in the order of their numbers, if ``run`` is a run folder that knows them."""
     try:
         classes = json.loads((Path(run) / "data.json").read_text())["data"]["classes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import textwrap
@@ -167,6 +168,15 @@ def _check_folder(folder: Path) -> None:
     if scheduler.is_file():
         # of the rest, betas may be many, and a bound may be -Infinity
         check_plausible({"num_train_timesteps": json.loads(scheduler.read_bytes()).get("num_train_timesteps")})
+
+
+def weights_sha256(pipeline: DiffusionPipeline) -> str:
+    """SHA-256 over the network's weights, in the order of their names."""
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(pipeline.unet.state_dict().items()):
+        sha256.update(name.encode())
+        sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 def make_scheduler(name: str, like: Any, steps: int) -> Any:  # noqa: ANN401 - schedulers share no typed base

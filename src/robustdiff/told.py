@@ -251,6 +251,8 @@ def _from_manifest(manifest: dict[str, Any], flag: str, data: ImageSet) -> Itera
         raise UsageError(f"{flag}: not a whole manifest of a dirty copy ({durable.one_line(error)})") from None
     if other := next((c.kind for c in corruptions if c.kind != "gaussian"), None):
         raise UsageError(f"{flag}: an image hit by {other} has no noise level: use a copy with gaussian dirt only")
+    if manifest.get("poison"):
+        raise UsageError(f"{flag}: an image hit by poison has no noise level: use a copy with gaussian dirt only")
     if (height, width, channels) != (*data.size, data.channels):
         raise UsageError(
             f"{flag}: made for {width} x {height} images of {channels} channels, and resizing changes noise: leave out "

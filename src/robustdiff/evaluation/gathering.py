@@ -26,7 +26,7 @@ from robustdiff.evaluation.judging import check_enough
 from robustdiff.evaluation.together import share
 from robustdiff.images import DataError, ImageSet, load_images
 from robustdiff.sample_files import class_labels, draw
-from robustdiff.sampling import load_pipeline, make_scheduler, without_accelerator
+from robustdiff.sampling import load_pipeline, make_scheduler, weights_sha256, without_accelerator
 from robustdiff.sources import HUB_ID
 
 DEFAULT_N = 1000
@@ -173,15 +173,6 @@ def _kept(path: Path, n: int) -> Tensor | None:
         _warn(f"{path} is damaged: its images are drawn again")
         return None
     return images
-
-
-def weights_sha256(pipeline: DiffusionPipeline) -> str:
-    """SHA-256 over the network's weights, in the order of their names."""
-    sha256 = hashlib.sha256()
-    for name, tensor in sorted(pipeline.unet.state_dict().items()):
-        sha256.update(name.encode())
-        sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha256.hexdigest()
 
 
 def left_out(flag: str, images: ImageSet) -> list[str]:

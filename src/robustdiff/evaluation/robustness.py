@@ -26,13 +26,13 @@ from robustdiff.evaluation.after_attack import Reference, measure, open_referenc
 from robustdiff.evaluation.attack_plan import EOT, VERDICTS, Cell, is_blind, is_joint, lengths, plan, radius
 from robustdiff.evaluation.attack_results import Summary, sentence
 from robustdiff.evaluation.attacking import CHECKED, Batch, Outcome, join
-from robustdiff.evaluation.gathering import digest, name_of, output_folder, weights_sha256
+from robustdiff.evaluation.gathering import digest, name_of, output_folder
 from robustdiff.evaluation.judging import LEAST
 from robustdiff.evaluation.results import write_result
 from robustdiff.joint import FeatureDistance
 from robustdiff.machine import check_launcher, free_memory, processes
 from robustdiff.sample_files import class_labels
-from robustdiff.sampling import SamplerStep, load_pipeline, sample, trajectory_of, without_accelerator
+from robustdiff.sampling import SamplerStep, load_pipeline, sample, trajectory_of, weights_sha256, without_accelerator
 from robustdiff.stopping import Interrupted, stop_signals
 from robustdiff.threat import NoGradient
 from robustdiff.trajectory import Trajectory

@@ -1,0 +1,158 @@
+"""Poisoned digits: what images pushed to where a denoiser is worst do to the training of another one, plain and gated.
+
+    python experiments/poisoning.py --work poisoning --output experiments/results/poisoning.json
+
+Every training image is poisoned (``robustdiff corrupt --poison``) by a model of the same clean digits but of another
+seed, which no row uses otherwise; the control moves every pixel by as much in a random direction. Six rows: plain
+training and the preset ``gated``, on clean, poisoned and randomly moved digits; told nothing. One thread; what is in
+``--work`` is not done again, so the same command goes on where it was stopped.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import logging
+
+from robustdiff import __version__, load_images, load_pipeline, sample
+from robustdiff.corruption import to_uint8
+from robustdiff.poisoning import Poison
+
+METHODS = ("plain", "gated")
+SETS = ("clean", "poisoned", "random")
+SURROGATE_SEED, SEED = 100, 0
+STEPS = 50
+
+
+def demo() -> ModuleType:
+    """The digits demo: its settings and what it measures by."""
+    spec = importlib.util.spec_from_file_location("digits_demo", Path(__file__).with_name("digits_demo.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def command(*arguments: str) -> None:
+    """``robustdiff ARGUMENTS`` in one thread.
+
+    Raises:
+        CalledProcessError: If it fails; it has then said why.
+    """
+    print(f"robustdiff {' '.join(arguments)}", flush=True)
+    run = [sys.executable, "-m", "robustdiff", *arguments]
+    subprocess.run(run, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)
+
+
+def moved(images: torch.Tensor, levels: int) -> torch.Tensor:
+    """Every pixel of uint8 images moved by ``levels`` up or down, by the toss of a coin, and clipped."""
+    coin = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(SEED))
+    return (images.int() + levels * (2 * coin - 1)).clamp(0, 255).to(torch.uint8)
+
+
+def train(work: Path, name: str, data: Path, preset: str, seed: int, images: str, common: list[str]) -> Path:
+    """A run, unless it is there."""
+    run = work / "runs" / name
+    if not (run / "trained").exists():
+        shutil.rmtree(run, ignore_errors=True)  # one that was stopped in the middle
+        flags = ["--output-dir", str(run), "--images", images, "--seed", str(seed), "--preset", preset]
+        command("train", str(data), *flags, *common)
+        (run / "trained").touch()
+    return run
+
+
+def main() -> None:
+    """Train, poison, train, measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("poisoning"), help="folder for data and runs")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    parser.add_argument("--images", default="60k", help="length of each training, in images seen (default: 60k)")
+    parser.add_argument("--radius", default="32/255", help="of the poison, in units of [-1, 1] (default: 32/255)")
+    parser.add_argument("--poison-steps", default="40", help="gradient steps of the poison (default: 40)")
+    parser.add_argument("--samples", type=int, default=1000, help="images drawn per row (default: 1000)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    measure, work, n = demo(), arguments.work, arguments.samples
+    data = work / "data"
+    data.mkdir(parents=True, exist_ok=True)
+
+    # Data: the split of the digits demo
+    order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
+    digits = load_images("digits").images[order]
+    test, training = digits[250:500], digits[500:]
+    np.save(data / "clean.npy", training[:, 0].numpy())
+    surrogate = train(work, "surrogate", data / "clean.npy", "plain", SURROGATE_SEED, arguments.images, measure.COMMON)
+    if not (data / "poisoned").exists():
+        poison = ["--poison", str(surrogate), "--poison-radius", arguments.radius]
+        poison += ["--poison-steps", arguments.poison_steps, "--batch-size", "256", "--seed", str(SEED)]
+        command("corrupt", str(data / "clean.npy"), str(data / "poisoned"), *poison)
+    told = json.loads((data / "poisoned" / "manifest.json").read_text())["poison"]
+    np.save(data / "random.npy", moved(training, told["levels"])[:, 0].numpy())
+    sets = {
+        "clean": training,
+        "poisoned": load_images(data / "poisoned").images,
+        "random": moved(training, told["levels"]),
+    }
+
+    # How bad the surrogate, and a model that it does not know, are at each of them
+    logging.disable_progress_bar()
+    paths = {"clean": data / "clean.npy", "poisoned": data / "poisoned", "random": data / "random.npy"}
+    runs = {
+        (method, name): train(work, f"{method}-{name}", paths[name], method, SEED, arguments.images, measure.COMMON)
+        for method in METHODS
+        for name in SETS
+    }
+    pipelines: dict[Any, Any] = {key: load_pipeline(run) for key, run in runs.items()}
+    judges = {"surrogate": load_pipeline(surrogate), "plain on clean": pipelines["plain", "clean"]}
+    losses = {
+        judge: {
+            name: Poison(pipeline, judge, 0.1).judge(images, range(len(images)), SEED).mean().item()
+            for name, images in sets.items()
+        }
+        for judge, pipeline in judges.items()
+    }
+
+    # Rows
+    def score(images: torch.Tensor) -> dict[str, float]:
+        return {
+            "frechet": measure.frechet(images, test),
+            "noise": measure.noise_estimate(images),
+            "spread": measure.spread(images, test),
+        }
+
+    rows = [{"row": f"training digits, {name}", **score(images[:n])} for name, images in sets.items()]
+    for (method, name), pipeline in pipelines.items():
+        drawn = to_uint8(sample(pipeline, range(n), seed=10_000, steps=STEPS, batch_size=250))
+        rows.append({"row": f"{method} on {name}", **score(drawn)})
+    record = {
+        "what": "poisoned digits",
+        "poison": {key: told[key] for key in ("objective", "norm", "radius", "levels", "steps", "draws", "fraction")},
+        "surrogate_seed": SURROGATE_SEED,
+        "seed": SEED,
+        "images": arguments.images,
+        "steps": STEPS,
+        "n": n,
+        "common": measure.COMMON,
+        "reference": "250 held-out clean digits",
+        "denoising_loss": losses,
+        "rows": rows,
+        "versions": {"robustdiff": __version__, "torch": torch.__version__.split("+")[0]},
+    }
+    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    for row in rows:
+        print(f"| {row['row']} | {row['frechet']:.3f} | {row['noise']:.3f} | {row['spread']:.3f} |")
+    print(json.dumps(losses, indent=1))
+
+
+if __name__ == "__main__":
+    main()

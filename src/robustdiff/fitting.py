@@ -1,0 +1,89 @@
+"""Images as a pipeline takes them: its size, its channels, its class numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustdiff.config import MAX_SEED, UsageError
+from robustdiff.corruption import derive_seed
+from robustdiff.images import ImageSet, load_images
+from robustdiff.sample_files import class_names
+
+
+def size_of(pipeline: Any) -> tuple[int, int, int]:  # noqa: ANN401 - pipelines share no typed base with a network
+    """(C, H, W) of the images that a pipeline takes."""
+    side = pipeline.unet.config["sample_size"]
+    height, width = (side, side) if isinstance(side, int) else side
+    return int(pipeline.unet.config["in_channels"]), int(height), int(width)
+
+
+def load_fitting(data: str, pipeline: Any, model: str, resolution: int | None = None, **settings: Any) -> ImageSet:  # noqa: ANN401
+    """Read images that fit a pipeline, in its channels.
+
+    Args:
+        data: As :func:`robustdiff.images.load_images` takes it.
+        pipeline: Anything with a ``unet`` (``UNet2DModel``).
+        model: What messages call it.
+        resolution: Side in pixels to bring images to; None leaves them as they are, and they must fit.
+        settings: Passed on to :func:`robustdiff.images.load_images`.
+
+    Raises:
+        UsageError: One line, if they do not fit; DataError if they cannot be read.
+    """
+    channels, height, width = size_of(pipeline)
+    if channels not in (1, 3):
+        raise UsageError(f"{model} takes images of {channels} channels: only grey or RGB can be read")
+    if resolution is not None and (resolution, resolution) != (height, width):
+        raise UsageError(f"--resolution {resolution}: {model} takes {width} x {height}; {_remedy(height, width)}")
+    images = load_images(data, resolution=resolution, channels=channels, **settings)
+    if images.size != (height, width):
+        found = f"{images.size[1]} x {images.size[0]}"
+        raise UsageError(f"{data} holds images of {found}, {model} takes {width} x {height}: {_remedy(height, width)}")
+    return images
+
+
+def _remedy(height: int, width: int) -> str:
+    return f"use --resolution {height}" if height == width else f"give images of {width} x {height}"
+
+
+def labels_for(images: ImageSet, pipeline: Any, model: str) -> Tensor | None:  # noqa: ANN401
+    """The class of each image as the pipeline numbers it, int64, shape (N,); None if it knows no classes.
+
+    By name where the pipeline is a run folder that names its classes, else by number: the images' own where their
+    classes are called by numbers, their order otherwise.
+
+    Raises:
+        UsageError: One line, if the images have no labels, or others than the pipeline.
+    """
+    count = pipeline.unet.config["num_class_embeds"]
+    if count is None:
+        return None
+    if images.labels is None:
+        raise UsageError(
+            f"{model} is class-conditional and {images.source} has no labels: sort its images into one folder per "
+            "class, or name a pipeline without classes"
+        )
+    names = class_names(model)
+    if names and images.classes:
+        strange = [name for name in images.classes if name not in names]
+        if strange:
+            raise UsageError(
+                f"{images.source} has a class {strange[0]!r} that {model} does not know: it has {', '.join(names[:20])}"
+            )
+        return torch.tensor([names.index(name) for name in images.classes])[images.labels]
+    labels = images.labels
+    if all(name.isdecimal() for name in images.classes):  # 7 is class 7, also in a set without 3
+        labels = torch.tensor([int(name) for name in images.classes])[labels]
+    largest = int(labels.max())
+    if largest >= count:
+        raise UsageError(f"{images.source} has a class number {largest}, {model} has 0 .. {count - 1}: name another")
+    return labels
+
+
+def place_generators(what: str, seed: int, places: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per image: a function of the purpose, the seed and the image's place in its set."""
+    return [torch.Generator().manual_seed(derive_seed(what, seed, place) & MAX_SEED) for place in places]
