@@ -37,7 +37,7 @@ from robustdiff.reproduce.measuring import (
     training_for,
     training_set,
 )
-from robustdiff.reproduce.rows import FRONTIER, MAIN, METHODS, Method, Row, _equivariant
+from robustdiff.reproduce.rows import FRONTIER, MAIN, METHODS, Method, Row, equivariant
 from robustdiff.reproduce.running import Denoiser, load, process_for, save, train
 from robustdiff.reproduce.working import trained_network
 from robustdiff.trajectory import Trajectory
@@ -85,7 +85,7 @@ def _everywhere(m: float, steps: int) -> Method:
     return Method(
         f"adversarial ({word}), r = 1, m = {m:g}",
         f"equivariance to noise that ascends the residual, {word}, radius 1, at every noise level",
-        _equivariant(m, AdversarialPerturbation(steps=steps, inner="residual")),
+        equivariant(m, AdversarialPerturbation(steps=steps, inner="residual")),
         settings={"perturbation": f"adversarial residual, {word}, r = 1", "m": m},
     )
 
@@ -246,6 +246,8 @@ COLUMNS = {
 def table(results: Path, world_name: str) -> str:
     """The rows of a world as a table, in the order of the plan."""
     lines = [f"| {world_name} | seeds | {' | '.join(COLUMNS.values())} |", f"|---|---|{'---|' * len(COLUMNS)}"]
+    for path in sorted(results.glob(f"{world_name}-*.json"))[:1]:
+        lines.append(f"| floor: as many real draws | 1 | {durable.read_json(path)['floor']:.3g} | 1 | - | - | - |")
     for name, _ in PLAN[world_name]:
         path = results / f"{world_name}-{name}.json"
         if path.is_file():

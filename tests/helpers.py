@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +29,17 @@ TINY_UNET = {
     "up_block_types": ["UpBlock2D", "UpBlock2D"],
 }
 """A UNet2DModel configuration that trains in milliseconds; size and channels come from the data."""
+
+
+def experiment(name: str) -> ModuleType:
+    """A file of ``experiments/`` as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "experiments" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from helpers import experiment
 from torch import Tensor
 
 from robustdiff import linear
@@ -20,13 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def attacked() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("attacked_worlds", ROOT / "experiments" / "attacked_worlds.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    return experiment("attacked_worlds")
 
 
 def test_the_unrolled_penalty_of_a_linear_denoiser_is_its_squared_gain(attacked: ModuleType) -> None:

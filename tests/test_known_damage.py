@@ -1,6 +1,5 @@
 """The table of known damage: its document, its order, and how the damaged images are drawn."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -8,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers import experiment
 
 from robustdiff.evaluation.extractors import open_extractor
 from robustdiff.images import ImageSet
@@ -19,12 +19,7 @@ TEXT = (ROOT / "docs" / "protocols.md").read_text()
 @pytest.fixture(scope="module")
 def damage() -> ModuleType:
     """The experiment, as a module."""
-    spec = importlib.util.spec_from_file_location("known_damage", ROOT / "experiments" / "known_damage.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return experiment("known_damage")
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from PIL import Image
 from test_attack_command import small_pipeline
 from test_cli import fails, grey, here, photos, tree  # noqa: F401 - fixtures
 from test_purification import GaussianNetwork, gaussian
+from test_purify_command import save_broken
 from torch import Tensor
 
 from robustdiff import Corruption, cli, load_images, load_pipeline
@@ -282,9 +283,7 @@ def test_images_of_another_size_are_refused(model, here, tmp_path, capsys) -> No
 
 
 def test_a_model_that_is_not_finite_is_one_line_and_nothing_is_left(photos, model, here, capsys) -> None:  # noqa: F811
-    broken = load_pipeline(model)
-    next(broken.unet.parameters()).data.fill_(torch.nan)
-    broken.save_pretrained("broken")
+    save_broken(model)
     capsys.readouterr()
     assert "not finite" in fails(capsys, "corrupt", str(photos), "new", "--poison", "broken")
     assert [path.name for path in here.iterdir()] == ["broken"]

@@ -28,6 +28,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def save_broken(model: Path) -> None:
+    """The pipeline with a weight that is no number, in the folder ``broken`` here."""
+    broken = load_pipeline(model)
+    next(broken.unet.parameters()).data.fill_(torch.nan)
+    broken.save_pretrained("broken")
+
+
 @pytest.fixture(scope="module")
 def conditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "conditional"
@@ -219,9 +226,7 @@ def test_one_process_only(photos, model, here, capsys, monkeypatch) -> None:  # 
 
 
 def test_a_model_without_finite_weights_is_one_line_and_nothing_is_left(photos, model, here, capsys) -> None:  # noqa: F811
-    broken = load_pipeline(model)
-    next(broken.unet.parameters()).data.fill_(torch.nan)
-    broken.save_pretrained("broken")
+    save_broken(model)
     capsys.readouterr()
     assert "not finite" in fails(capsys, "purify", str(photos), "broken", "-o", "new")
     assert [path.name for path in here.iterdir()] == ["broken"]

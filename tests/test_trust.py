@@ -1,6 +1,6 @@
 """What ``--auto`` finds out: every kind of dirt on digits and on fields, what it misses and what it accuses falsely.
 
-Shares are those of images that --corrupt hit, or spared, with a seed of 0.
+Shares are those of images that --corrupt hit, or spared, with a seed of 0. Long, because it mirrors trust.py.
 """
 
 import functools
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from fields import loader, natural
-from helpers import normal
+from helpers import normal, seeded
 from torch import Tensor
 
 from robustdiff import damage, trust
@@ -72,6 +72,17 @@ def test_noisy_images_are_told_from_clean_ones(source: str, sigma: float, missed
     assert of.regularise is None
     assert not of.holed.any()
     assert (of.weight < 1).sum() <= 5
+
+
+@pytest.mark.parametrize(("count", "acted"), [(1, False), (12, True)])  # of 600
+def test_odd_pictures_count_less_unless_they_are_too_few_to_matter(count: int, acted: bool) -> None:
+    board = (torch.arange(16)[:, None] // 4 + torch.arange(16) // 4) % 2 - 0.5
+    images = natural(600)
+    images[:count] = board + 0.02 * torch.randn(count, 1, 16, 16, generator=seeded())
+    of = examine(loader(images), 600)
+    assert (of.weight[count:] == 1).all()
+    assert (of.weight[:count] < 0.7).all() if acted else of.trivial
+    assert parts(of) == ({"outliers"} if acted else set())
 
 
 @pytest.mark.parametrize(("source", "odd"), [("digits", 20), ("fields", 6)])

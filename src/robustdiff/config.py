@@ -79,6 +79,27 @@ def _require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def _check_given(config: object, *names: str) -> None:
+    """Of these fields none is an empty text; ``data`` and ``run`` are positional."""
+    for name in names:
+        flag = name.upper() if name in ("data", "run") else "--" + name.replace("_", "-")
+        _require(getattr(config, name) != "", f"{flag} is empty: give a name, or leave the flag out")
+
+
+def _check_resolution(side: int | None) -> None:
+    _require(side is None or 1 <= side <= MAX_SIDE, f"--resolution must be in 1 .. {MAX_SIDE} pixels")
+
+
+def _check_bad_fraction(share: float) -> None:
+    _require(0 <= share <= 1, "--max-bad-fraction must be between 0 and 1")
+
+
+def _check_extractors(names: tuple[str, ...]) -> None:
+    _require("" not in names, "--extractor is empty: name one, or leave the flag out")
+    twice = [name for name in names if names.count(name) > 1]
+    _require(not twice, f"--extractor {twice[0] if twice else ''} is given twice: leave one out")
+
+
 def _check_memory(gib: float | None) -> None:
     good = gib is None or (math.isfinite(gib) and gib >= 0)
     _require(good, f"--max-memory-gib {gib} must be a finite number, 0 or more")
@@ -499,11 +520,8 @@ class AuditConfig:
         Raises:
             UsageError: One line that names the flag and the remedy.
         """
-        for name in ("data", "output", "split", "dataset_config_name", "image_column"):
-            flag = "DATA" if name == "data" else "--" + name.replace("_", "-")
-            _require(getattr(self, name) != "", f"{flag} is empty: give a name, or leave the flag out")
-        good = self.resolution is None or 1 <= self.resolution <= MAX_SIDE
-        _require(good, f"--resolution must be in 1 .. {MAX_SIDE} pixels")
+        _check_given(self, "data", "output", "split", "dataset_config_name", "image_column")
+        _check_resolution(self.resolution)
         _require(self.output is not None or not self.overwrite, "--overwrite does nothing without --output: add it")
 
 
@@ -576,16 +594,12 @@ class EvaluateConfig:
             UsageError: One line that names the flag and the remedy.
         """
         texts = ("run", "reference", "training", "held_out", "split", "training_split", "held_out_split", "title")
-        for name in (*texts, "dataset_config_name", "image_column", "few_step", "output", "told", "cache"):
-            flag = "RUN" if name == "run" else "--" + name.replace("_", "-")
-            _require(getattr(self, name) != "", f"{flag} is empty: give a name, or leave the flag out")
-        _require("" not in self.extractor, "--extractor is empty: name one, or leave the flag out")
+        _check_given(self, *texts, "dataset_config_name", "image_column", "few_step", "output", "told", "cache")
         _require(
             self.reference is not None,
             "--reference is missing: name clean real images to compare with (a folder, a parquet file ...)",
         )
-        twice = [name for name in self.extractor if self.extractor.count(name) > 1]
-        _require(not twice, f"--extractor {twice[0] if twice else ''} is given twice: leave one out")
+        _check_extractors(self.extractor)
         for owner in ("training", "held_out"):
             idle = getattr(self, owner) in (None, "none") and getattr(self, f"{owner}_split") is not None
             flag = "--" + owner.replace("_", "-")
@@ -599,9 +613,8 @@ class EvaluateConfig:
         _require(math.isfinite(self.relabel) and self.relabel >= 1, f"--relabel {self.relabel} must be 1 or more")
         floor = self.label_floor
         _require(math.isfinite(floor) and floor >= 0, f"--label-floor {floor} must be 0 or more")
-        good = self.resolution is None or 1 <= self.resolution <= MAX_SIDE
-        _require(good, f"--resolution must be in 1 .. {MAX_SIDE} pixels")
-        _require(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction must be between 0 and 1")
+        _check_resolution(self.resolution)
+        _check_bad_fraction(self.max_bad_fraction)
         idle = self.few_step_schedulers is not None and self.few_step is None
         _require(not idle, "--few-step-schedulers needs --few-step: name numbers of steps, such as 5,10,20")
         self.few_step_counts()
@@ -717,9 +730,7 @@ class AttackConfig:
             UsageError: One line that names the flag and the remedy.
         """
         texts = ("output", "title", "told", "at", "reference", "split", "dataset_config_name", "image_column", "cache")
-        for name in ("run", *texts):
-            flag = "RUN" if name == "run" else "--" + name.replace("_", "-")
-            _require(getattr(self, name) != "", f"{flag} is empty: give a name, or leave the flag out")
+        _check_given(self, "run", *texts)
         radius, most = self.radius, 10.0 if self.norm == "linf" else math.inf
         good = radius is None or (math.isfinite(radius) and 0 < radius <= most)
         remedy = "use 0.001 to 1" + ("" if self.norm == "linf" else " times the root of the values of an image")
@@ -769,10 +780,8 @@ class AttackConfig:
 
     def _check_reference(self) -> None:
         """What quality after the attack is measured against, and by."""
-        _require("" not in self.extractor, "--extractor is empty: name one, or leave the flag out")
-        twice = [name for name in self.extractor if self.extractor.count(name) > 1]
-        _require(not twice, f"--extractor {twice[0] if twice else ''} is given twice: leave one out")
-        _require(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction must be between 0 and 1")
+        _check_extractors(self.extractor)
+        _check_bad_fraction(self.max_bad_fraction)
         nothing = self.reference == "none" and bool(self.extractor)
         _require(not nothing, "--extractor does nothing with --reference none: leave one of them out")
         away = self.reference == "none" and self.objective.startswith("batch")
@@ -905,9 +914,7 @@ class ReproduceConfig:
         _require(not needed, f"{self.name} needs images: add --data PATH (docs/data.md says in which forms they come)")
         good = self.minutes is None or (math.isfinite(self.minutes) and self.minutes > 0)
         _require(good, f"--minutes {self.minutes} must be more than 0")
-        _require("" not in self.extractor, "--extractor is empty: name one, or leave the flag out")
-        twice = [name for name in self.extractor if self.extractor.count(name) > 1]
-        _require(not twice, f"--extractor {twice[0] if twice else ''} is given twice: leave one out")
+        _check_extractors(self.extractor)
 
 
 @dataclass(frozen=True)
@@ -956,17 +963,14 @@ class PurifyConfig:
         """
         _require(self.data != "" and self.model != "", "DATA and MODEL must not be empty: name images and a pipeline")
         _require(self.output is not None, "--output is missing: name a folder, such as -o purified")
-        for name in ("output", "split", "dataset_config_name", "image_column", "label_column"):
-            flag = "--" + name.replace("_", "-")
-            _require(getattr(self, name) != "", f"{flag} is empty: give a name, or leave the flag out")
+        _check_given(self, "output", "split", "dataset_config_name", "image_column", "label_column")
         good = 0 < self.strength <= 1
         _require(good, f"--strength {self.strength} must be above 0 and at most 1: 0.1 removes what is faint")
         _require(self.steps >= 1, f"--steps {self.steps} must be at least 1")
         _require(self.batch_size >= 1, f"--batch-size {self.batch_size} must be at least 1")
         _require(0 <= self.seed <= MAX_SEED, f"--seed must be in 0 .. {MAX_SEED}")
-        good = self.resolution is None or 1 <= self.resolution <= MAX_SIDE
-        _require(good, f"--resolution must be in 1 .. {MAX_SIDE} pixels")
-        _require(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction must be between 0 and 1")
+        _check_resolution(self.resolution)
+        _check_bad_fraction(self.max_bad_fraction)
         _check_memory(self.max_memory_gib)
 
 
@@ -1023,13 +1027,10 @@ class CorruptConfig:
         check_corruptions(self.corrupt)
         self._check_poison()
         _check_memory(self.max_memory_gib)
-        _require(0 <= self.max_bad_fraction <= 1, "--max-bad-fraction must be between 0 and 1")
-        for name in ("split", "dataset_config_name", "image_column"):
-            flag = "--" + name.replace("_", "-")
-            _require(getattr(self, name) != "", f"{flag} is empty: give a name, or leave the flag out")
+        _check_bad_fraction(self.max_bad_fraction)
+        _check_given(self, "split", "dataset_config_name", "image_column")
         _require(self.seed >= 0, "--seed must be 0 or more")
-        good = self.resolution is None or 1 <= self.resolution <= MAX_SIDE
-        _require(good, f"--resolution must be in 1 .. {MAX_SIDE} pixels")
+        _check_resolution(self.resolution)
 
     def _check_poison(self) -> None:
         _require(self.poison != "", "--poison is empty: name a pipeline, or leave the flag out")

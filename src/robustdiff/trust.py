@@ -43,6 +43,8 @@ BLURRED, GRIDDED = -1.6, -0.6
 """Highest mean of a group that is called blurred, or compressed: photographs as they are lie above."""
 ODD = 6.0
 """Robust deviations of the misfit beyond which an image weighs less."""
+MATTER = groups.LEAST_SHARE
+"""Least share of odd images that is acted on: every large set has some in its tail, and training is plain without."""
 NEAR_CONSTANT = 2 * 2 / 255
 """Largest standard deviation of an image of one colour: two grey levels."""
 FEWEST = 64
@@ -450,12 +452,12 @@ def _odd(trust: Trust, seen: SpectralFit, clean: Tensor) -> Trust:
     deviation = (misfit[clean] - middle).abs().median().clamp(min=1e-6) / 0.6745
     z = (misfit - middle) / deviation
     odd = clean & (z > ODD)
+    if float(odd.double().mean()) < MATTER:
+        return trust
     weight = torch.where(odd, trust.weight * (ODD / z.clamp(min=ODD)).square(), trust.weight)
-    findings = trust.findings
-    if bool(odd.any()):
-        what = f"unlike the others, by more than {ODD:g} robust deviations"
-        findings = (*findings, Finding("outliers", int(odd.sum()), what, "used less often, the less the odder"))
-    return replace(trust, weight=weight, findings=findings)
+    what = f"unlike the others, by more than {ODD:g} robust deviations"
+    finding = Finding("outliers", int(odd.sum()), what, "used less often, the less the odder")
+    return replace(trust, weight=weight, findings=(*trust.findings, finding))
 
 
 def _blank(trust: Trust, blank: Tensor) -> Trust:

@@ -109,7 +109,8 @@ UNIT = Radius(exponent=0.0, scale=1.0, floor=0.0, random=False)
 """Random signs of radius 1: kappa = E[omega^2] = 1, so that the strength is m of docs/theory.md."""
 
 
-def _equivariant(strength: float | Gate, perturbation: Any = SIGNS) -> Objective:  # noqa: ANN401 - either kind
+def equivariant(strength: float | Gate, perturbation: Any = SIGNS) -> Objective:  # noqa: ANN401 - either kind
+    """The robust objective with perturbations of radius 1: with signs the strength is m."""
     return lambda process: RobustObjective(process, perturbation=perturbation, strength=strength, radius=UNIT)
 
 
@@ -180,14 +181,14 @@ METHODS: dict[str, Method] = {
         "gated, low noise",
         "random signs at sigma/alpha <= 0.1 only, m = 10: by T6 a soft Wiener filter whose edge sqrt(m) c = 0.32 lies "
         "between the deviation of the dirt, 0.2, and that of the data, 0.46 on the plane",
-        _equivariant(Gate(0.0, 0.1, 10.0)),
+        equivariant(Gate(0.0, 0.1, 10.0)),
         told="kind and size of the dirt (to place the gate)",
         settings=_strength(0.0, 0.1, 10.0),
     ),
     "gated-mid": Method(
         "gated, middle band",
         "random signs at 0.5 <= sigma/alpha <= 3 only, m = 3 (T6: the band for outliers)",
-        _equivariant(Gate(0.5, 3.0, 3.0)),
+        equivariant(Gate(0.5, 3.0, 3.0)),
         told="kind of the dirt (to place the band)",
         settings=_strength(0.5, 3.0, 3.0),
     ),
@@ -250,7 +251,7 @@ def _family(family: str, low: float, high: float, m: float, perturbation: Any = 
     return Method(
         f"{family}: [{low:g}, {high:g}], m = {m:g}",
         f"equivariance, {kind}, strength {m:g} for sigma/alpha in [{low:g}, {high:g}]",
-        _equivariant(Gate(low, high, m), perturbation),
+        equivariant(Gate(low, high, m), perturbation),
         settings=settings,
         family=family,
     )
