@@ -22,16 +22,19 @@ def spectrum(size: int, power: float = 2.0, floor: float = 0.0) -> Tensor:
     return values * 0.1 / values.mean()
 
 
-def gaussian_set(count: int, side: int, sigma: Tensor, values: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def gaussian_set(
+    count: int, side: int, sigma: Tensor, values: Tensor, seed: int = 0, contrast: float = 0.5
+) -> tuple[Tensor, Tensor, Tensor]:
     """Images of one block each, (N, 1, side, side), float64; their contrasts, (N,); the basis, (D, D), as columns.
 
-    ``x = B sqrt(s values) z + sigma n`` with a random orthonormal B and log-normal s.
+    ``x = B sqrt(s values) z + sigma n`` with a random orthonormal B and log-normal s, whose logarithm has deviation
+    ``contrast``.
     """
     generator = seeded(seed)
     size = side * side
     z, n = (torch.randn(count, size, generator=generator).double() for _ in range(2))
     basis = torch.linalg.qr(torch.randn(size, size, generator=generator).double()).Q
-    s = (0.5 * torch.randn(count, generator=generator).double()).exp()
+    s = (contrast * torch.randn(count, generator=generator).double()).exp()
     x = (z * (s[:, None] * values).sqrt()) @ basis.T + sigma[:, None] * n
     return x.reshape(count, 1, side, side), s, basis
 

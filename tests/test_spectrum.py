@@ -1,10 +1,13 @@
 """The spectral noise estimate, against sets whose spectrum, contrasts and noise are known, and against scipy."""
 
+import functools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.optimize
+import scipy.stats
 import torch
 from fields import gaussian_set, loader, spectrum
 from helpers import normal, seeded
@@ -152,6 +155,60 @@ def test_the_level_is_between_the_estimates_and_theirs_if_they_agree() -> None:
     scale = torch.linspace(0.5, 2, 30).double()
     line = SpectralFit(scale, 0.01 + 0.02 * scale, torch.ones(4).double(), energies)  # texture that grows with contrast
     assert line.level(torch.ones(30, dtype=torch.bool)) ** 2 == pytest.approx(line.variance.quantile(0.05).item())
+
+
+# -- how sure ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def estimates(blocks: int, v: float) -> SpectralFit:
+    """4,000 estimates of one contrast, 1.5, and one noise, the spectrum being known."""
+    values, freedom = spectrum(64, 1.5), torch.full((64,), float(blocks)).double()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        q = (1.5 * values + v) * torch.distributions.Chi2(freedom).sample((4000,)) / freedom
+    energies = Energies(q, torch.ones(64).double(), blocks, torch.zeros(64), torch.eye(64), 8)
+    return SpectralFit(*fit(q, freedom, values, rounds=60), values, energies)
+
+
+@pytest.mark.parametrize("blocks", [1, 16])
+def test_errors_are_those_of_repeated_estimates(blocks: int) -> None:
+    found = estimates(blocks, 0.04)
+    of_s, of_v, together = found.errors()
+    assert of_s.median().item() == pytest.approx(found.scale.var().item(), rel=0.25)
+    assert of_v.median().item() == pytest.approx(found.variance.var().item(), rel=0.25)
+    both = torch.cov(torch.stack([found.scale, found.variance]))[0, 1]
+    assert together.median().item() == pytest.approx(both.item(), rel=0.25)
+    right = (found.variance - 0.04).abs() < 2 * of_v.sqrt()
+    assert 0.9 < right.double().mean() < 0.98
+    torch.testing.assert_close((found.sigma + found.error).square(), found.variance + of_v.sqrt())
+
+
+@pytest.mark.parametrize("blocks", [1, 16])
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9])
+def test_the_lowest_estimates_of_one_group_are_apart_by_chance(share: float, blocks: int) -> None:
+    found = estimates(blocks, 0.04)
+    lower = found.variance <= found.variance.quantile(share)
+    assert found.beyond_chance(lower, ~lower) == pytest.approx(1, abs=0.2)
+    assert found.spread_by_chance(torch.ones_like(lower))
+
+
+def test_two_levels_are_apart_by_more_than_chance() -> None:
+    low, high = estimates(16, 0.01), estimates(16, 0.04)
+    lower = torch.arange(8000) < 4000
+    energies = replace(low.energies, q=torch.cat([low.energies.q, high.energies.q]))
+    both = SpectralFit(
+        torch.cat([low.scale, high.scale]), torch.cat([low.variance, high.variance]), low.spectrum, energies
+    )
+    assert both.beyond_chance(lower, ~lower) > 2
+    assert not both.spread_by_chance(torch.ones_like(lower))
+
+
+@pytest.mark.parametrize("blocks", [1, 16])
+def test_surprise_is_standard_normal_where_all_carry_one_noise(blocks: int) -> None:
+    found = estimates(blocks, 0.04).surprise(torch.ones(4000, dtype=torch.bool)).numpy()
+    assert scipy.stats.kstest(found, "norm").statistic < 0.05
+    assert found.std() == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize(("slope", "low", "high"), [(0.0, 0.9, 1.1), (1.0, 0.0, 0.5), (2.0, 0.0, 0.2)])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fields import loader, natural
+from fields import gaussian_set, loader, natural, spectrum
 from helpers import normal, seeded
 from torch import Tensor
 
@@ -105,6 +105,15 @@ def test_where_all_are_noisy_low_noise_levels_are_regularised(source: str, sigma
     assert (of.usable == 0).all()
     assert (of.noise == 0).all()
     assert "regularised instead" in of.rows()["found noise"]
+
+
+@pytest.mark.parametrize("power", [1.0, 1.5, 2.0])
+def test_one_gaussian_is_not_two_groups(power: float) -> None:
+    """Of one block each, estimates of one law scatter from 0 on: two peaks of sigma, that chance made."""
+    x, _, _ = gaussian_set(4000, 8, torch.zeros(4000).double(), spectrum(64, power, 0.01), contrast=0)
+    of = examine(loader(x.float()), 4000)
+    assert len({float(level) for level in of.noise}) == 1
+    assert of.regularise is not None or of.trivial
 
 
 @pytest.mark.parametrize("source", ["digits", "fields"])
@@ -266,7 +275,9 @@ def trusted(**changes: object) -> Trust:
     """Four images: clean, noisy, blurred, left out."""
     values = torch.tensor([[0, 0.2, 0, 0], [0, 0.2, 0.5, 0], [1, 1, 0.5, 0]]).double()
     finding = trust.Finding("noise", 1, "white noise", "trained above it", 0.2)
-    made = Trust(*values, (0.0,), torch.tensor([False, False, True, False]), None, (finding,), values[0])
+    made = Trust(
+        *values, (0.0,), torch.tensor([False, False, True, False]), None, (finding,), values[0], values[2] / 10
+    )
     return replace(made, **changes)
 
 
@@ -328,7 +339,21 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
         assert again.sha256 == one.sha256
         assert (again.findings, again.lost, again.regularise) == (one.findings, one.lost, one.regularise)
         assert torch.equal(again.sigma, one.sigma)
+        assert torch.equal(again.sigma_error, one.sigma_error)
         assert [image["name"] for image in json.loads((tmp_path / "auto.json").read_text())["images"]] == NAMES
+
+
+def test_errors_may_be_unknown_and_earlier_files_have_none(tmp_path: Path) -> None:
+    path = tmp_path / "auto.json"
+    trust.save(trusted(sigma_error=torch.tensor([0.1, math.nan, 0.1, 0.1]).double()), path, NAMES)
+    text = path.read_text()
+    assert json.loads(text)["images"][1]["sigma_error"] is None
+    assert trust.load(path, 4).sigma_error.isnan().tolist() == [False, True, False, False]
+    value = json.loads(text)
+    for one in value["images"]:
+        del one["sigma_error"]
+    path.write_text(json.dumps(value))
+    assert trust.load(path, 4).sigma_error.isnan().all()
 
 
 def changed(**changes: object):
@@ -404,6 +429,7 @@ def test_every_number_found_is_finite_and_in_range() -> None:
         assert ((of.weight >= 0) & (of.weight <= 1)).all()
         assert (of.usable >= of.noise).all()
         assert all(x.isfinite().all() for x in (of.noise, of.usable, of.weight, of.sigma))
+        assert ((of.sigma_error > 0) | of.sigma_error.isnan()).all()
         assert all(finding.level is None or math.isfinite(finding.level) for finding in of.findings)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ BINS = 48
 FIT_IMAGES = 20_000
 """The spectrum is fitted on at most so many images, evenly spread."""
 BATCH = 256
+MOSTLY_CHANCE = 1.5
+"""Mean square surprise up to which a group is put down to chance: 1 is expected."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +82,22 @@ class SpectralFit:
         """Standard deviation of the noise, shape (N,)."""
         return self.variance.sqrt()
 
+    def errors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Variances of the estimates of s and of v, and their covariance, shape (N,) each: Fisher's, at the estimate.
+
+        The spectrum counts as known. Where v is at its bound 0 they are those of an estimate without it.
+        """
+        weight = self.energies.values * self.energies.blocks / 2
+        weight = weight / (self.scale[:, None] * self.spectrum + self.variance[:, None]).square()
+        ll, l1, one = (weight * self.spectrum**2).sum(1), (weight * self.spectrum).sum(1), weight.sum(1)
+        determinant = (ll * one - l1**2).clamp(min=1e-300)
+        return one / determinant, ll / determinant, -l1 / determinant
+
+    @property
+    def error(self) -> Tensor:
+        """By how much sigma would be larger if v were one standard error larger, shape (N,)."""
+        return (self.variance + self.errors()[1].sqrt()).sqrt() - self.sigma
+
     def level(self, group: Tensor) -> float:
         """The noise level that all images of a group share: v where the contrast is 0.
 
@@ -94,6 +113,51 @@ class SpectralFit:
         at_none = v0 - (v1 - v0) / (s1 - s0) * s0 if s1 > s0 else v.median()
         low, high = (v.quantile(share) for share in (0.05, 0.95))
         return float(at_none.clamp(low, high).clamp(min=0).sqrt())
+
+    def surprise(self, group: Tensor) -> Tensor:
+        """How unlike its own estimate a noise of the group's median v would be, image by image, shape (members,).
+
+        The signed root of the likelihood ratio: standard normal if all members carry that noise, however skewed the
+        estimates are (Barndorff-Nielsen 1986). Negative: less noise.
+
+        Args:
+            group: bool, shape (N,), at least one.
+        """
+        q, freedom = self.energies.q[group], self.energies.values * self.energies.blocks
+        v = self.variance[group].median().clamp(min=1e-12)
+
+        def deviance(s: Tensor, v: Tensor) -> Tensor:
+            mean = s[:, None] * self.spectrum + v[:, None]
+            return (freedom * (q / mean + mean.log())).sum(1)
+
+        s = self.scale[group]
+        for _ in range(30):
+            weight = freedom / (s[:, None] * self.spectrum + v).square()
+            new = (weight * self.spectrum * (q - v)).sum(1) / (weight * self.spectrum**2).sum(1)
+            s = (s + new.clamp(min=1e-3)) / 2
+        own = deviance(self.scale[group], self.variance[group].clamp(min=1e-12))
+        ratio = (deviance(s, v.expand_as(s)) - own).clamp(min=0)
+        return ratio.sqrt().copysign(self.variance[group] - v)
+
+    def beyond_chance(self, lower: Tensor, upper: Tensor) -> float:
+        """How far two groups are apart, relative to two parts of one group whose estimates differ by chance only.
+
+        About 1 if the lower group is nothing but the share p of the images with the least :meth:`surprise`: of a
+        standard normal those and the others are ``phi(z) / (p (1 - p))`` apart, z being the p quantile.
+
+        Args:
+            lower: bool, shape (N,), at least one.
+            upper: Likewise.
+        """
+        both = lower | upper
+        surprise, share = self.surprise(both), int(lower.sum()) / int(both.sum())
+        normal = NormalDist()
+        parts = normal.pdf(normal.inv_cdf(share)) / (share * (1 - share))
+        return float(surprise[upper[both]].mean() - surprise[lower[both]].mean()) / parts
+
+    def spread_by_chance(self, group: Tensor) -> bool:
+        """Whether a group's estimates scatter as those of one noise level do."""
+        return bool(self.surprise(group).square().mean() <= MOSTLY_CHANCE)
 
     def whiteness(self, group: Tensor) -> float:
         """How white a group's excess over the common spectrum is: 1 for noise, towards 0 for texture.

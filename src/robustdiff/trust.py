@@ -14,6 +14,7 @@ A little over 400 lines: every question, in the order in which it is asked.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,7 +35,10 @@ LEAST_LEVEL = 0.03
 """Lower noise, 4 grey levels of 255, is that of cameras."""
 ALL_NOISY, TIGHT, LONG = 0.05, 0.5, 0.15
 """One group alone is called noisy if its level is at least the first and the 5 % quantile of its estimates at least the
-second times their median; or, image by image, if its 95 % quantile is at least the third."""
+second times their median, or all estimates are one by chance; or, image by image, if its 95 % quantile is at least the
+third."""
+BY_CHANCE = 1.3
+"""Distance of a group from the one below, relative to that of two parts of one, below which they are one."""
 SPREAD = 0.3
 """Relative spread of estimates above which a noisy group has no common level."""
 BURIED = 0.25
@@ -90,6 +94,8 @@ class Trust:
         regularise: Noise levels, (low, high), where no image can be trusted, so that the regulariser is needed.
         findings: In words.
         sigma: The estimate behind ``noise``, for every image.
+        sigma_error: By how much it would be larger if the estimated variance were one standard error larger; nan where
+            nothing was estimated.
     """
 
     noise: Tensor
@@ -100,6 +106,7 @@ class Trust:
     regularise: tuple[float, float] | None
     findings: tuple[Finding, ...]
     sigma: Tensor = field(repr=False)
+    sigma_error: Tensor = field(repr=False)
 
     @property
     def trivial(self) -> bool:
@@ -171,11 +178,11 @@ FORMAT = "robustdiff auto 1"
 
 def save(trust: Trust, path: Path, names: Sequence[str]) -> None:
     """Write everything that was found, in words and image by image, as JSON: whole or not at all."""
-    columns = zip(names, trust.noise, trust.usable, trust.weight, trust.sigma, trust.holed, strict=True)
-    images = [
-        {"name": name, "noise": n.item(), "usable": u.item(), "weight": w.item(), "sigma": s.item(), "holed": h.item()}
-        for name, n, u, w, s, h in columns
-    ]
+    fields = ("noise", "usable", "weight", "sigma", "holed")
+    columns = zip(*(getattr(trust, name).tolist() for name in fields), strict=True)
+    images = [{"name": name, **dict(zip(fields, row, strict=True))} for name, row in zip(names, columns, strict=True)]
+    for image, error in zip(images, trust.sigma_error.tolist(), strict=True):
+        image["sigma_error"] = None if math.isnan(error) else error
     durable.write_json(path, {"format": FORMAT, **trust.describe(), "images": images})
 
 
@@ -198,6 +205,8 @@ def load(path: Path, count: int) -> Trust:
             for key in ("noise", "usable", "weight", "sigma")
         )
         holed = torch.tensor([bool(image["holed"]) for image in found["images"]])
+        errors = [image.get("sigma_error") for image in found["images"]]  # earlier versions had none
+        error = torch.tensor([math.nan if one is None else float(one) for one in errors], dtype=torch.float64)
         gate = found["regularise"]
         trust = Trust(
             noise,
@@ -208,6 +217,7 @@ def load(path: Path, count: int) -> Trust:
             None if gate is None else (float(gate[0]), float(gate[1])),
             tuple(Finding(**one) for one in found["findings"]),
             sigma,
+            error,
         )
         if trust.sha256 != found["sha256"]:
             raise ValueError("its digest does not fit its contents")
@@ -237,7 +247,7 @@ def examine(load: Load, count: int, without: Sequence[str] = (), memory: int = 0
     if min(load(range(1)).shape[2:]) < SIDES[-1]:  # too small to have detail
         without = [part for part in AUTO_PARTS if part != "duplicates" or part in without]
     nothing, zero = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.float64)
-    trust = Trust(zero, zero, zero + 1, (), nothing, None, (), zero)
+    trust = Trust(zero, zero, zero + 1, (), nothing, None, (), zero, zero + math.nan)
     blank = torch.cat(
         [load(places).flatten(2).std(2, correction=0).amax(1) <= NEAR_CONSTANT for places in batches(count)]
     )
@@ -370,19 +380,25 @@ def _noise(trust: Trust, load: Load, asked: Tensor) -> Trust:
             else (f"white noise of many levels up to {level:.3g}, none standing apart")
         )
         findings.append(Finding("noise", count, what, "each trained above its own", level))
-    everywhere = trust.noise.clone(), trust.weight.clone(), trust.sigma.clone()
-    for whole, part in zip(everywhere, (noise, weight, seen.sigma), strict=True):
+    everywhere = trust.noise.clone(), trust.weight.clone(), trust.sigma.clone(), trust.sigma_error.clone()
+    for whole, part in zip(everywhere, (noise, weight, seen.sigma, seen.error), strict=True):
         whole[places] = part
-    noise, weight, sigma = everywhere
-    trust = replace(trust, noise=noise, usable=noise, weight=weight, sigma=sigma, findings=tuple(findings))
-    return trust
+    noise, weight, sigma, error = everywhere
+    return replace(
+        trust, noise=noise, usable=noise, weight=weight, sigma=sigma, sigma_error=error, findings=tuple(findings)
+    )
 
 
 def _noisy_groups(seen: SpectralFit, white: float = WHITE) -> tuple[Tensor, list[tuple[Tensor, float]]]:
     """Images of noisy groups, bool, shape (N,); and each group with its distance from the one below."""
     found, noisy = groups.split(seen.sigma), []
+    below = found.members(0)
     for group in range(1, len(found)):
         members = found.members(group)
+        if seen.beyond_chance(below, members) < BY_CHANCE:
+            below = below | members
+            continue
+        below = members
         low, middle = (float(seen.sigma[members].quantile(share)) for share in (0.05, 0.5))
         tight = low >= TIGHT * middle
         if tight and seen.level(members) >= LEAST_LEVEL and seen.whiteness(members) >= white:
@@ -399,9 +415,10 @@ def _noise_everywhere(seen: SpectralFit, rest: Tensor) -> Tensor:
     noise = torch.zeros_like(seen.sigma)
     if seen.energies.side < SMALL:
         return noise
-    if level >= ALL_NOISY and low >= TIGHT * middle and seen.whiteness(rest) >= WHITE:
+    chance = seen.spread_by_chance(rest)
+    if level >= ALL_NOISY and (chance or low >= TIGHT * middle) and seen.whiteness(rest) >= WHITE:
         noise[rest] = level
-    elif high >= LONG and seen.whiteness(rest & (seen.sigma >= most)) >= WHITE:
+    elif not chance and high >= LONG and seen.whiteness(rest & (seen.sigma >= most)) >= WHITE:
         own = rest & (seen.sigma >= ALL_NOISY)
         noise[own] = seen.sigma[own]
     return noise
