@@ -29,14 +29,14 @@ from robustdiff.levels import Visits, first_timesteps
 from robustdiff.process import NoiseProcess
 from robustdiff.spectrum import SIDES, Energies, Load, SpectralFit, batches, energies_of, held, same_above, separate
 
-WHITE = 0.5
-"""Least whiteness of the excess of a group that is called noisy."""
+WHITE, WHITER = 0.5, 0.7
+"""Least whiteness of the excess of a noisy group; the second where none stands apart and none is large."""
 LEAST_LEVEL = 0.03
 """Lower noise, 4 grey levels of 255, is that of cameras."""
-ALL_NOISY, TIGHT, LONG = 0.05, 0.5, 0.15
+ALL_NOISY, TIGHT, LONG, LONGER = 0.05, 0.5, 0.15, 0.2
 """One group alone is called noisy if its level is at least the first and the 5 % quantile of its estimates at least the
 second times their median, or all estimates are one by chance; or, image by image, if its 95 % quantile is at least the
-third."""
+fourth, or the third and the excess is whiter: clean photographs, small and grey, reached 0.152."""
 BY_CHANCE = 1.3
 """Distance of a group from the one below, relative to that of two parts of one, below which they are one."""
 SPREAD = 0.3
@@ -349,7 +349,7 @@ def _noise(trust: Trust, load: Load, asked: Tensor) -> Trust:
 
     energies = energies_of(some, len(places))
     seen = separate(energies)
-    rest = ~_noisy_groups(seen, 0.0)[0]  # few noisy images bend the weak directions to themselves, and look less white
+    rest = ~_noisy_groups(seen, coloured=True)[0]
     enough = int(rest.sum()) * energies.blocks >= AGAIN * len(energies.mean)
     if enough and not bool(rest.all()):
         seen = separate(energies_of(some, len(places), rest))
@@ -389,8 +389,12 @@ def _noise(trust: Trust, load: Load, asked: Tensor) -> Trust:
     )
 
 
-def _noisy_groups(seen: SpectralFit, white: float = WHITE) -> tuple[Tensor, list[tuple[Tensor, float]]]:
-    """Images of noisy groups, bool, shape (N,); and each group with its distance from the one below."""
+def _noisy_groups(seen: SpectralFit, *, coloured: bool = False) -> tuple[Tensor, list[tuple[Tensor, float]]]:
+    """Images of noisy groups, bool, shape (N,); and each group with its distance from the one below.
+
+    With ``coloured``, groups of less than half of the images need not be white: a few noisy ones bend the weak
+    directions to themselves, and look less so.
+    """
     found, noisy = groups.split(seen.sigma), []
     below = found.members(0)
     for group in range(1, len(found)):
@@ -400,8 +404,9 @@ def _noisy_groups(seen: SpectralFit, white: float = WHITE) -> tuple[Tensor, list
             continue
         below = members
         low, middle = (float(seen.sigma[members].quantile(share)) for share in (0.05, 0.5))
-        tight = low >= TIGHT * middle
-        if tight and seen.level(members) >= LEAST_LEVEL and seen.whiteness(members) >= white:
+        tight, few = low >= TIGHT * middle, 2 * int(members.sum()) < len(members)
+        white = (coloured and few) or seen.whiteness(members) >= WHITE
+        if tight and seen.level(members) >= LEAST_LEVEL and white:
             noisy.append((members, float(found.apart[group - 1])))
     nothing = torch.zeros(len(seen.sigma), dtype=torch.bool)
     return torch.stack([members for members, _ in noisy]).any(0) if noisy else nothing, noisy
@@ -418,7 +423,9 @@ def _noise_everywhere(seen: SpectralFit, rest: Tensor) -> Tensor:
     chance = seen.spread_by_chance(rest)
     if level >= ALL_NOISY and (chance or low >= TIGHT * middle) and seen.whiteness(rest) >= WHITE:
         noise[rest] = level
-    elif not chance and high >= LONG and seen.whiteness(rest & (seen.sigma >= most)) >= WHITE:
+        return noise
+    white = WHITE if high >= LONGER else WHITER
+    if not chance and high >= LONG and seen.whiteness(rest & (seen.sigma >= most)) >= white:
         own = rest & (seen.sigma >= ALL_NOISY)
         noise[own] = seen.sigma[own]
     return noise
