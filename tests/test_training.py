@@ -244,7 +244,9 @@ def test_four_accumulation_steps_follow_the_same_schedule_and_weights_as_one(con
     raw = Path("checkpoints") / "step-00000012" / "model.safetensors"
     a, b = load_file(one / raw), load_file(four / raw)
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=0)
+        # softmax does not see the bias of the keys: its gradient is rounding alone, which Adam makes steps of
+        atol = 1e-3 if name.endswith("to_k.bias") else 2e-6
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0)
 
 
 def test_the_learning_rate_warms_up_peaks_and_ends_near_zero(config: TrainConfig) -> None:
