@@ -101,3 +101,14 @@ def test_more_numbers_than_are_fitted_are_all_labelled(monkeypatch) -> None:
 def test_the_same_numbers_fall_into_the_same_groups() -> None:
     x = mixture((300, 0, 1), (300, 6, 1))
     assert torch.equal(split(x).label, split(x).label)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_group_has_members_enough(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tails = torch.randn(400, generator=generator).double() / torch.rand(400, generator=generator).double()
+    spikes = torch.cat([torch.zeros(390).double(), 5 + torch.rand(10, generator=generator).double()])
+    for values in (tails, tails.abs().sqrt(), spikes):
+        found = split(values)
+        count = torch.bincount(found.label, minlength=len(found))
+        assert len(found) == 1 or count.min() >= groups.FEWEST

@@ -71,6 +71,9 @@ def split(values: Tensor) -> Groups:
     square = square + mean.square()
     parts, belongs = [[k] for k in range(len(order))], torch.from_numpy(best.predict_proba(x)[:, order])
 
+    def labels() -> Tensor:
+        return torch.stack([belongs[:, part].sum(1) for part in parts], 1).argmax(1)
+
     def moments() -> tuple[Tensor, Tensor, Tensor]:
         share = torch.stack([weight[part].sum() for part in parts])
         first = torch.stack([(weight * mean)[part].sum() for part in parts]) / share
@@ -80,7 +83,8 @@ def split(values: Tensor) -> Groups:
     while len(parts) > 1:
         share, first, variance = moments()
         apart = (2 / (variance[1:] + variance[:-1])).sqrt() * first.diff()
-        small = ((share * len(x) < FEWEST) | (share < LEAST_SHARE)).nonzero().flatten().tolist()
+        count = torch.bincount(labels(), minlength=len(parts))
+        small = ((count < FEWEST) | (share < LEAST_SHARE)).nonzero().flatten().tolist()
         if small:
             gaps = {max(0, small[0] - 1), min(len(parts) - 2, small[0])}  # between it and its neighbours
             gap = min(gaps, key=lambda k: float(first[k + 1] - first[k]))
@@ -90,6 +94,5 @@ def split(values: Tensor) -> Groups:
             break
         parts[gap : gap + 2] = [parts[gap] + parts[gap + 1]]
     _, first, variance = moments()
-    label = torch.stack([belongs[:, part].sum(1) for part in parts], 1).argmax(1)
     apart = (2 / (variance[1:] + variance[:-1])).sqrt() * first.diff()
-    return Groups(label, first, variance.sqrt(), apart)
+    return Groups(labels(), first, variance.sqrt(), apart)

@@ -26,23 +26,10 @@ from torch import Tensor
 from robustdiff import damage, durable, groups
 from robustdiff.config import AUTO_PARTS, UsageError
 from robustdiff.levels import Visits, first_timesteps
+from robustdiff.noisy import LEFT_OUT, noisy_images
 from robustdiff.process import NoiseProcess
 from robustdiff.spectrum import SIDES, Energies, Load, SpectralFit, batches, energies_of, held, same_above, separate
 
-WHITE, WHITER = 0.5, 0.7
-"""Least whiteness of the excess of a noisy group; the second where none stands apart and none is large."""
-LEAST_LEVEL = 0.03
-"""Lower noise, 4 grey levels of 255, is that of cameras."""
-ALL_NOISY, TIGHT, LONG, LONGER = 0.05, 0.5, 0.15, 0.2
-"""One group alone is called noisy if its level is at least the first and the 5 % quantile of its estimates at least the
-second times their median, or all estimates are one by chance; or, image by image, if its 95 % quantile is at least the
-fourth, or the third and the excess is whiter: clean photographs, small and grey, reached 0.152."""
-BY_CHANCE = 1.3
-"""Distance of a group from the one below, relative to that of two parts of one, below which they are one."""
-SPREAD = 0.3
-"""Relative spread of estimates above which a noisy group has no common level."""
-BURIED = 0.25
-"""Signal to noise, in variance, below which there is no picture left."""
 BLURRED, GRIDDED = -1.6, -0.6
 """Highest mean of a group that is called blurred, or compressed: photographs as they are lie above."""
 ODD = 6.0
@@ -53,11 +40,6 @@ NEAR_CONSTANT = 2 * 2 / 255
 """Largest standard deviation of an image of one colour: two grey levels."""
 FEWEST = 64
 """Fewer images say nothing about one another."""
-SMALL = 8
-"""Edge of blocks below which one group alone says nothing: too few directions to tell its texture from noise."""
-AGAIN = 2
-"""Blocks per value that the images without noise must have for directions of their own."""
-LEFT_OUT = "left out, no picture is left in them"
 EDGE = 0.75
 """Edge of the regulariser's gate over the noise of the images."""
 PAIRED = 512
@@ -341,94 +323,31 @@ def _lowest(values: Tensor, asked: Tensor, most: float) -> Tensor:
 
 
 def _noise(trust: Trust, load: Load, asked: Tensor) -> Trust:
-    """Groups by estimated noise, twice: what was found the first time no longer blurs the directions."""
+    """Noisy images are usable above their noise; those without a picture left are not."""
     places = asked.nonzero().flatten()
 
     def some(here: range) -> Tensor:
         return torch.cat([load(range(place, place + 1)) for place in places[list(here)].tolist()])
 
-    energies = energies_of(some, len(places))
-    seen = separate(energies)
-    rest = ~_noisy_groups(seen, coloured=True)[0]
-    enough = int(rest.sum()) * energies.blocks >= AGAIN * len(energies.mean)
-    if enough and not bool(rest.all()):
-        seen = separate(energies_of(some, len(places), rest))
-    noisy, found = _noisy_groups(seen)
-    noise, weight = torch.zeros(len(places)).double(), torch.ones(len(places)).double()
-    findings = list(trust.findings)
-    for members, apart in found:
-        level, size = seen.level(members), int(members.sum())
-        sure = f"apart by {apart:.1f} deviations"
-        signal = (seen.scale * seen.spectrum.mean() / seen.variance.clamp(min=1e-12))[members].median()
-        if signal < BURIED:
-            weight[members] = 0.0
-            what, action = f"noise of level {level:.3g}, {sure}", LEFT_OUT
-        else:
-            own = seen.sigma[members].std() > SPREAD * seen.sigma[members].mean()
-            noise[members] = seen.sigma[members] if own else level
-            what, action = f"white noise, {'levels about' if own else 'level'} {level:.3g}, {sure}", "trained above it"
-        findings.append(Finding("noise", size, what, action, level))
-    rest = ~noisy
-    noise_of_rest = _noise_everywhere(seen, rest)
-    if bool((noise_of_rest > 0).any()):
-        noise = torch.where(rest, noise_of_rest, noise)
-        count, level = int((noise_of_rest > 0).sum()), float(noise_of_rest.max())
-        one = int((noise_of_rest > 0).sum()) == int(rest.sum())
-        what = (
-            f"white noise of level {level:.3g}, in all or too many to find those without"
-            if one
-            else (f"white noise of many levels up to {level:.3g}, none standing apart")
-        )
-        findings.append(Finding("noise", count, what, "each trained above its own", level))
+    seen, noise, found = noisy_images(some, len(places))
+    weight = torch.ones_like(noise)
+    for group in found:
+        if group.buried:
+            weight[group.members] = 0.0
     everywhere = trust.noise.clone(), trust.weight.clone(), trust.sigma.clone(), trust.sigma_error.clone()
     for whole, part in zip(everywhere, (noise, weight, seen.sigma, seen.error), strict=True):
         whole[places] = part
     noise, weight, sigma, error = everywhere
+    findings = tuple(Finding("noise", int(one.members.sum()), one.what, one.action, one.level) for one in found)
     return replace(
-        trust, noise=noise, usable=noise, weight=weight, sigma=sigma, sigma_error=error, findings=tuple(findings)
+        trust,
+        noise=noise,
+        usable=noise,
+        weight=weight,
+        sigma=sigma,
+        sigma_error=error,
+        findings=(*trust.findings, *findings),
     )
-
-
-def _noisy_groups(seen: SpectralFit, *, coloured: bool = False) -> tuple[Tensor, list[tuple[Tensor, float]]]:
-    """Images of noisy groups, bool, shape (N,); and each group with its distance from the one below.
-
-    With ``coloured``, groups of less than half of the images need not be white: a few noisy ones bend the weak
-    directions to themselves, and look less so.
-    """
-    found, noisy = groups.split(seen.sigma), []
-    below = found.members(0)
-    for group in range(1, len(found)):
-        members = found.members(group)
-        if seen.beyond_chance(below, members) < BY_CHANCE:
-            below = below | members
-            continue
-        below = members
-        low, middle = (float(seen.sigma[members].quantile(share)) for share in (0.05, 0.5))
-        tight, few = low >= TIGHT * middle, 2 * int(members.sum()) < len(members)
-        white = (coloured and few) or seen.whiteness(members) >= WHITE
-        if tight and seen.level(members) >= LEAST_LEVEL and white:
-            noisy.append((members, float(found.apart[group - 1])))
-    nothing = torch.zeros(len(seen.sigma), dtype=torch.bool)
-    return torch.stack([members for members, _ in noisy]).any(0) if noisy else nothing, noisy
-
-
-def _noise_everywhere(seen: SpectralFit, rest: Tensor) -> Tensor:
-    """Noise of images among which no group stands apart, float64, shape (N,): of one level, of many, or none."""
-    sigma = seen.sigma[rest]
-    low, middle, most, high = (float(sigma.quantile(share)) for share in (0.05, 0.5, 0.75, 0.95))
-    level = seen.level(rest)
-    noise = torch.zeros_like(seen.sigma)
-    if seen.energies.side < SMALL:
-        return noise
-    chance = seen.spread_by_chance(rest)
-    if level >= ALL_NOISY and (chance or low >= TIGHT * middle) and seen.whiteness(rest) >= WHITE:
-        noise[rest] = level
-        return noise
-    white = WHITE if high >= LONGER else WHITER
-    if not chance and high >= LONG and seen.whiteness(rest & (seen.sigma >= most)) >= white:
-        own = rest & (seen.sigma >= ALL_NOISY)
-        noise[own] = seen.sigma[own]
-    return noise
 
 
 def _soft(trust: Trust, energies: Energies, low: Tensor, clean: Tensor, part: str) -> Trust:

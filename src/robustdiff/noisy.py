@@ -1,0 +1,142 @@
+"""Which images of a set carry white noise, and how much: groups of estimates, and what must hold of one to be noisy.
+
+The estimates are those of ``spectrum.py``. A group is noisy if it stands apart by more than chance, its excess over the
+common spectrum is white, and it is no long tail; if none stands apart, all may be, of one level or of many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robustdiff import groups
+from robustdiff.spectrum import Load, SpectralFit, energies_of, separate
+
+WHITE, WHITER = 0.5, 0.7
+"""Least whiteness of the excess of a noisy group; the second where none stands apart and none is large."""
+LEAST_LEVEL = 0.03
+"""Lower noise, 4 grey levels of 255, is that of cameras."""
+ALL_NOISY, TIGHT, LONG, LONGER = 0.05, 0.5, 0.15, 0.2
+"""One group alone is called noisy if its level is at least the first and the 5 % quantile of its estimates at least the
+second times their median, or all estimates are one by chance; or, image by image, if its 95 % quantile is at least the
+fourth, or the third and the excess is whiter: clean photographs, small and grey, reached 0.152."""
+BY_CHANCE = 1.3
+"""Distance of a group from the one below, relative to that of two parts of one, below which they are one."""
+SPREAD = 0.3
+"""Relative spread of estimates above which a noisy group has no common level."""
+BURIED = 0.25
+"""Signal to noise, in variance, below which there is no picture left."""
+SMALL = 8
+"""Edge of blocks below which one group alone says nothing: too few directions to tell its texture from noise."""
+AGAIN = 2
+"""Blocks per value that the images without noise must have for directions of their own."""
+LEFT_OUT = "left out, no picture is left in them"
+
+
+@dataclass(frozen=True, eq=False)
+class NoisyGroup:
+    """Images that carry noise.
+
+    Attributes:
+        members: bool, shape (N,).
+        level: sigma that they share, or the largest of many.
+        what: What was found and how sure it is; action: what training does about it.
+    """
+
+    members: Tensor
+    level: float
+    what: str
+    action: str
+
+    @property
+    def buried(self) -> bool:
+        """Whether hardly a picture is left in them."""
+        return self.action == LEFT_OUT
+
+
+def noisy_images(load: Load, count: int) -> tuple[SpectralFit, Tensor, list[NoisyGroup]]:
+    """Estimate, and group, twice: what was found the first time no longer blurs the directions.
+
+    Args:
+        load: The images.
+        count: N, how many.
+
+    Returns:
+        The estimates; the noise of each image that is to be trained above it, float64, shape (N,), else 0; the groups.
+    """
+    energies = energies_of(load, count)
+    seen = separate(energies)
+    rest = ~_any(_standing_apart(seen, coloured=True), count)
+    enough = int(rest.sum()) * energies.blocks >= AGAIN * len(energies.mean)
+    if enough and not bool(rest.all()):
+        seen = separate(energies_of(load, count, rest))
+    apart = _standing_apart(seen)
+    noise, found = torch.zeros(count).double(), []
+    for members, distance in apart:
+        level, sure = seen.level(members), f"apart by {distance:.1f} deviations"
+        signal = (seen.scale * seen.spectrum.mean() / seen.variance.clamp(min=1e-12))[members].median()
+        if signal < BURIED:
+            found.append(NoisyGroup(members, level, f"noise of level {level:.3g}, {sure}", LEFT_OUT))
+            continue
+        own = seen.sigma[members].std() > SPREAD * seen.sigma[members].mean()
+        noise[members] = seen.sigma[members] if own else level
+        what = f"white noise, {'levels about' if own else 'level'} {level:.3g}, {sure}"
+        found.append(NoisyGroup(members, level, what, "trained above it"))
+    rest = ~_any(apart, count)
+    if more := _everywhere(seen, rest):
+        members, of = more
+        noise[members] = of
+        level = float(of.max())
+        one = f"white noise of level {level:.3g}, in all or too many to find those without"
+        many = f"white noise of many levels up to {level:.3g}, none standing apart"
+        what = one if torch.equal(members, rest) else many
+        found.append(NoisyGroup(members, level, what, "each trained above its own"))
+    return seen, noise, found
+
+
+def _any(apart: list[tuple[Tensor, float]], count: int) -> Tensor:
+    """Images of any of the groups, bool, shape (N,)."""
+    return torch.stack([torch.zeros(count, dtype=torch.bool), *(members for members, _ in apart)]).any(0)
+
+
+def _standing_apart(seen: SpectralFit, *, coloured: bool = False) -> list[tuple[Tensor, float]]:
+    """Noisy groups: images of each, bool, shape (N,), and its distance from the group below.
+
+    With ``coloured``, groups of less than half of the images need not be white: a few noisy ones bend the weak
+    directions to themselves, and look less so.
+    """
+    found, noisy = groups.split(seen.sigma), []
+    below = found.members(0)
+    for group in range(1, len(found)):
+        members = found.members(group)
+        if seen.beyond_chance(below, members) < BY_CHANCE:
+            below = below | members
+            continue
+        below = members
+        low, middle = (float(seen.sigma[members].quantile(share)) for share in (0.05, 0.5))
+        tight, few = low >= TIGHT * middle, 2 * int(members.sum()) < len(members)
+        white = (coloured and few) or seen.whiteness(members) >= WHITE
+        if tight and seen.level(members) >= LEAST_LEVEL and white:
+            noisy.append((members, float(found.apart[group - 1])))
+    return noisy
+
+
+def _everywhere(seen: SpectralFit, rest: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Noise among images of which no group stands apart: which carry it, (N,), and theirs; None if there is none.
+
+    Of one level, which all carry, or of many.
+    """
+    if seen.energies.side < SMALL:
+        return None
+    sigma = seen.sigma[rest]
+    low, middle, most, high = (float(sigma.quantile(share)) for share in (0.05, 0.5, 0.75, 0.95))
+    level, chance = seen.level(rest), seen.spread_by_chance(rest)
+    if level >= ALL_NOISY and (chance or low >= TIGHT * middle) and seen.whiteness(rest) >= WHITE:
+        return rest, torch.full_like(sigma, level)
+    white = WHITE if high >= LONGER else WHITER
+    if not chance and high >= LONG and seen.whiteness(rest & (seen.sigma >= most)) >= white:
+        own = rest & (seen.sigma >= ALL_NOISY)
+        return own, seen.sigma[own]
+    return None

@@ -1,0 +1,128 @@
+"""What must hold of a group of noise estimates to be called noisy, on estimates made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from fields import gaussian_set, loader, spectrum
+from torch import Tensor
+
+from robustdiff import noisy
+from robustdiff.noisy import LEFT_OUT, noisy_images
+from robustdiff.spectrum import Energies, SpectralFit
+
+K = 48
+
+
+def fit(sigma: Tensor, least: float = 1.0, blocks: float = 64, side: int = 8) -> SpectralFit:
+    """Estimates of images of one contrast, whose excess rises from ``least`` along the weakest direction to 1."""
+    v, values = sigma.double().square(), spectrum(K, 2.0) * 1e-3
+    q = values + v[:, None] * torch.linspace(least, 1, K).double()
+    energies = Energies(q, torch.ones(K).double(), blocks, torch.zeros(K), torch.eye(K), side)
+    return SpectralFit(torch.ones(len(v)).double(), v, values, energies)
+
+
+def around(level: float, count: int) -> Tensor:
+    """Estimates within 5 % of a level."""
+    return level * torch.linspace(0.95, 1.05, count)
+
+
+def test_white_excess_is_1_and_a_ramp_from_a_half_is_between_the_two_bounds() -> None:
+    everyone = torch.ones(200, dtype=torch.bool)
+    assert fit(around(0.2, 200)).whiteness(everyone) == pytest.approx(1)
+    assert noisy.WHITE < fit(around(0.2, 200), 0.5).whiteness(everyone) < noisy.WHITER
+    assert fit(around(0.2, 200), 0.1).whiteness(everyone) < noisy.WHITE
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_a_white_group_apart_is_noisy(share: float) -> None:
+    count = round(1000 * share)
+    ((members, distance),) = noisy._standing_apart(fit(torch.cat([around(0.01, 1000 - count), around(0.2, count)])))
+    assert torch.equal(members, torch.arange(1000) >= 1000 - count)
+    assert distance > 3
+
+
+@pytest.mark.parametrize(("share", "called"), [(0.1, 1), (0.9, 0)])
+def test_only_a_minority_may_be_coloured_and_only_at_first(share: float, called: int) -> None:
+    count = round(1000 * share)
+    seen = fit(torch.cat([around(0.01, 1000 - count), around(0.2, count)]), least=0.1)
+    assert len(noisy._standing_apart(seen, coloured=True)) == called
+    assert not noisy._standing_apart(seen)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0.001, 0.02), (0.01, 0.028)],  # that of cameras
+)
+def test_faint_noise_is_left_alone(low: float, high: float) -> None:
+    assert not noisy._standing_apart(fit(torch.cat([around(low, 500), around(high, 500)])))
+
+
+def test_a_long_tail_is_no_group() -> None:
+    tail = 0.2 + 0.07 * torch.special.ndtri(torch.linspace(0.01, 0.99, 500))
+    assert tail.quantile(0.05) < noisy.TIGHT * tail.median()
+    assert not noisy._standing_apart(fit(torch.cat([around(0.001, 500), tail])))
+
+
+def test_a_group_that_chance_makes_is_none() -> None:
+    """The same estimates of one block of 48 values are too uncertain to stand apart."""
+    sigma = torch.cat([around(0.16, 50), around(0.2, 950)])
+    assert len(noisy._standing_apart(fit(sigma))) == 1
+    assert not noisy._standing_apart(fit(sigma, blocks=1))
+
+
+@pytest.mark.parametrize(
+    ("highest", "least", "found"),
+    [
+        (0.14, 1.0, False),  # too small
+        (0.18, 1.0, True),
+        (0.18, 0.5, False),  # clean photographs, small and grey, are like this
+        (0.3, 0.5, True),
+        (0.3, 0.1, False),  # texture
+    ],
+)
+def test_many_levels_are_believed_if_they_are_large_or_white(highest: float, least: float, found: bool) -> None:
+    sigma = torch.linspace(0, highest / 0.95, 1000)
+    more = noisy._everywhere(fit(sigma, least), torch.ones(1000, dtype=torch.bool))
+    assert (more is not None) == found
+    if more is not None:
+        members, levels = more
+        assert torch.equal(members, sigma.double() >= noisy.ALL_NOISY)
+        torch.testing.assert_close(levels, sigma.double()[members])
+
+
+def test_one_level_of_all_is_believed_if_estimates_agree_or_chance_scatters_them() -> None:
+    everyone = torch.ones(1000, dtype=torch.bool)
+    members, levels = noisy._everywhere(fit(around(0.1, 1000)), everyone) or (everyone, everyone)
+    assert torch.equal(members, everyone)
+    assert levels.unique().tolist() == [pytest.approx(0.1, rel=0.05)]
+    assert noisy._everywhere(fit(around(0.04, 1000)), everyone) is None
+    assert noisy._everywhere(fit(around(0.1, 1000), side=4), everyone) is None
+
+
+def test_noise_without_a_picture_is_left_out_and_noise_over_one_is_trained_above_it() -> None:
+    for level, buried in ((0.2, False), (3.0, True)):
+        sigma = (torch.arange(2000) % 2).double() * level
+        x, _, _ = gaussian_set(2000, 8, sigma, spectrum(64))
+        seen, noise, (group,) = noisy_images(loader(x), 2000)
+        assert (group.members != (sigma > 0)).sum() <= 10
+        assert group.level == pytest.approx(level, rel=0.1)
+        assert group.buried == buried
+        assert (group.action == LEFT_OUT) == buried
+        assert torch.equal(noise > 0, group.members & (not buried))
+        assert math.isfinite(float(seen.error.max()))
+
+
+def test_scatter_that_is_chance_is_one_level_or_none_and_never_many() -> None:
+    everyone, sigma = torch.ones(1000, dtype=torch.bool), torch.linspace(0.02, 0.3, 1000)
+    few = torch.cat([around(0.02, 900), torch.linspace(0.1, 0.3, 100)])
+    for of, one in ((sigma, True), (few, False)):
+        members, levels = noisy._everywhere(fit(of), everyone) or pytest.fail("sure estimates of many levels")
+        assert torch.equal(levels, of.double()[members].square().sqrt())
+        vague = noisy._everywhere(fit(of, blocks=0.05), everyone)
+        assert (vague is not None) == one
+        if vague is not None:
+            assert torch.equal(vague[0], everyone)
+            assert len(vague[1].unique()) == 1
