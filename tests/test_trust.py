@@ -1,6 +1,6 @@
 """What ``--auto`` finds out: every kind of dirt on digits and on fields, what it misses and what it accuses falsely.
 
-Shares are those of images that --corrupt hit, or spared, with a seed of 0. Long, because it mirrors trust.py: one section per question.
+Shares are those of images that --corrupt hit, or spared, with a seed of 0. Long, because it mirrors trust.py
 """
 
 import functools
