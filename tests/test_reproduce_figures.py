@@ -155,6 +155,20 @@ def test_frontier_panels_share_their_limits_unless_told(tmp_path: Path, monkeypa
         assert len(heights) == (1 if share else 2)
 
 
+def test_lines_of_many_methods_are_told_apart_and_a_long_measure_is_not_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panels: list = []
+    draw = drawing.draw_lines
+    monkeypatch.setattr(drawing, "draw_lines", lambda axes, curves: (panels.append(axes), draw(axes, curves))[1])
+    curves = {f"method {i}": ([5, 10, 20], [1 + i, 2 + i, 3 + i]) for i in range(16)}
+    path = figures.draw_few_step(tmp_path / "a.png", curves, 0.5, "Frechet distance, squeezenet10_imagenet (squares)")
+    assert (pixels(path)[[0, -1]] == 255).all()
+    looks = [(line.get_color(), line.get_linestyle()) for line in panels[0].lines[:16]]
+    assert len(set(looks)) == 16
+    assert len({(line.get_color(), line.get_marker()) for line in panels[0].lines[:16]}) == 16
+
+
 @pytest.mark.parametrize("name", ["frontier", "few-step"])
 def test_the_floor_is_in_the_one_legend(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 MAX_BYTES = 200_000
+LABEL = 30
+"""Characters of a line along the vertical axis."""
 WIDTH = 9.0
 """Inches; with text of 10 pt and more, this is what makes 9 pt at 830 pixels (8.6 inches of 96)."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B4C9A", "#000000")
@@ -151,8 +154,9 @@ def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_name:
 def draw_lines(axes: Axes, curves: Mapping[str, tuple[Array, Array]]) -> None:
     """One line each, with its own colour, marker and dash."""
     for look, (name, (x, y)) in enumerate(curves.items()):
-        style: dict[str, Any] = {"color": COLOURS[look % len(COLOURS)], "linestyle": DASHES[look % 4]}
-        dots: dict[str, Any] = {"marker": MARKERS[look % 8], "markersize": 5.5} if len(x) <= 30 else {}
+        again = look // len(COLOURS)  # of a colour: with another dash and another marker
+        style: dict[str, Any] = {"color": COLOURS[look % len(COLOURS)], "linestyle": DASHES[(look + again) % 4]}
+        dots: dict[str, Any] = {"marker": MARKERS[look % len(MARKERS)], "markersize": 5.5} if len(x) <= 30 else {}
         axes.plot(x, y, label=name, **style, **dots)
 
 
@@ -162,6 +166,11 @@ def frame(axes: Axes, low: Array, high: Array, names: tuple[str, str] = ("x1", "
     axes.set_xlabel(f"{names[0]} (data units)")
     axes.set_ylabel(f"{names[1]} (data units)")
     axes.label_outer()
+
+
+def label_error(axes: Axes, measure: str) -> None:
+    """What stands at the vertical axis, on as many lines as it takes to stay within the panel."""
+    axes.set_ylabel(textwrap.fill(measure, LABEL))
 
 
 def note(axes: Axes, text: str) -> None:

@@ -319,7 +319,7 @@ def draw_few_step(
         axes.set_xticks(apart, [f"{x:g}" for x in apart])
         drawing.scale(axes, "y", [y for line in series.values() for y in line[1]] + ([] if floor is None else [floor]))
         axes.set_xlabel("network calls per sample")
-        axes.set_ylabel(measure)
+        drawing.label_error(axes, measure)
     return path
 
 
