@@ -261,7 +261,7 @@ def one_by_one(batches: Batches, counters: range) -> list[tuple[torch.Tensor, to
     """Image, first draws and label of each counter, asked for alone and with no memory of the others."""
     result = []
     for counter in counters:
-        x0, (generator,), labels = fresh(batches.images)(range(counter, counter + 1))
+        x0, (generator,), labels, _ = fresh(batches.images)(range(counter, counter + 1))
         result.append((x0[0], torch.rand(5, generator=generator), int(labels[0])))
     return result
 
@@ -273,7 +273,7 @@ def test_images_draws_and_labels_belong_to_the_counter(batches: Batches) -> None
     assert len({tuple(draws.tolist()) for _, draws, _ in alone}) == 30
     for size in (7, 5, 30, 2):
         for first in reversed(range(0, 30 - size + 1, size)):
-            x0, generators, labels = batches(range(first, first + size))
+            x0, generators, labels, _ = batches(range(first, first + size))
             for place in range(size):
                 image, draws, label = alone[first + place]
                 assert torch.equal(x0[place], image), (size, first, place)
@@ -287,7 +287,7 @@ def test_workers_and_processes_get_the_images_of_the_counter(batches: Batches, w
     seen = []
     for process in range(2):
         shares = Shares(1, 3, 8, 2, process, 2)
-        for counters, (x0, generators, labels) in feed(fresh(batches.images), shares, workers):
+        for counters, (x0, generators, labels, _) in feed(fresh(batches.images), shares, workers):
             for place, counter in enumerate(counters):
                 image, draws, label = alone[counter]
                 assert torch.equal(x0[place], image)
@@ -322,7 +322,7 @@ def test_timesteps_noise_and_perturbation_belong_to_the_counter(batches: Batches
     def inputs(counters: range) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Everything the network is given, row by row in the order of the counters, one list per pass."""
         model = Calls(Half())
-        x0, generators, _ = batches(counters)
+        x0, generators, _, _ = batches(counters)
         objective(model, x0, generator=generators)
         return [(x, t) for x, t, _ in model.seen]
 
@@ -344,7 +344,7 @@ def test_losses_of_a_real_network_follow(batches: Batches) -> None:
     network = SmallNet(channels=1, dtype=torch.float32)
 
     def totals(counters: range) -> torch.Tensor:
-        x0, generators, _ = batches(counters)
+        x0, generators, _, _ = batches(counters)
         return objective(network, x0, generator=generators).total.detach()
 
     split = torch.cat([totals(range(0, 3)), totals(range(3, 4)), totals(range(4, 12))])

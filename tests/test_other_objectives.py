@@ -24,6 +24,81 @@ def images(dtype: torch.dtype = torch.float64) -> Tensor:
     return (torch.rand(6, 2, 5, 5, generator=seeded(1), dtype=torch.float64) * 2 - 1).to(dtype)
 
 
+# -- elements that do not count ---------------------------------------------------------------------
+
+OBJECTIVES = [
+    PlainObjective,
+    RobustObjective,
+    InvarianceObjective,
+    InputPerturbationObjective,
+    PseudoHuberObjective,
+]
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("shape", [(6, 1, 5, 5), (6, 2, 5, 5)])
+def test_the_loss_is_the_mean_over_the_elements_that_count(kind: type[PlainObjective], shape: tuple) -> None:
+    """Each image's known elements as an image of its own: the same mean. What they lack cannot change the gradient."""
+    process, mask = ddpm_process("v_prediction"), torch.rand(shape, generator=seeded(3)) < 0.6
+    objective, scale = kind(process), torch.full((6, 2, 5, 5), 0.7, dtype=torch.float64, requires_grad=True)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:  # works on each number alone
+        return scale[: len(x)] * x.tanh()
+
+    keys = {"t": T, "eps": normal(6, 2, 5, 5, seed=2)}
+    terms = objective(model, images(), loss_mask=mask, generator=seeded(), **keys)
+    full = mask.expand(6, 2, 5, 5)
+    for i in range(6):
+
+        def crop(x: Tensor) -> Tensor:
+            return x[i][full[i]][None]  # noqa: B023 - called in this turn
+
+        def part(x: Tensor, t: Tensor) -> Tensor:
+            return 0.7 * x.tanh()
+
+        some = {"t": T[i : i + 1], "eps": crop(keys["eps"])}
+        plain = PlainObjective(process) if kind in (RobustObjective, InvarianceObjective) else objective
+        if kind is InputPerturbationObjective:
+            continue  # draws of its own: below
+        alone = plain(part, crop(images()), **some)
+        torch.testing.assert_close(terms.denoising[i : i + 1], alone.denoising)
+    (gradient,) = torch.autograd.grad(terms.denoising.sum(), scale)
+    assert bool((gradient[~full] == 0).all())
+    assert bool((gradient[full] != 0).all())
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_where_all_count_the_mask_changes_nothing_and_where_none_does_the_loss_is_0(kind: type[PlainObjective]) -> None:
+    objective, model, mask = kind(ddpm_process()), SmallNet(), torch.ones(6, 1, 1, 1)
+    plain = objective(model, images(), t=T, generator=seeded())
+    terms = objective(model, images(), t=T, generator=seeded(), loss_mask=mask)
+    torch.testing.assert_close(terms.denoising, plain.denoising)
+    assert torch.equal(terms.equivariance, plain.equivariance)
+    mask[2] = 0
+    terms = objective(model, images(), t=T, generator=seeded(), loss_mask=mask)
+    assert terms.denoising[2] == 0
+    assert bool((terms.denoising[[0, 1, 3, 4, 5]] > 0).all())
+    assert all(g.isfinite().all() for g in torch.autograd.grad(terms.denoising.sum(), list(model.parameters())))
+
+
+def test_a_gate_and_noise_levels_keep_the_mask() -> None:
+    """The true noise as target: its perturbed branch has errors of its own, which count everywhere."""
+    process, mask = ddpm_process(), torch.rand(6, 1, 5, 5, generator=seeded(3)) < 0.6
+    level = torch.tensor([0, 0.05, 0.1, 0, 0.2, 0.3]).double()
+    objective = RobustObjective(process, strength=Gate(0.0, 1.0, 0.5), target="noise")
+    t = torch.tensor([100, 150, 200, 500, 800, 990])
+    terms = objective(SmallNet(), images(), t=t, generator=seeded(), noise_level=level, loss_mask=mask)
+    without = objective(SmallNet(), images(), t=t, generator=seeded(), noise_level=level)
+    assert torch.equal(terms.equivariance, without.equivariance)
+    assert not torch.equal(terms.denoising, without.denoising)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 5, 5), (5, 2, 5, 5), (1, 2, 5, 5), (6, 3, 5, 5), (6, 2, 5, 4)])
+def test_a_mask_that_does_not_fit_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"loss_mask must broadcast to the shape of x0, \(6, 2, 5, 5\), got"):
+        PlainObjective(ddpm_process())(SmallNet(), images(), loss_mask=torch.ones(shape))
+
+
 # -- invariance ------------------------------------------------------------------------------------
 
 

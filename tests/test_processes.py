@@ -265,7 +265,7 @@ def two(base: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_the_shares_of_two_processes_make_up_the_batch_of_one(photos: Path) -> None:
     """The counters of rank r, as training asks for them, in any grouping give the same images and generators."""
     batches = Batches(load_images(str(photos)), (), seed=3, random_flip=True)
-    whole, generators, _ = batches(range(8, 12))
+    whole, generators, _, _ = batches(range(8, 12))
     parts = [batches(range(8, 10)), batches(range(10, 12))]
     assert torch.equal(whole, torch.cat([x0 for x0, _, _ in parts]))
     states = [generator.get_state() for _, part, _ in parts for generator in part]

@@ -44,7 +44,10 @@ def test_the_command_says_what_it_found_and_writes_lists_and_sheets(dirty, tmp_p
     assert "found duplicates: 2 images, 1 pictures more than once" in said
     there = {file.name for file in out.iterdir()}
     assert {"found.json", "clean.txt", "noise.csv", "found-holed.png", "found-odd.png"} <= there <= set(AUDIT_FILES)
+    assert "found-copies.png" in there
     found = json.loads((out / "found.json").read_text())
+    names, clean = [image["name"] for image in found["images"]], (~hit).nonzero().flatten().tolist()
+    assert found["copies"] == [[names[clean[0]], names[clean[1]]]]
     holed = torch.tensor([image["holed"] for image in found["images"]])
     assert (holed != hit).float().mean() < 0.05
     clean = (out / "clean.txt").read_text().splitlines()

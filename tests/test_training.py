@@ -267,7 +267,7 @@ def test_plain_training_is_the_ddpm_loop_everybody_writes(config: TrainConfig) -
     batches = Batches(load_images(config.data), (), 0, False)
     losses = []
     for step in range(12):
-        x0, generators, _ = batches(range(4 * step, 4 * step + 4))
+        x0, generators, _, _ = batches(range(4 * step, 4 * step + 4))
         t = torch.stack([(torch.rand((), generator=g, dtype=torch.float64) * 20).long() for g in generators])
         eps = torch.stack([torch.randn(1, 8, 8, generator=g) for g in generators])
         loss = torch.nn.functional.mse_loss(unet(scheduler.add_noise(x0, eps, t), t).sample, eps)
@@ -285,7 +285,7 @@ def test_batches_see_every_image_once_per_epoch_and_dirt_is_frozen(photos: Path)
     first, second = ([batches.index(k) for k in range(8 * e, 8 * e + 8)] for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(8))
     assert first != second
-    x0, _, _ = batches(range(16))
+    x0, _, _, _ = batches(range(16))
     for place, index in enumerate(first):
         assert torch.equal(x0[place], x0[8 + second.index(index)])
     again = batches(range(6, 10))[0]  # across the epoch's end, in another batch

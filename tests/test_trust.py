@@ -15,9 +15,10 @@ from fields import gaussian_set, loader, natural, spectrum
 from helpers import normal, seeded
 from torch import Tensor
 
-from robustdiff import damage, trust
+from robustdiff import gaps, trust
 from robustdiff.config import AUTO_PARTS, AutoPart, UsageError
 from robustdiff.corruption import Corruption, corrupt
+from robustdiff.gaps import Gap
 from robustdiff.images import load_images
 from robustdiff.process import NoiseProcess
 from robustdiff.trust import Trust, examine
@@ -79,7 +80,7 @@ def test_odd_pictures_count_less_unless_they_are_too_few_to_matter(count: int, a
     board = (torch.arange(16)[:, None] // 4 + torch.arange(16) // 4) % 2 - 0.5
     images = natural(600)
     images[:count] = board + 0.02 * torch.randn(count, 1, 16, 16, generator=seeded())
-    of = examine(loader(images), 600)
+    of = examine(loader(images), 600, ("duplicates",))  # which they are of one another
     assert (of.weight[count:] == 1).all()
     assert (of.weight[:count] < 0.7).all() if acted else of.trivial
     assert parts(of) == ({"outliers"} if acted else set())
@@ -147,24 +148,28 @@ def test_what_lacks_detail_is_trained_where_that_drowns(spec: str, part: str, mi
 
 def test_lost_pixels_are_found_and_filled_in() -> None:
     of, hit = found("fields", "missing:amount=0.3,fraction=0.5")
-    assert of.lost == pytest.approx((0.0,), abs=1e-6)
+    assert [gap.block for gap in of.lost] == [1]
+    assert of.lost[0].value == pytest.approx(0.0, abs=1e-6)
     assert (of.holed == hit).double().mean() > 0.99
     assert torch.equal(of.usable > 0, of.holed)
     images, clean = dirty("fields", "missing:amount=0.3,fraction=0.5")[0], natural(600)
-    places = hit.nonzero().flatten()[:50].tolist()
-    mended = of.repaired(images[places], places)
+    places = of.holed.nonzero().flatten()[:50].tolist()
+    mended, lost = of.repaired(images[places], places)
+    assert torch.equal(lost, (images[places].abs() < gaps.LEVEL / 4).all(1))
     before, after = ((x - clean[places]).square().mean().sqrt() for x in (images[places], mended))
     assert after < 0.4 * before
     assert of.usable.max() >= 2 * 0.8 * after
     whole = (~of.holed).nonzero().flatten()[:50].tolist()
-    assert torch.equal(of.repaired(images[whole], whole), images[whole])
+    assert of.repaired(images[whole], whole)[1] is None
+    assert torch.equal(of.repaired(images[whole], whole)[0], images[whole])
+    assert torch.equal(of.lowest, of.usable)
 
 
 def test_black_and_white_pixels_are_found_as_holes_or_as_noise() -> None:
     of, hit = found("fields", "impulse:amount=0.05,fraction=0.5")
     assert (of.usable > 0)[hit].all()
     assert (of.usable > 0)[~hit].sum() <= 5
-    assert set(of.lost) == {-1.0, 1.0}
+    assert set(of.lost) == {(-1.0, 1), (1.0, 1)}
 
 
 def test_copies_count_once_together() -> None:
@@ -276,7 +281,7 @@ def trusted(**changes: object) -> Trust:
     values = torch.tensor([[0, 0.2, 0, 0], [0, 0.2, 0.5, 0], [1, 1, 0.5, 0]]).double()
     finding = trust.Finding("noise", 1, "white noise", "trained above it", 0.2)
     made = Trust(
-        *values, (0.0,), torch.tensor([False, False, True, False]), None, (finding,), values[0], values[2] / 10
+        *values, (Gap(0.0),), torch.tensor([False, False, True, False]), None, (finding,), values[0], values[2] / 10
     )
     return replace(made, **changes)
 
@@ -290,6 +295,24 @@ def test_visits_begin_above_the_usable_level() -> None:
         assert table[visits.first[place]] > level
         assert visits.first[place] == 0 or table[visits.first[place] - 1] <= level
     assert trusted(usable=torch.zeros(4).double(), weight=torch.ones(4).double()).visits(PROCESS) is None
+
+
+def test_masked_images_with_lost_pixels_are_used_at_every_level_and_their_repair_above_their_own() -> None:
+    of = trusted(masked=True)
+    visits, whole = of.visits(PROCESS), of.whole_from(PROCESS)
+    assert visits is not None
+    assert whole is not None
+    assert visits.first.tolist() == [0, trusted().visits(PROCESS).first[1], 0, 0]
+    table = PROCESS.noise_to_signal(torch.arange(200))
+    assert whole[[0, 1, 3]].tolist() == [0, 0, 0]
+    assert table[whole[2] - 1] <= 0.5 < table[whole[2]]
+    assert of.lowest.tolist() == pytest.approx([0, 0.2, 0, 0])
+    assert trusted().lowest.tolist() == pytest.approx([0, 0.2, 0.5, 0])
+    assert trusted().whole_from(PROCESS) is None
+    assert trusted(masked=True, holed=torch.zeros(4, dtype=torch.bool)).whole_from(PROCESS) is None
+    far = trusted(masked=True, usable=torch.tensor([0, 0.2, 1e6, 0]).double())
+    assert far.whole_from(PROCESS).tolist() == [0, 0, 200, 0]
+    assert far.visits(PROCESS).first[2] == 0
 
 
 def test_a_level_beyond_the_process_leaves_the_image_out() -> None:
@@ -307,11 +330,13 @@ def test_the_digest_is_of_everything_that_training_depends_on() -> None:
         trusted(usable=one.usable + 1e-9),
         trusted(weight=one.weight / 2),
         trusted(lost=()),
-        trusted(lost=(0.5,)),
+        trusted(lost=(Gap(0.5),)),
+        trusted(lost=(Gap(0.0, 4),)),
+        trusted(masked=True),
         trusted(holed=~one.holed),
         trusted(regularise=(0.0, 0.15)),
     ]
-    assert len({one.sha256, *(other.sha256 for other in others)}) == 8
+    assert len({one.sha256, *(other.sha256 for other in others)}) == 10
     assert trusted(findings=(), sigma=one.sigma + 1).sha256 == one.sha256
 
 
@@ -319,12 +344,15 @@ def test_only_holed_images_are_repaired() -> None:
     images = normal(4, 1, 8, 8).float()
     images[:, :, ::2, ::3] = 0.0
     of = trusted()
-    mended = of.repaired(images, range(4))
+    mended, lost = of.repaired(images, range(4))
+    assert lost is not None
     assert torch.equal(mended[[0, 1, 3]], images[[0, 1, 3]])
-    assert torch.equal(mended[2:3], damage.fill(images[2:3], damage.holes(images[2:3], (0.0,))))
+    assert torch.equal(lost[2:3], gaps.holes(images[2:3], (Gap(0.0),)))
+    assert not lost[[0, 1, 3]].any()
+    assert torch.equal(mended[2:3], gaps.fill(images[2:3], lost[2:3]))
     assert not torch.equal(mended[2], images[2])
-    assert torch.equal(of.repaired(images[[1, 2]], [1, 2]), mended[[1, 2]])
-    assert trusted(lost=()).repaired(images, range(4)) is images
+    assert torch.equal(of.repaired(images[[1, 2]], [1, 2])[0], mended[[1, 2]])
+    assert trusted(lost=()).repaired(images, range(4)) == (images, None)
 
 
 # -- the file ----------------------------------------------------------------------------------------
@@ -333,11 +361,16 @@ NAMES = ["a.png", "b/c.png", "d.png", "é.png"]
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
-    for one in (trusted(), trusted(regularise=(0.0, 0.1), lost=(), findings=())):
+    for one in (
+        trusted(),
+        trusted(regularise=(0.0, 0.1), lost=(), findings=()),
+        trusted(lost=(Gap(0.0, 4), Gap(1.0)), masked=True),
+    ):
         trust.save(one, tmp_path / "auto.json", NAMES)
         again = trust.load(tmp_path / "auto.json", 4)
         assert again.sha256 == one.sha256
         assert (again.findings, again.lost, again.regularise) == (one.findings, one.lost, one.regularise)
+        assert again.masked == one.masked
         assert torch.equal(again.sigma, one.sigma)
         assert torch.equal(again.sigma_error, one.sigma_error)
         assert [image["name"] for image in json.loads((tmp_path / "auto.json").read_text())["images"]] == NAMES
@@ -389,6 +422,9 @@ def image(**changes: object):
         changed(lost_values=None),
         changed(lost_values=["a"]),
         changed(lost_values=[0.5]),
+        changed(lost_blocks=[]),
+        changed(lost_blocks=[4]),
+        changed(masked=True),
         changed(regularise=[0.1]),
         changed(regularise=7),
         changed(regularise=[0, 0.1]),
@@ -433,17 +469,39 @@ def test_every_number_found_is_finite_and_in_range() -> None:
         assert all(finding.level is None or math.isfinite(finding.level) for finding in of.findings)
 
 
-@pytest.mark.parametrize(("without", "trained"), [((), True), (("regulariser",), False)])
-def test_where_every_image_has_holes_the_repair_is_measured_on_repaired_ones(without: tuple, trained: bool) -> None:
-    of, hit = found("fields", "missing:amount=0.2", without=without)
+def test_where_every_image_has_holes_the_repair_is_measured_on_repaired_ones() -> None:
+    of, hit = found("fields", "missing:amount=0.2")
     assert hit.all()
     (holes,) = [one for one in of.findings if one.part == "holes"]
     assert of.holed.double().mean() > 0.98
     assert holes.level is not None
     assert holes.level > 0.02
-    assert bool((of.usable == 0).all()) is trained
-    assert ("trained at every noise level" in holes.action) is trained
-    assert ("not trained" in of.rows()) is not trained
+    assert (of.usable == 0).all()
+    assert "trained at every noise level" in holes.action
+    assert "not trained" not in of.rows()
+
+
+def test_lost_blocks_are_found_and_their_level_is_that_of_a_poorer_repair() -> None:
+    single, blocks = (found("fields", f"missing:amount=0.3,block={b},fraction=0.5")[0] for b in (1, 4))
+    assert [gap.block for gap in blocks.lost] == [4]
+    assert "blocks of 4 x 4 of the value 0" in blocks.rows()["found holes"]
+    assert blocks.usable.max() > 1.5 * single.usable.max()
+
+
+def test_where_no_image_is_whole_the_least_damaged_are_trained_at_every_level() -> None:
+    """Blurred or compressed ones beside nothing but what is left out."""
+    soft = trust.Finding("blur", 2, "blurred", "trained at noise levels above 0.25", 0.25)
+    zero = torch.zeros(4).double()
+    of = trusted(noise=zero, usable=torch.tensor([0.25, 0.25, 0.5, 0]).double(), findings=(soft,))
+    fallen = trust._fall_back(of)
+    assert fallen.usable.tolist() == [0, 0, 0.5, 0]
+    assert fallen.rows()["found blur"].endswith(
+        "above 0.25; no image is whole, so that they are trained at every noise level"
+    )
+    assert "not trained" in of.rows()
+    assert "not trained" not in fallen.rows()
+    by_parts = replace(of, masked=True)  # the third has lost pixels, and is trained at every level by the others
+    assert trust._fall_back(by_parts) is by_parts
 
 
 def test_images_are_loaded_once_if_they_may_be_kept() -> None:

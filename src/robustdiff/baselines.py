@@ -11,7 +11,7 @@ from torch import Tensor
 from robustdiff.levels import Noised
 from robustdiff.objective import PlainObjective, RobustObjective, Schedule
 from robustdiff.perturbation import AdversarialPerturbation
-from robustdiff.process import Generators, draw_normal, to_device
+from robustdiff.process import Generators, draw_normal, expand_to, to_device
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,6 @@ class PseudoHuberObjective(PlainObjective):
             width = 0.1 + 0.9 / (1 + level).square()
         else:
             width = self.width(level) if callable(self.width) else torch.full_like(level, self.width)
-        error = (output - noised.target).flatten(1)
-        width = to_device(width, error.device).to(error.dtype).unsqueeze(1)
-        return (2 * width * error.square() / (torch.sqrt(error.square() + width.square()) + width)).mean(1)
+        error = output - noised.target
+        width = expand_to(to_device(width, error.device).to(error.dtype), error)
+        return noised.mean(2 * width * error.square() / (torch.sqrt(error.square() + width.square()) + width))

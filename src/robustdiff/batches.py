@@ -17,8 +17,10 @@ from robustdiff.corruption import Corruption, corrupt, derive_seed
 from robustdiff.images import ImageSet
 from robustdiff.levels import Visits
 
-Batch = tuple[Tensor, list[torch.Generator], Tensor | None]
-"""Images in [-1, 1], (B, C, H, W); each one's generator for every draw made on it; labels, (B,), or None."""
+Loaded = tuple[Tensor, Tensor | None]
+"""Images in [-1, 1], (B, C, H, W); which of their pixels were filled in, bool, (B, H, W), or None if none were."""
+Batch = tuple[Tensor, list[torch.Generator], Tensor | None, Tensor | None]
+"""Images; each one's generator for every draw made on it; labels, (B,), or None; pixels filled in, or None."""
 
 
 @dataclass
@@ -33,7 +35,9 @@ class Batches:
         only: Indices of the images that are used, int64; their dirt is the same. Default: all.
         sigma: Standard deviation of the noise that each image carries, by index, shape (N,), if it is known.
         visits: How often each image is seen, and at which timesteps; in place of ``only``. Default: all alike.
-        repair: What is done to images after their dirt, ``repair(images, indices)``. Default: nothing.
+        repair: What is done to images after their dirt, ``repair(images, indices)``, and which pixels it made up.
+            Default: nothing.
+        whole_from: The timestep from which such pixels count, by index, int64, shape (N,). Default: they always do.
     """
 
     images: ImageSet
@@ -43,7 +47,8 @@ class Batches:
     only: Tensor | None = None
     sigma: Tensor | None = None
     visits: Visits | None = None
-    repair: Callable[[Tensor, Sequence[int]], Tensor] | None = None
+    repair: Callable[[Tensor, Sequence[int]], Loaded] | None = None
+    whole_from: Tensor | None = None
     _epoch: int = -1
     _order: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
@@ -73,13 +78,22 @@ class Batches:
         u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
         return self.visits.timesteps(torch.tensor([self.index(counter) for counter in counters]), u)
 
+    def masks(self, counters: range, t: Tensor | None, lost: Tensor | None) -> Tensor | None:
+        """``loss_mask`` of the objectives for the images with these counters at these timesteps, bool, (B, 1, H, W)."""
+        if lost is None or t is None or self.whole_from is None:
+            return None
+        early = t < self.whole_from[[self.index(counter) for counter in counters]]
+        return ~(lost & early[:, None, None])[:, None]
+
     def __call__(self, counters: range) -> Batch:
         """The images with these counters."""
         return self.draw(counters, self.load(counters))
 
-    def load(self, counters: range) -> Tensor:
-        """The images as the data set holds them, with their dirt: (B, C, H, W). The part that workers do."""
-        return self.images_at([self.index(counter) for counter in counters])
+    def load(self, counters: range) -> Loaded:
+        """The images as the data set holds them, with their dirt and repaired. The part that workers do."""
+        indices = [self.index(counter) for counter in counters]
+        images = self.images_at(indices)
+        return (images, None) if self.repair is None else self.repair(images, indices)
 
     def images_at(self, indices: Sequence[int]) -> Tensor:
         """The images with these indices, with their dirt, (B, C, H, W)."""
@@ -87,26 +101,28 @@ class Batches:
         if self.corruptions:
             pairs = zip(images, indices, strict=True)
             images = torch.stack([corrupt(x0, self.corruptions, self.seed, index)[0] for x0, index in pairs])
-        return images if self.repair is None else self.repair(images, indices)
+        return images
 
-    def draw(self, counters: range, images: Tensor) -> Batch:
+    def draw(self, counters: range, loaded: Loaded) -> Batch:
         """Everything random about these visits: generators and mirroring; and the labels."""
+        images, lost = loaded
         generators = [torch.Generator().manual_seed(derive_seed(self.seed, "draws", counter)) for counter in counters]
         if self.random_flip:
             mirrored = torch.tensor([bool(torch.rand((), generator=generator) < 0.5) for generator in generators])
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+            lost = None if lost is None else torch.where(mirrored[:, None, None], lost.flip(-1), lost)
         every = self.images.labels
         labels = None if every is None else every[[self.index(counter) for counter in counters]]
-        return images, generators, labels
+        return images, generators, labels, lost
 
 
-class _Loading(Dataset["Tensor | UsageError"]):
+class _Loading(Dataset["Loaded | UsageError"]):
     """``Batches.load`` as a data set whose indices are ranges of counters."""
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
 
-    def __getitem__(self, counters: range) -> Tensor | UsageError:
+    def __getitem__(self, counters: range) -> Loaded | UsageError:
         try:
             return self.batches.load(counters)
         except UsageError as error:  # handed over as a value: the loader would wrap a stack trace around it
@@ -170,10 +186,10 @@ def feed(
     )
     loading: Any = iter(loader)
     try:
-        for counters, images in zip(shares, loading, strict=True):
-            if isinstance(images, UsageError):
-                raise images
-            yield counters, batches.draw(counters, images)
+        for counters, loaded in zip(shares, loading, strict=True):
+            if isinstance(loaded, UsageError):
+                raise loaded
+            yield counters, batches.draw(counters, loaded)
     finally:  # not left to the collector: a stack trace may hold them, and the interpreter's end would wait for ever
         loading._shutdown_workers()
         for worker in loading._workers:

@@ -162,15 +162,22 @@ class Noised:
     x_t: Tensor
     target: Tensor
     keep: Tensor | None = None  # 1 - rho, (B, 1, ...), of images that may have noise of their own
+    mask: Tensor | None = None  # (B, ...), 1 where an element counts in the denoising term, 0 where it does not
 
     def kept(self, x: Tensor) -> Tensor:
         """An output, or a shift of it, (B, ...), damped as the noise of the image itself demands."""
         return x if self.keep is None else self.keep * x
 
+    def mean(self, losses: Tensor) -> Tensor:
+        """Mean over the elements that count: (B, ...) -> (B,); 0 where none does."""
+        if self.mask is None:
+            return losses.flatten(1).mean(1)
+        return (losses * self.mask).flatten(1).sum(1) / self.mask.flatten(1).sum(1).clamp(min=1)
+
     def rows(self, index: Tensor, here: Tensor) -> Noised:
         """Some images; ``index`` on the device of t, ``here`` the same on that of the images."""
-        keep = None if self.keep is None else self.keep[here]
-        return Noised(self.t[index], self.eps[here], self.x_t[here], self.target[here], keep)
+        keep, mask = (None if x is None else x[here] for x in (self.keep, self.mask))
+        return Noised(self.t[index], self.eps[here], self.x_t[here], self.target[here], keep, mask)
 
 
 def add_noise(process: NoiseProcess, x0: Tensor, z: Tensor, t: Tensor, noise_level: Tensor | None) -> Noised:

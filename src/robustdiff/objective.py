@@ -115,6 +115,18 @@ def mean_square(x: Tensor) -> Tensor:
     return x.square().flatten(1).mean(1)
 
 
+def _weights(mask: Tensor, x0: Tensor) -> Tensor:
+    """The mask in the precision, shape and place of the images.
+
+    Raises:
+        ValueError: If its shape does not fit.
+    """
+    fits = mask.ndim == x0.ndim and all(m in (1, n) for m, n in zip(mask.shape[1:], x0.shape[1:], strict=True))
+    if not fits or mask.shape[0] != x0.shape[0]:
+        raise ValueError(f"loss_mask must broadcast to the shape of x0, {tuple(x0.shape)}, got {tuple(mask.shape)}")
+    return to_device(mask, x0.device).to(x0.dtype).expand_as(x0)
+
+
 def _select(value: Any, index: Tensor, batch: int) -> Any:  # noqa: ANN401 - whatever a model takes
     """The rows ``index`` of every batched tensor in a (possibly nested) model argument."""
     if isinstance(value, Tensor):
@@ -168,6 +180,7 @@ class PlainObjective:
         t: Tensor | None = None,
         eps: Tensor | None = None,
         noise_level: Tensor | None = None,
+        loss_mask: Tensor | None = None,
         **model_kwargs: Any,  # noqa: ANN401 - passed through
     ) -> LossTerms:
         """Loss terms of a batch.
@@ -182,12 +195,16 @@ class PlainObjective:
                 units of ``x0``, shape (B,), best on the CPU. Such an image is trained only at noise levels above its
                 own, each equally often, and there towards the clean image (``levels.py``: formulas, and what that does
                 to the timesteps); 0 is plain training, bit for bit.
+            loss_mask: Which elements count in the denoising term, True or 1 where they do, of a shape (B, ...) that
+                broadcasts to that of ``x0``; the term is their mean, 0 where none counts. For pixels that an image
+                lacks, filled with something: the network sees the filling and is not asked for it. The regulariser
+                keeps all of them. Default: all, bit for bit.
             **model_kwargs: Passed to the model (``class_labels``, ``encoder_hidden_states`` ...).
 
         Raises:
-            ValueError: If ``x0`` is not floating point, or ``t``, ``eps``, ``noise_level`` or the model's output do not
-                fit its shape; if a noise level is not below the largest of the process, or ``t`` not above it; or if
-                this objective cannot use noise levels.
+            ValueError: If ``x0`` is not floating point, or ``t``, ``eps``, ``noise_level``, ``loss_mask`` or the
+                model's output do not fit its shape; if a noise level is not below the largest of the process, or ``t``
+                not above it; or if this objective cannot use noise levels.
         """
         check_generators(generator, x0.shape[0])
         if not x0.is_floating_point():
@@ -202,6 +219,7 @@ class PlainObjective:
             raise ValueError(f"noise_level must have shape ({x0.shape[0]},), got {tuple(noise_level.shape)}")
         x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
         noised = self._noise(x0, generator, t, eps, noise_level)
+        noised = noised if loss_mask is None else replace(noised, mask=_weights(loss_mask, x0))
         output = call_model(model, noised.x_t, to_device(noised.t, x0.device), model_kwargs)
         return self._terms(model, x0, noised, output, generator, model_kwargs)
 
@@ -217,7 +235,7 @@ class PlainObjective:
         return add_noise(self.process, x0, eps, t, noise_level)
 
     def _denoising(self, noised: Noised, output: Tensor) -> Tensor:
-        return mean_square(noised.kept(output) - noised.target)
+        return noised.mean((noised.kept(output) - noised.target).square())
 
     def _terms(
         self, model: Model, x0: Tensor, noised: Noised, output: Tensor, generator: Generators, kwargs: dict[str, Any]

@@ -39,13 +39,16 @@ class Search:
             "soft": soft.nonzero().flatten(),
             "odd": trust.weight.argsort(stable=True)[: int((trust.weight < 1).sum())],
         }
+        if trust.copies:  # whole groups, as many as fit, the largest first
+            places["copies"] = torch.tensor([place for group in trust.copies for place in group])
         return {sheet: where[:WORST] for sheet, where in places.items() if len(where)}
 
     def text(self) -> str:
         """The findings for a terminal, and what ``train --auto`` would do about them."""
         rows = self.trust.rows()
         if self.trust.trivial and self.trust.regularise is None:
-            return "damage: none stands apart; train --auto would train plainly"
+            known = "".join(f"\n  {name}: {row}" for name, row in rows.items() if name != "found clean")
+            return f"damage: none stands apart; train --auto would train plainly{known}"
         return "\n".join(["damage, and what train --auto would do about it", *(f"  {k}: {v}" for k, v in rows.items())])
 
     def write(self, folder: Path) -> None:

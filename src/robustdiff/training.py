@@ -118,7 +118,8 @@ def train(config: TrainConfig) -> Path:
     if trust is not None:
         sigma = trust.noise if bool((trust.noise > 0).any()) else None
         repair = trust.repaired if trust.lost else None
-        batches = dataclasses.replace(batches, sigma=sigma, visits=trust.visits(process), repair=repair)
+        known = {"sigma": sigma, "visits": trust.visits(process), "repair": repair}
+        batches = dataclasses.replace(batches, **known, whole_from=trust.whole_from(process))
     count = len(trained) if batches.visits is None else len(batches.visits.used)
     plan = Plan.resolve(
         config,
@@ -182,15 +183,16 @@ def train(config: TrainConfig) -> Path:
 
     def terms_of(counters: range, batch: Batch) -> LossTerms:
         """Loss terms of this process's share of one pass, the images with these counters."""
-        x0, generators, labels = batch
+        x0, generators, labels, lost = batch
         x0 = to_device(x0, accelerator.device)
         if accelerator.device.type == "cuda":
             x0 = x0.contiguous(memory_format=torch.channels_last)
         kwargs = {"class_labels": to_device(labels, accelerator.device)} if conditional and labels is not None else {}
         torch.manual_seed(derive_seed(config.seed, "dropout", counters[0]))
         t, levels = batches.timesteps(counters, generators), batches.noise_levels(counters)
+        mask = batches.masks(counters, t, lost)
         with accelerator.autocast():
-            return objective(model, x0, generator=generators, t=t, noise_level=levels, **kwargs)
+            return objective(model, x0, generator=generators, t=t, noise_level=levels, loss_mask=mask, **kwargs)
 
     # The plan, with a measured estimate; the timed steps change no weight
     for _ in range(2):

@@ -3,7 +3,8 @@
 Every image gets three numbers: the white noise it carries, the noise level from which on it is as good as a clean one,
 and a weight. Nothing is thrown away that is right somewhere: a noisy image trains above its noise (``levels.py``), a
 blurred or repaired one where the damage drowns. Groups are found, not thresholds set: an image is called damaged only
-if it belongs to a group that stands apart (``groups.py``).
+if it belongs to a group that stands apart (``groups.py``). An image with lost pixels is filled in, and used like any
+other where the repair drowns; below, what it lost does not count in the loss.
 
 The questions are asked in this order, each of the images that the earlier ones left: one colour, lost pixels, blur,
 JPEG, noise, odd pictures; copies are looked for among all. What damaged images lack is measured against those left.
@@ -23,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdiff import damage, durable, groups
+from robustdiff import copies, damage, durable, gaps, groups
 from robustdiff.config import AUTO_PARTS, UsageError
+from robustdiff.gaps import Gap
 from robustdiff.levels import Visits, first_timesteps
 from robustdiff.noisy import LEFT_OUT, noisy_images
 from robustdiff.process import NoiseProcess
@@ -36,6 +38,9 @@ ODD = 6.0
 """Robust deviations of the misfit beyond which an image weighs less."""
 MATTER = groups.LEAST_SHARE
 """Least share of odd images that is acted on: every large set has some in its tail, and training is plain without."""
+ALIKE, MANY = 0.01, 5
+"""Near copies count once from this share of all images on; fewer, of every large set, only where a picture is there so
+often."""
 NEAR_CONSTANT = 2 * 2 / 255
 """Largest standard deviation of an image of one colour: two grey levels."""
 FEWEST = 64
@@ -70,9 +75,11 @@ class Trust:
 
     Attributes:
         noise: Standard deviation of the white noise it carries, float64, shape (N,); 0 where none was found.
-        usable: Least noise level sigma/alpha at which it is trained, >= ``noise``, shape (N,).
+        usable: Least noise level sigma/alpha at which it is as good as a clean one, >= ``noise``, shape (N,).
         weight: How often it is used there, relative to others, 0 to 1, shape (N,).
-        lost: Values that stand for lost pixels; holed: images that have such pixels, bool, shape (N,).
+        lost: What lost pixels look like; holed: images that have such pixels, bool, shape (N,).
+        copies: Places of equal and nearly equal images, the largest group first; :func:`load` leaves them out.
+        masked: Whether images with lost pixels are trained below ``usable`` too, there by their other pixels alone.
         regularise: Noise levels, (low, high), where no image can be trusted, so that the regulariser is needed.
         findings: In words.
         sigma: The estimate behind ``noise``, for every image.
@@ -83,17 +90,24 @@ class Trust:
     noise: Tensor
     usable: Tensor
     weight: Tensor
-    lost: tuple[float, ...]
+    lost: tuple[Gap, ...]
     holed: Tensor
     regularise: tuple[float, float] | None
     findings: tuple[Finding, ...]
     sigma: Tensor = field(repr=False)
     sigma_error: Tensor = field(repr=False)
+    copies: tuple[tuple[int, ...], ...] = ()
+    masked: bool = False
 
     @property
     def trivial(self) -> bool:
         """Whether every image is to be used as in plain training."""
         return bool((self.usable == 0).all() and (self.weight == 1).all())
+
+    @property
+    def lowest(self) -> Tensor:
+        """Least noise level sigma/alpha at which each image is trained, whole or in part, float64, shape (N,)."""
+        return torch.where(self.holed & self.masked, self.noise, self.usable)
 
     def visits(self, process: NoiseProcess) -> Visits | None:
         """When each image is used; None if there is nothing to rule.
@@ -106,11 +120,22 @@ class Trust:
         if self.trivial:
             return None
         largest = float(process.noise_to_signal(torch.tensor(process.num_timesteps - 1)))
-        inside = self.usable < largest
+        lowest = self.lowest
+        inside = lowest < largest
         if not bool((inside & (self.weight > 0)).any()):
             raise UsageError("--auto found no image that can be trained on: look at them with robustdiff audit")
-        first = first_timesteps(process, torch.where(inside, self.usable, torch.zeros_like(self.usable)))
+        first = first_timesteps(process, torch.where(inside, lowest, torch.zeros_like(lowest)))
         return Visits(first, torch.where(inside, self.weight, torch.zeros_like(self.weight)), process.num_timesteps)
+
+    def whole_from(self, process: NoiseProcess) -> Tensor | None:
+        """The timestep from which lost pixels, filled in, count in the loss, int64, shape (N,); None: all do."""
+        if not (self.masked and bool((self.holed & (self.usable > self.noise)).any())):
+            return None
+        never = torch.full_like(self.usable, process.num_timesteps, dtype=torch.long)
+        largest = float(process.noise_to_signal(torch.tensor(process.num_timesteps - 1)))
+        inside = self.usable < largest
+        first = first_timesteps(process, torch.where(inside & self.holed, self.usable, torch.zeros_like(self.usable)))
+        return torch.where(inside, first, never)
 
     @property
     def clean(self) -> Tensor:
@@ -121,15 +146,22 @@ class Trust:
     def sha256(self) -> str:
         """Digest of everything that training depends on."""
         parts = [self.noise, self.usable, self.weight, self.holed.double()]
-        text = repr((self.lost, self.regularise)).encode()
+        single = all(gap.block == 1 for gap in self.lost)
+        lost = tuple(gap.value for gap in self.lost) if single else tuple(map(tuple, self.lost))
+        text = repr((lost, self.regularise, *(["masked"] if self.masked and bool(self.holed.any()) else []))).encode()
         return hashlib.sha256(text + b"".join(bytes(part.double().numpy().data) for part in parts)).hexdigest()
 
-    def repaired(self, images: Tensor, places: Sequence[int]) -> Tensor:
-        """Images with lost pixels filled in, (B, C, H, W); ``places`` says which they are."""
+    def repaired(self, images: Tensor, places: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Images with lost pixels filled in, (B, C, H, W), and these, bool, (B, H, W), or None if there are none.
+
+        Args:
+            images: As they are.
+            places: Which they are.
+        """
         if not self.lost or not bool(self.holed[list(places)].any()):
-            return images
-        holed = self.holed[list(places)][:, None, None]
-        return damage.fill(images, damage.holes(images, self.lost) & holed)
+            return images, None
+        lost = gaps.holes(images, self.lost) & self.holed[list(places)][:, None, None]
+        return gaps.fill(images, lost), lost
 
     def rows(self) -> dict[str, str]:
         """What the plan and the model card say."""
@@ -138,7 +170,7 @@ class Trust:
             said.setdefault(f"found {one.part}", []).append(f"{one.count} images, {one.what}: {one.action}")
         rows = {name: "; ".join(texts) for name, texts in said.items()}
         rows["found clean"] = f"{int(self.clean.sum())} of {len(self.noise)} images, trained at every noise level"
-        used = self.usable[self.weight > 0]
+        used = self.lowest[self.weight > 0]
         if len(used) and (floor := float(used.min())) > 0:
             rows["not trained"] = f"noise levels below {floor:.3g}: sample with --label-floor {floor:.3g}"
         return rows
@@ -148,7 +180,9 @@ class Trust:
         return {
             "count": len(self.noise),
             "clean": int(self.clean.sum()),
-            "lost_values": list(self.lost),
+            "lost_values": [gap.value for gap in self.lost],
+            "lost_blocks": [gap.block for gap in self.lost],
+            "masked": self.masked,
             "regularise": None if self.regularise is None else list(self.regularise),
             "findings": [asdict(finding) for finding in self.findings],
             "sha256": self.sha256,
@@ -165,7 +199,8 @@ def save(trust: Trust, path: Path, names: Sequence[str]) -> None:
     images = [{"name": name, **dict(zip(fields, row, strict=True))} for name, row in zip(names, columns, strict=True)]
     for image, error in zip(images, trust.sigma_error.tolist(), strict=True):
         image["sigma_error"] = None if math.isnan(error) else error
-    durable.write_json(path, {"format": FORMAT, **trust.describe(), "images": images})
+    alike = [[names[place] for place in group] for group in trust.copies]
+    durable.write_json(path, {"format": FORMAT, **trust.describe(), "copies": alike, "images": images})
 
 
 def load(path: Path, count: int) -> Trust:
@@ -189,17 +224,19 @@ def load(path: Path, count: int) -> Trust:
         holed = torch.tensor([bool(image["holed"]) for image in found["images"]])
         errors = [image.get("sigma_error") for image in found["images"]]  # earlier versions had none
         error = torch.tensor([math.nan if one is None else float(one) for one in errors], dtype=torch.float64)
-        gate = found["regularise"]
+        gate, values = found["regularise"], found["lost_values"]
+        blocks = found.get("lost_blocks", [1] * len(values))
         trust = Trust(
             noise,
             usable,
             weight,
-            tuple(map(float, found["lost_values"])),
+            tuple(Gap(float(value), int(block)) for value, block in zip(values, blocks, strict=True)),
             holed,
             None if gate is None else (float(gate[0]), float(gate[1])),
             tuple(Finding(**one) for one in found["findings"]),
             sigma,
             error,
+            masked=bool(found.get("masked", False)),
         )
         if trust.sha256 != found["sha256"]:
             raise ValueError("its digest does not fit its contents")
@@ -234,11 +271,11 @@ def examine(load: Load, count: int, without: Sequence[str] = (), memory: int = 0
         [load(places).flatten(2).std(2, correction=0).amax(1) <= NEAR_CONSTANT for places in batches(count)]
     )
     if "holes" not in without:
-        lost, holed = _lost(load, count)
+        lost, holed = gaps.find(load, count)
         trust = replace(trust, lost=lost, holed=holed & ~blank)
 
     def repaired(places: range) -> Tensor:
-        return trust.repaired(load(places), places)
+        return trust.repaired(load(places), places)[0]
 
     whole, low = ~trust.holed & ~blank, {"blur": nothing, "jpeg": nothing}
     for part, measure, most in (("blur", damage.sharpness, BLURRED), ("jpeg", damage.jpeg_grid, GRIDDED)):
@@ -271,7 +308,7 @@ def _fall_back(trust: Trust) -> Trust:
     """
     used = trust.weight > 0
     noisy = trust.noise[used & (trust.noise > 0)]
-    if not bool(used.any()) or not bool((trust.usable[used] > 0).all()):
+    if not bool(used.any()) or not bool((trust.lowest[used] > 0).all()):
         return trust
     if not len(noisy):
         least = used & (trust.usable == trust.usable[used].min())
@@ -294,20 +331,6 @@ def _fall_back(trust: Trust) -> Trust:
 
 def _all(measure: Callable[[Tensor], Tensor], load: Load, count: int) -> Tensor:
     return torch.cat([measure(load(places)) for places in batches(count)])
-
-
-def _lost(load: Load, count: int) -> tuple[tuple[float, ...], Tensor]:
-    """Values that stand for lost pixels, and which images have such pixels."""
-    histogram, pixels = torch.zeros(damage.STEPS, dtype=torch.long), 0
-    for places in batches(count):
-        images = load(places)
-        histogram, pixels = histogram + damage.grey_histogram(images), pixels + images[:, 0].numel()
-    values = damage.suspected(histogram, pixels)
-    nothing = torch.zeros(count, dtype=torch.bool)
-    if not values:
-        return (), nothing
-    holed = torch.cat([damage.holes(load(places), values).flatten(1).any(1) for places in batches(count)])
-    return (tuple(values), holed) if int(holed.sum()) >= groups.FEWEST else ((), nothing)
 
 
 def _lowest(values: Tensor, asked: Tensor, most: float) -> Tensor:
@@ -371,16 +394,19 @@ def _holes(trust: Trust, energies: Energies, load: Load, repaired: Load, clean: 
     count = int(trust.holed.sum())
     if not count:
         return trust
-    gaps, whole = (mask.nonzero().flatten()[:PAIRED].tolist() for mask in (trust.holed, clean))
-    pairs = list(zip(gaps[1:] + gaps[:1], whole, strict=False))
+    holed, whole = (mask.nonzero().flatten()[:PAIRED].tolist() for mask in (trust.holed, clean))
+    pairs = list(zip(holed[1:] + holed[:1], whole, strict=False))
     original = torch.cat([repaired(range(place, place + 1)) for _, place in pairs])
-    lost = torch.cat([damage.holes(load(range(place, place + 1)), trust.lost) for place, _ in pairs])
-    mended = damage.fill(original, lost)
+    lost = torch.cat([gaps.holes(load(range(place, place + 1)), trust.lost) for place, _ in pairs])
+    mended = gaps.fill(original, lost)
     level = same_above(energies.of(original).mean(0), energies.of(mended).mean(0), energies.values)
     level = max(level, 2 * float((mended - original).double().square().mean().sqrt()))
-    values = ", ".join(f"{value:.3g}" for value in trust.lost)
-    action = f"filled in, and trained at noise levels above {level:.3g}, measured on {len(pairs)} images"
-    finding = Finding("holes", count, f"scattered pixels of the value {values}", action, level)
+    kinds = [f"pixels of the value {one.value:.3g}" for one in trust.lost if one.block == 1]
+    large = [(one.block, one.value) for one in trust.lost if one.block > 1]
+    kinds += [f"blocks of {block} x {block} of the value {value:.3g}" for block, value in large]
+    below = "below, only where nothing was lost" if trust.masked else "not below"
+    action = f"filled in, and trained at noise levels above {level:.3g}, measured on {len(pairs)} images; {below}"
+    finding = Finding("holes", count, f"scattered {' and '.join(kinds)}", action, level)
     usable = torch.where(trust.holed, trust.usable.clamp(min=level), trust.usable)
     return replace(trust, usable=usable, findings=(*trust.findings, finding))
 
@@ -413,18 +439,29 @@ def _blank(trust: Trust, blank: Tensor) -> Trust:
 
 
 def _copies(trust: Trust, load: Load) -> Trust:
-    """Images of equal pixels count as one."""
-    seen: dict[bytes, list[int]] = {}
-    for places in batches(len(trust.noise)):
-        for place, image in zip(places, load(places), strict=True):
-            seen.setdefault(hashlib.sha256(image.contiguous().numpy().data).digest(), []).append(place)
-    copies = [same for same in seen.values() if len(same) > 1]
-    if not copies:
-        return trust
-    weight = trust.weight.clone()
-    for same in copies:
-        weight[same] /= len(same)
-    finding = Finding(
-        "duplicates", sum(map(len, copies)), f"{len(copies)} pictures more than once", "each picture counts once"
+    """Images of equal pixels count as one; near copies do where they are many."""
+    count, weight = len(trust.noise), trust.weight.clone()
+    same = copies.equal(load, count)
+    asked = trust.weight > 0
+    for group in same:
+        asked[group[1:]] = False
+    equals = {group[0]: group for group in same}
+    near = [sorted(i for one in group for i in equals.get(one, [one])) for group in copies.near(load, count, asked)]
+    matter = sum(map(len, near)) >= ALIKE * count
+    some = [group for group in near if matter or len(group) >= MANY]
+    within = {place for group in some for place in group}
+    once = [group for group in same if group[0] not in within]
+    for group in (*some, *once):
+        weight[group] /= len(group)
+    said = (
+        (same, "pictures more than once", "each picture counts once"),
+        (some, "pictures more than once, nearly alike", "each picture counts once"),
+        ([g for g in near if g not in some], "pictures more than once, nearly alike", "too few to matter, left alone"),
     )
-    return replace(trust, weight=weight, findings=(*trust.findings, finding))
+    findings = [
+        Finding("duplicates", sum(map(len, groups)), f"{len(groups)} {what}", action)
+        for groups, what, action in said
+        if groups
+    ]
+    every = sorted((*near, *(group for group in same if group[0] not in {i for g in near for i in g})), key=len)[::-1]
+    return replace(trust, weight=weight, copies=tuple(map(tuple, every)), findings=(*trust.findings, *findings))

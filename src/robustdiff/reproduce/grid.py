@@ -171,7 +171,7 @@ IMAGE_METHODS: Mapping[str, ImageMethod] = {
 """Every method of the tables, in their order. ``told`` is the yardstick of Daras et al. (2024, arXiv 2411.02780)."""
 TWICE = ("plain", "gated", "gated-strong", "label-floor", "clean-subset", "told", "auto")
 """Methods whose rows on :data:`KEY_DIRTS` have the full number of seeds; all others have one."""
-ELSEWHERE = ("plain", "gated", "label-floor", "clean-subset", "told", "auto")
+ELSEWHERE = ("plain", "adversarial", "gated", "label-floor", "clean-subset", "told", "auto")
 """Methods that are also run on dirt outside of :data:`KEY_DIRTS`."""
 
 # -- scales ----------------------------------------------------------------------------------------------

@@ -1,0 +1,91 @@
+"""Pictures that a set holds more than once, equal or nearly so: they drive what a model learns by heart.
+
+Two images are near copies if they are far closer to one another than to the rest of the set: seen at 8 x 8 cells, where
+compression, noise and small damage have gone, their distance is less than a fifth of that from either to the nearest
+fiftieth of the set, or than a twentieth of the median one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from robustdiff.spectrum import Load, batches
+
+CELLS = 8
+"""Cells along each side at which images are compared."""
+NEAR, FIFTIETH = 0.2, 0.02
+"""Distance of near copies over that to the nearest share of the set. Of 8,000 images of CIFAR-10, 8 have a neighbour
+below 0.2, copies compressed by JPEG of quality 30 all do; of 1,797 digits none has, and at 0.25 four."""
+FAR = 0.25
+"""Least yardstick, over the median distance: a picture that is there often is its own nearest fiftieth."""
+SAMPLE = 1000
+"""Images, evenly spread, that stand for the set."""
+NEIGHBOURS = 8
+"""Nearest neighbours looked at; larger groups hang together by chains of them."""
+
+
+def equal(load: Load, count: int) -> list[list[int]]:
+    """Groups of images whose pixels are equal, two or more each: their places.
+
+    Args:
+        load: The images.
+        count: N >= 1.
+    """
+    seen: dict[bytes, list[int]] = {}
+    for places in batches(count):
+        for place, image in zip(places, load(places), strict=True):
+            seen.setdefault(hashlib.sha256(image.contiguous().numpy().data).digest(), []).append(place)
+    return [same for same in seen.values() if len(same) > 1]
+
+
+def near(load: Load, count: int, asked: Tensor) -> list[list[int]]:
+    """Groups of images that are near copies of one another, two or more each: their places.
+
+    Args:
+        load: The images.
+        count: N >= 1.
+        asked: Images that are looked at, bool, shape (N,): one of each equal ones, and none without a picture.
+    """
+    places = asked.nonzero().flatten()
+    least = int(1 / FIFTIETH) + 1  # fewer have no nearest fiftieth but themselves
+    if len(places) < 2 * least:
+        return []
+    cells = torch.cat([_cells(load(some))[asked[list(some)]] for some in batches(count)])
+    cells = cells - cells.mean(0)  # the distances are of large vectors otherwise, and lose digits
+    sample = cells[:: -(-len(cells) // SAMPLE)]
+    rank = max(2, round(FIFTIETH * len(sample)))  # the first may be the image itself
+    usual = torch.cat([_usual(torch.cdist(some, sample), rank) for some in torch.split(cells, 1000)])
+    search = NearestNeighbors(n_neighbors=NEIGHBOURS + 1, algorithm="brute").fit(cells.numpy())
+    distance, other = (torch.from_numpy(found) for found in search.kneighbors(cells.numpy()))
+    one = torch.arange(len(cells))[:, None].expand_as(other)
+    close = (distance < NEAR * torch.minimum(usual[:, None], usual[other])) & (one != other)
+    return _groups(one[close], other[close], places)
+
+
+def _usual(distance: Tensor, rank: int) -> Tensor:
+    """The yardstick of each image from its distances to the sample, (B, S) -> (B,)."""
+    return torch.maximum(distance.kthvalue(rank, dim=1).values, FAR * distance.median(1).values)
+
+
+def _cells(images: Tensor) -> Tensor:
+    height, width = (min(CELLS, edge) for edge in images.shape[2:])
+    return adaptive_avg_pool2d(images.float(), (height, width)).flatten(1)
+
+
+def _groups(one: Tensor, other: Tensor, places: Tensor) -> list[list[int]]:
+    """Connected pairs, as groups of places."""
+    pairs = coo_array((np.ones(len(one), bool), (one.numpy(), other.numpy())), shape=(len(places), len(places)))
+    label = torch.from_numpy(connected_components(pairs, directed=False)[1]).long()
+    large = torch.bincount(label)[label] > 1
+    groups: dict[int, list[int]] = {}
+    for group, place in zip(label[large].tolist(), places[large].tolist(), strict=True):
+        groups.setdefault(group, []).append(place)
+    return list(groups.values())

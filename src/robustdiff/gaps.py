@@ -1,0 +1,265 @@
+"""Lost pixels: which value stands for them, where they are, single or in blocks, and how they are filled in.
+
+Of tensors (B, C, H, W) in [-1, 1], noise may exceed it. A value that the histogram of a whole set has a spike at may
+stand for pixels that were lost; whether it does shows where it lies. Content keeps company and has ragged edges;
+pixels lost one by one lie scattered, blocks fill whole cells of a grid, which lie scattered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from robustdiff import groups
+from robustdiff.spectrum import Load, batches
+
+LEVEL = 2 / 255
+"""One step of 8 bit."""
+STEPS = 511
+"""Half steps of 8 bit from -1 to 1: mid grey, 0, lies between two of the whole ones."""
+SPIKE, EXTREME_SPIKE, LEAST = 8.0, 2.0, 0.005
+"""How much commoner than its neighbours a value is, or black or white, and its share of all pixels, to be suspected."""
+SPIKY, DRAWING = 3.0, 8
+"""How much commoner than its neighbours a value of a drawing is, and how many such values it has."""
+COMPANY, ALSO_HERE = 0.35, 5.0
+"""Of the way from independence to flat areas; how much commoner than its neighbours, in the image itself."""
+HOLED, LONE, APART = 0.02, 0.01, 0.3
+"""Least share of an image's pixels that are of the value, or black or white and alone; what alone means."""
+WHOLE, MOST_BLOCKS, PLACED = 0.9, 0.9, 0.8
+"""Share of an image's pixels of the value that lie in whole cells; of the images of small whole cells that have larger
+ones too, if those are the blocks; how often a cell of the grid is lost at most: more is a mark at its place."""
+
+
+class Gap(NamedTuple):
+    """What lost pixels look like.
+
+    Attributes:
+        value: Theirs, in [-1, 1].
+        block: Edge in pixels of the cells that are lost together; the grid begins at the upper left corner.
+    """
+
+    value: float
+    block: int = 1
+
+
+# -- which value -----------------------------------------------------------------------------------------
+
+
+def grey_histogram(images: Tensor) -> Tensor:
+    """Counts of pixels whose channels are all the same value, by half steps of 8 bit, int64, shape (511,)."""
+    same = (images == images[:, :1]).all(1) & (images[:, 0].abs() <= 1)
+    place = ((images[:, 0][same].double() + 1) * 255).round().long()
+    return torch.bincount(place.clamp(0, STEPS - 1), minlength=STEPS)
+
+
+def suspected(histogram: Tensor, pixels: int) -> list[float]:
+    """Values so common that they may stand for lost pixels, in [-1, 1]: spikes in the histogram of all images.
+
+    Where many values are spikes, as in drawings or pictures of few bits, one must stand out of the others, and black
+    and white, which are then at home there, are not suspected.
+
+    Args:
+        histogram: Sum of :func:`grey_histogram`.
+        pixels: Pixels that were counted from.
+    """
+    share = histogram.double() / max(1, pixels)
+    usual = torch.zeros_like(share)
+    for place in share.nonzero().flatten().tolist():
+        near = torch.cat([share[max(0, place - 8) : place], share[place + 1 : place + 9]])
+        usual[place] = near[near > 0].median() if bool((near > 0).any()) else 0.0
+    spiky = share[(share > SPIKY * usual) & (share > LEAST / 5)]
+    drawing = len(spiky) >= DRAWING
+    least = SPIKE * float(spiky.median()) if drawing else LEAST
+    found = []
+    for place in (share >= max(least, LEAST)).nonzero().flatten().tolist():
+        extreme = place in (0, STEPS - 1)
+        if not (extreme and drawing) and share[place] >= (EXTREME_SPIKE if extreme else SPIKE) * usual[place]:
+            found.append(place / 255 - 1)
+    return found
+
+
+# -- where -----------------------------------------------------------------------------------------------
+
+
+def holes(images: Tensor, gaps: Sequence[Gap]) -> Tensor:
+    """Lost pixels, bool, shape (B, H, W): those of a suspected value that lie scattered over their image.
+
+    An image is believed to have holes of a value if at least :data:`HOLED` of its pixels have it and these keep no
+    company: the chance that the pixel to the right or below has it too is less than :data:`COMPANY` of the way from
+    their share of the image, that of independence, to 1, that of flat areas. The value must be a spike in the image's
+    own histogram, too. Black and white are common in pictures: there at least :data:`LONE` of the pixels must differ
+    from all of their neighbours by :data:`APART`, and from the median of their 3 x 3 neighbourhood by three times the
+    neighbours' spread; lost are then those that differ from that median.
+
+    Blocks are lost where :data:`WHOLE` of the pixels of the value fill cells of the grid; the company that cells keep
+    was asked of the set (:func:`find`), and of black and white ones it is of the image, too.
+
+    Args:
+        images: Shape (B, C, H, W).
+        gaps: Of :func:`find`.
+    """
+    found = torch.zeros(images.shape[0], *images.shape[2:], dtype=torch.bool)
+    for value, block in gaps:
+        here = having(images, value)
+        if block > 1:
+            cell, covered, believed = _in_cells(images, here, value, block)
+            if abs(value) == 1:
+                believed &= _scattered(*company(cell))
+            found |= covered & believed[:, None, None]
+        elif abs(value) == 1:
+            found |= _impulses(images, here, value)
+        else:
+            believed = (_share(here) >= HOLED) & _scattered(*company(here)) & _spike(images, here, value)
+            found |= here & believed[:, None, None]
+    return found
+
+
+def having(images: Tensor, value: float) -> Tensor:
+    """Pixels of which every channel has the value, bool, shape (B, H, W)."""
+    return ((images - value).abs() < LEVEL / 4).all(1)
+
+
+def whole_cells(here: Tensor, block: int) -> Tensor:
+    """Cells of a grid all of whose pixels are marked, bool: (B, H, W) -> (B, ceil(H / block), ceil(W / block)).
+
+    Cells that the lower and right edges cut off are whole if what is left of them is.
+    """
+    height, width = here.shape[1:]
+    padded = pad(here, (0, -width % block, 0, -height % block), value=True)
+    return padded.unfold(1, block, block).unfold(2, block, block).flatten(3).all(3)
+
+
+def company(here: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How marked pixels, or cells, lie beside one another, image by image; all float64, shape (B,).
+
+    Returns:
+        Their share; pairs of one and its marked neighbour to the right or below; of those that have such a neighbour,
+        counted once for each.
+    """
+    pairs = (here[:, 1:] & here[:, :-1]).flatten(1).sum(1) + (here[:, :, 1:] & here[:, :, :-1]).flatten(1).sum(1)
+    first = here[:, :-1].flatten(1).sum(1) + here[:, :, :-1].flatten(1).sum(1)
+    return _share(here), pairs.double(), first.double()
+
+
+def _share(here: Tensor) -> Tensor:
+    return here.flatten(1).double().mean(1)
+
+
+def _scattered(share: Tensor, pairs: Tensor, first: Tensor) -> Tensor:
+    """Whether pixels or cells keep so little company that they were lost."""
+    return pairs / first.clamp(min=1) < share + COMPANY * (1 - share)
+
+
+def _spike(images: Tensor, here: Tensor, value: float) -> Tensor:
+    """Whether the value is commoner in an image than those next to it, which flat areas of pictures have as well."""
+    away = (images - value).abs()
+    near = ((away > LEVEL * 3 / 4) & (away < LEVEL * 9 / 2)).all(1).flatten(1).double().mean(1) / 8
+    return _share(here) >= ALSO_HERE * near
+
+
+def _impulses(images: Tensor, here: Tensor, value: float) -> Tensor:
+    """Black or white pixels unlike their neighbourhood, where many stand alone."""
+    around = pad(images.double().mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    nine = around.unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)[:, 0]
+    median, others = nine.median(-1).values, nine[..., [0, 1, 2, 3, 5, 6, 7, 8]]
+    ranked = others.sort(-1).values
+    spread = (ranked[..., 5] - ranked[..., 2]) / 1.35  # of about the quartiles, as a standard deviation
+    far = (3 * spread).clamp(min=APART)
+    lone = here & ((others - value).abs() > APART).all(-1) & ((median - value).abs() > far)
+    return here & ((median - value).abs() > APART) & (lone.flatten(1).double().mean(1) >= LONE)[:, None, None]
+
+
+def _in_cells(images: Tensor, here: Tensor, value: float, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole cells of the value, (B, rows, columns); their pixels; in which images they are nearly all of it, (B,)."""
+    cell = whole_cells(here, block)
+    height, width = here.shape[1:]
+    covered = cell.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :height, :width]
+    share = _share(here)
+    believed = (share >= HOLED) & (_share(covered) >= WHOLE * share) & _spike(images, here, value)
+    return cell, covered, believed
+
+
+# -- in a whole set --------------------------------------------------------------------------------------
+
+
+def find(load: Load, count: int) -> tuple[tuple[Gap, ...], Tensor]:
+    """What lost pixels look like in a set of images, and which images have such pixels.
+
+    Args:
+        load: The images.
+        count: N >= 1, how many.
+
+    Returns:
+        Only what at least eight images have; bool, shape (N,).
+    """
+    histogram, pixels = torch.zeros(STEPS, dtype=torch.long), 0
+    for places in batches(count):
+        images = load(places)
+        histogram, pixels = histogram + grey_histogram(images), pixels + images[:, 0].numel()
+    single = [Gap(value) for value in suspected(histogram, pixels)]
+    nothing = torch.zeros(count, dtype=torch.bool)
+    if not single:
+        return (), nothing
+    blocks = [gap for value, _ in single if (gap := _blocks(load, count, value))]
+    of = {gap.value: gap for gap in single} | {gap.value: gap for gap in blocks}
+    found, holed = [], nothing
+    for gap in of.values():
+        here = torch.cat([holes(load(places), [gap]).flatten(1).any(1) for places in batches(count)])
+        if int(here.sum()) >= groups.FEWEST:
+            found.append(gap)
+            holed = holed | here
+    return tuple(found), holed
+
+
+def _blocks(load: Load, count: int, value: float) -> Gap | None:
+    """The largest cells that the value fills, if it fills cells, scattered, at other places in every image."""
+    height, width = load(range(1)).shape[2:]
+    sizes = range(2, min(height, width) // 2 + 1)
+    images = dict.fromkeys(sizes, 0)
+    totals = {block: torch.zeros(3).double() for block in sizes}
+    places_of = {block: torch.zeros(-(-height // block), -(-width // block)).double() for block in sizes}
+    for places in batches(count):
+        some = load(places)
+        here = having(some, value)
+        some, here = (x[_share(here) >= HOLED] for x in (some, here))
+        for block in sizes:
+            cell, _, believed = _in_cells(some, here, value, block)
+            cell = cell[believed]
+            images[block] += len(cell)
+            totals[block] += torch.stack(company(cell)).sum(1)
+            places_of[block] += cell.double().sum(0)
+    usual = max((images[block] for block in sizes[:2]), default=0)
+    if usual < groups.FEWEST:
+        return None
+    block = max(block for block in sizes if images[block] >= MOST_BLOCKS * usual)
+    share, pairs, first = totals[block]
+    apart = bool(_scattered(share / images[block], pairs, first))
+    wandering = bool(places_of[block].max() <= PLACED * images[block])
+    return Gap(value, block) if apart and wandering else None
+
+
+# -- repair ----------------------------------------------------------------------------------------------
+
+
+def fill(images: Tensor, lost: Tensor, rounds: int = 60) -> Tensor:
+    """Lost pixels from their neighbours: the discrete harmonic function, by ``rounds`` averages of the four nearest.
+
+    Args:
+        images: Shape (B, C, H, W).
+        lost: bool, shape (B, H, W).
+        rounds: Enough for scattered pixels; wide gaps stay flat.
+    """
+    if not bool(lost.any()):
+        return images
+    hole, known = lost[:, None], (~lost[:, None]).to(images.dtype)
+    mean = (images * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True).clamp(min=1)
+    filled = torch.where(hole, mean, images)
+    for _ in range(rounds):
+        p = pad(filled, (1, 1, 1, 1), mode="replicate")
+        near = (p[:, :, 1:-1, :-2] + p[:, :, 1:-1, 2:] + p[:, :, :-2, 1:-1] + p[:, :, 2:, 1:-1]) / 4
+        filled = torch.where(hole, near, filled)
+    return filled
