@@ -42,4 +42,16 @@ def test_no_clean_set_is_called_dirty() -> None:
 def test_the_documents_show_every_row(accuracy: ModuleType) -> None:
     assert COMMITTED["protocol"]["dirt"] == {name: list(specs) for name, specs in accuracy.DIRT.items()}
     assert len(COMMITTED["rows"]) == 5 * len(accuracy.DIRT)
-    assert accuracy.table(COMMITTED["rows"]) in (ROOT / "docs" / "audit.md").read_text()
+    documents = (ROOT / "docs" / "audit.md").read_text()
+    assert accuracy.table(COMMITTED["rows"]) in documents
+    assert accuracy.copies_table(COMMITTED["copies"]) in documents
+    assert accuracy.foreign_table(COMMITTED["foreign"]) in documents
+
+
+def test_committed_copies_are_those_of_the_search_as_it_is(accuracy: ModuleType) -> None:
+    (before,) = [row for row in COMMITTED["copies"] if row["set"].startswith("digits")]
+    now = accuracy.copied(before["set"], load_images("digits").x0(slice(None)))
+    assert now["own"] == before["own"] == []
+    for change, count in before["found"].items():
+        assert abs(now["found"][change] - count) <= 3
+    assert all(set(row["own"]) <= {2, 3} for row in COMMITTED["copies"])

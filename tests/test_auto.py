@@ -10,6 +10,7 @@ import pytest
 import torch
 from fields import natural
 from helpers import TINY_UNET
+from PIL import Image
 from trained import plan_of, run, same
 
 from robustdiff import TrainConfig, cli, training
@@ -76,7 +77,12 @@ def test_on_dirty_images_it_differs_and_says_what_was_found(config: TrainConfig,
 
     account = json.loads((folder / "data.json").read_text())
     told, whole = account["auto"], json.loads((folder / "auto.json").read_text())
-    images = whole.pop("images")
+    images, copies = whole.pop("images"), whole.pop("copies")
+    assert copies == []
+    assert {"sharpness", "jpeg_grid", "lost", "oddness", "sigma_error"} <= images[0].keys()
+    with Image.open(folder / "found-noisy.png") as sheet:
+        assert sheet.width > 5 * 64
+    assert not (folder / "found-holed.png").exists()
     assert whole == {"format": "robustdiff auto 1", **told}
     assert told["count"] == COUNT == len(images) == account["trained"]
     noisy = sum(image["noise"] > 0 for image in images)
@@ -163,9 +169,12 @@ def test_it_is_fed_in_any_way_and_goes_on_exactly_with_what_it_found(config, tmp
         raise AssertionError("looked at the images again")
 
     found = (tmp_path / "stopped" / "auto.json").read_bytes()
+    sheets = {path.name: path.read_bytes() for path in (tmp_path / "stopped").glob("found-*.png")}
+    assert {"found-noisy.png", "found-holed.png"} <= sheets.keys()
     monkeypatch.setattr(training, "examine", never)
     assert same(whole, run(config, "stopped", resume=True, **STREAMED))
     assert (tmp_path / "stopped" / "auto.json").read_bytes() == found
+    assert {path.name: path.read_bytes() for path in (tmp_path / "stopped").glob("found-*.png")} == sheets
 
 
 def test_without_what_it_found_it_does_not_go_on(config: TrainConfig, tmp_path: Path) -> None:

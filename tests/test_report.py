@@ -41,6 +41,60 @@ def alone(folder: Path, *bodies: dict[str, Any]) -> Path:
     return folder
 
 
+def searched(*findings: tuple[str, int, str, str], count: int = 2000, clean: int = 800) -> dict[str, Any]:
+    """What ``data.json`` and ``found.json`` say was found."""
+    names = ("part", "count", "what", "action")
+    told = [{**dict(zip(names, one, strict=True)), "level": None} for one in findings]
+    return {"count": count, "clean": clean, "findings": told}
+
+
+NOISY = ("noise", 1200, "white noise, level 0.2", "trained above it")
+
+
+# -- what was found in the training images ---------------------------------------------------------------
+
+
+def test_what_runs_and_audits_found_is_a_section_with_its_sheets(runs, tmp_path):
+    made.write(tmp_path / "run" / "data.json", {"auto": searched(NOISY)})
+    made.grid(tmp_path / "run" / "found-noisy.png", 3)
+    made.write(tmp_path / "audit" / "found.json", searched(NOISY, ("holes", 7, "<b>", "filled in"), clean=1))
+    made.write(tmp_path / "whole" / "data.json", {"auto": searched(clean=2000)})
+    made.grid(tmp_path / "whole" / "found-sheet.png", 4)  # no kind of ours
+    page = check(render(collect([runs[0], tmp_path / "run", tmp_path / "audit", tmp_path / "whole"])))
+    assert "800 of 2,000 images are trained at every noise level." in page.text
+    assert "2,000 images, none of which stands apart: plain training." in page.text
+    tables = [table for table in page.tables if table[0][:2] == ["found", "images"]]
+    assert tables[0][1] == ["noise", "1,200", "white noise, level 0.2", "trained above it"]
+    assert [len(table) for table in tables] == [2, 3]
+    assert "<b> filled in" in page.text
+    assert "run: the noisiest found-noisy.png" in page.text
+    assert "found-sheet" not in page.text
+    assert "Not evaluated: run, whole." in page.text  # an audit has nothing to evaluate
+    assert any(attributes.get("href") == "#found" for tag, attributes in page.tags if tag == "a")
+
+
+def test_without_a_search_there_is_no_such_section(page):
+    assert not any(attributes.get("id") == "found" for _, attributes in page.tags)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"count": None}, "no counts of images"),
+        ({"clean": -1}, "no counts of images"),
+        ({"findings": 3}, "no list of findings"),
+        ({"findings": [3]}, "no count of images"),
+        ({"findings": [{"count": 3, "part": "noise"}]}, "not told in words"),
+    ],
+)
+@pytest.mark.parametrize("where", ["data.json", "found.json"])
+def test_a_search_that_cannot_be_shown_is_refused_with_the_reason(tmp_path, where, change, reason):
+    found = searched(NOISY) | change
+    made.write(tmp_path / "run" / where, {"auto": found} if where == "data.json" else found)
+    with pytest.raises(UsageError, match=rf"{where}, what was found: .*{reason}; mend or delete it"):
+        collect([tmp_path / "run"])
+
+
 # -- the page --------------------------------------------------------------------------------------------
 
 

@@ -92,3 +92,28 @@ def test_of_a_clean_set_it_says_so(tmp_path: Path, capsys) -> None:
     assert "damage: none stands apart; train --auto would train plainly" in capsys.readouterr().out
     assert (tmp_path / "audit" / "noise.csv").read_text().split() == ["name,sigma"]
     assert len((tmp_path / "audit" / "clean.txt").read_text().splitlines()) == 100
+
+
+def test_foreign_pictures_are_shown_and_not_acted_on(tmp_path: Path, capsys) -> None:
+    """Digits turned upside down have the spectrum of digits; in pixels they lie far off."""
+    x0 = load_images("digits").x0(slice(0, 400))
+    zeros = torch.tensor(load_images("digits").labels)[:400] == 0
+    x0 = torch.cat([x0[zeros], -x0[:2]])  # and two negatives
+    np.save(tmp_path / "zeros.npy", ((x0 + 1) * 127.5).round().to(torch.uint8)[:, 0].numpy().repeat(2, axis=0))
+    plain = main(["audit", str(tmp_path / "zeros.npy"), "-o", str(tmp_path / "without")])
+    without = json.loads((tmp_path / "without" / "found.json").read_text())
+    assert (
+        main(["audit", str(tmp_path / "zeros.npy"), "--extractor", "pixels", "-o", str(tmp_path / "with")])
+        == plain
+        == 0
+    )
+    said, count = capsys.readouterr().out, 2 * len(x0)
+    assert "farthest from the others in pixels, typical 1, not acted on: " in said
+    found = json.loads((tmp_path / "with" / "found.json").read_text())
+    far = [image.pop("distance") for image in found["images"]]
+    assert found == without
+    assert sorted(range(count), key=lambda i: -far[i])[:4] == sorted(range(count - 4, count), key=lambda i: -far[i])
+    assert (tmp_path / "with" / "found-far.png").is_file()
+    assert "distance" not in without["images"][0]
+    assert main(["audit", str(tmp_path / "zeros.npy"), "--extractor", str(tmp_path / "none.pt")]) == 2
+    assert "--extractor" in capsys.readouterr().err

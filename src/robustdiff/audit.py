@@ -31,7 +31,7 @@ from robustdiff.parallel import decode_all
 from robustdiff.sources import Source
 
 AUDIT_FORMAT = "robustdiff audit 1"
-SHEETS = ("noisy", "holed", "soft", "odd", "copies")
+SHEETS = ("noisy", "holed", "soft", "odd", "copies", "far")
 AUDIT_FILES = ("audit.json", "worst.png", "found.json", "clean.txt", "noise.csv", *(f"found-{s}.png" for s in SHEETS))
 """What an audit's folder may hold; from the third on, what ``search.py`` writes."""
 NEAR_CONSTANT = 2 / 255

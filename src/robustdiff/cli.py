@@ -336,6 +336,12 @@ def _audit(config: AuditConfig) -> int:
 
     if config.output is not None:
         check_output(config.data, config.output, overwrite=config.overwrite)
+    extractor = None
+    if config.extractor is not None:
+        from robustdiff.evaluation.extractors import open_extractor
+        from robustdiff.evaluation.features import extract
+
+        extractor = open_extractor(config.extractor)
     options = {"split": config.split, "config": config.dataset_config_name, "image_column": config.image_column}
     try:
         source = open_source(config.data, **options)
@@ -347,7 +353,9 @@ def _audit(config: AuditConfig) -> int:
     if len({record.size for record in audit.records}) > 1:
         print("damage: not looked for, images differ in size: add --resolution N, the size you would train at")
     elif audit.records:
-        found = search(load_images(config.data, resolution=config.resolution, max_bad_fraction=1.0, **options))
+        images = load_images(config.data, resolution=config.resolution, max_bad_fraction=1.0, **options)
+        features = None if extractor is None else extract(extractor, images, cache=None)
+        found = search(images, None if features is None else (features.extractor.name, features.values))
         print("damage: not looked for, too few images to compare" if found is None else found.text())
     if config.output is not None:
         write_audit(audit, config.output, overwrite=config.overwrite, also=None if found is None else found.write)

@@ -511,6 +511,9 @@ class AuditConfig:
     """Configuration of a hub data set that has several."""
     image_column: OptionalText = None
     """Column of a table that holds the images. Default: the only one that can."""
+    extractor: OptionalText = None
+    """Look for foreign pictures too: the farthest from the others in these features, as --extractor of
+    `robustdiff evaluate` takes them. They are shown, and not acted on."""
     overwrite: bool = False
     """Replace the audit that FOLDER holds."""
 
@@ -520,7 +523,7 @@ class AuditConfig:
         Raises:
             UsageError: One line that names the flag and the remedy.
         """
-        _check_given(self, "data", "output", "split", "dataset_config_name", "image_column")
+        _check_given(self, "data", "output", "split", "dataset_config_name", "image_column", "extractor")
         _check_resolution(self.resolution)
         _require(self.output is not None or not self.overwrite, "--overwrite does nothing without --output: add it")
 
@@ -815,7 +818,7 @@ class ReportConfig:
     """Make one HTML page of any number of run folders: it needs no network and no other file."""
 
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN [RUN ...]")] = ()
-    """Folders that `train` or `evaluate` wrote, at least one."""
+    """Folders that `train`, `evaluate` or `audit` wrote, at least one."""
     output: Annotated[str, arg(aliases=["-o"], metavar="FILE")] = "report.html"
     """File to write; replaced if it is there."""
     title: OptionalText = None

@@ -111,7 +111,8 @@ def holes(images: Tensor, gaps: Sequence[Gap]) -> Tensor:
                 believed &= _scattered(*company(cell))
             found |= covered & believed[:, None, None]
         elif abs(value) == 1:
-            found |= _impulses(images, here, value)
+            enough = _share(here) >= LONE
+            found[enough] |= _impulses(images[enough], here[enough], value)
         else:
             believed = (_share(here) >= HOLED) & _scattered(*company(here)) & _spike(images, here, value)
             found |= here & believed[:, None, None]

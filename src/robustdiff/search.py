@@ -1,9 +1,9 @@
-"""What ``robustdiff audit`` says of a set as a whole: groups of damaged images, in words, lists and contact sheets."""
+"""What is said of a set as a whole: groups of damaged images, in words, lists and contact sheets."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from robustdiff import durable
-from robustdiff.audit import WORST, thumbnail
+from robustdiff.audit import SHEETS, WORST, thumbnail
+from robustdiff.distance import robust_distance
 from robustdiff.images import ImageSet, image_grid, save_png
 from robustdiff.trust import FEWEST, Trust, examine, save
 
@@ -23,28 +24,28 @@ class Search:
     Attributes:
         images: The set.
         trust: What each image can be trusted for.
+        features: Name of the features that the distances are of; None if none were given.
+        distance: From the others in features, :func:`robustdiff.distance.robust_distance`, shape (N,).
     """
 
     images: ImageSet
     trust: Trust
-
-    @property
-    def shown(self) -> Mapping[str, Tensor]:
-        """Places of the images of each contact sheet, the noisiest first, the lightest first, or in order."""
-        trust = self.trust
-        soft = (trust.usable > trust.noise) & ~trust.holed
-        places = {
-            "noisy": trust.sigma.argsort(descending=True)[: int((trust.noise > 0).sum())],
-            "holed": trust.holed.nonzero().flatten(),
-            "soft": soft.nonzero().flatten(),
-            "odd": trust.weight.argsort(stable=True)[: int((trust.weight < 1).sum())],
-        }
-        if trust.copies:  # whole groups, as many as fit, the largest first
-            places["copies"] = torch.tensor([place for group in trust.copies for place in group])
-        return {sheet: where[:WORST] for sheet, where in places.items() if len(where)}
+    features: str | None = None
+    distance: Tensor | None = None
 
     def text(self) -> str:
         """The findings for a terminal, and what ``train --auto`` would do about them."""
+        return "\n".join([self._damage(), *self._far()])
+
+    def _far(self) -> list[str]:
+        """The farthest images in words."""
+        if self.distance is None:
+            return []
+        farthest = self.distance.argsort(descending=True)[:5].tolist()
+        first = [f"{self.images.names[place]} ({self.distance[place]:.2f})" for place in farthest]
+        return [f"farthest from the others in {self.features}, typical 1, not acted on: {', '.join(first)}"]
+
+    def _damage(self) -> str:
         rows = self.trust.rows()
         if self.trust.trivial and self.trust.regularise is None:
             known = "".join(f"\n  {name}: {row}" for name, row in rows.items() if name != "found clean")
@@ -58,25 +59,64 @@ class Search:
         (``NAME,SIGMA`` of the noisy ones, as ``train --noise-levels`` takes it) and the contact sheets.
         """
         names, trust = self.images.names, self.trust
-        save(trust, folder / "found.json", names)
+        save(trust, folder / "found.json", names, {} if self.distance is None else {"distance": self.distance})
         durable.write_text(folder / "clean.txt", "".join(f"{names[i]}\n" for i in trust.clean.nonzero().flatten()))
         with (folder / "noise.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["name", "sigma"])
             noisy = trust.noise.nonzero().flatten().tolist()
             writer.writerows([names[place], f"{trust.noise[place].item():.6g}"] for place in noisy)
-        for sheet, places in self.shown.items():
-            side = min(128, max(64, *self.images.size))
-            pictures = [torch.from_numpy(thumbnail(self.images.images[int(p)].numpy(), side)) for p in places]
-            save_png(image_grid(torch.stack(pictures), columns=5), folder / f"found-{sheet}.png")
+        write_sheets(trust, lambda places: torch.stack([self.images.images[p] for p in places]), folder, self.distance)
 
 
-def search(images: ImageSet) -> Search | None:
+def write_sheets(
+    trust: Trust, pixels: Callable[[Sequence[int]], Tensor], folder: Path, distance: Tensor | None = None
+) -> None:
+    """Write a contact sheet of each kind that was found, ``found-KIND.png``, into an existing folder.
+
+    Args:
+        trust: What was found.
+        pixels: Images by place, uint8, (B, C, H, W).
+        folder: Where to.
+        distance: From the others in features, if it was asked for, shape (N,).
+    """
+    shown = _shown(trust, distance)
+    for sheet in SHEETS:
+        path = folder / f"found-{sheet}.png"
+        if sheet not in shown:
+            continue
+        images = pixels(shown[sheet].tolist())
+        side = min(128, max(64, *images.shape[2:]))
+        small = [torch.from_numpy(thumbnail(image.numpy(), side)) for image in images]
+        save_png(image_grid(torch.stack(small), columns=5), path)
+
+
+def _shown(trust: Trust, distance: Tensor | None) -> Mapping[str, Tensor]:
+    """Places of the images of each contact sheet, the noisiest first, the lightest first, or in order."""
+    soft = (trust.usable > trust.noise) & ~trust.holed
+    places = {
+        "noisy": trust.sigma.argsort(descending=True)[: int((trust.noise > 0).sum())],
+        "holed": trust.holed.nonzero().flatten(),
+        "soft": soft.nonzero().flatten(),
+        "odd": trust.weight.argsort(stable=True)[: int((trust.weight < 1).sum())],
+    }
+    if distance is not None:
+        places["far"] = distance.argsort(descending=True)
+    if trust.copies:  # whole groups, as many as fit, the largest first
+        places["copies"] = torch.tensor([place for group in trust.copies for place in group])
+    return {sheet: where[:WORST] for sheet, where in places.items() if len(where)}
+
+
+def search(images: ImageSet, features: tuple[str, Tensor] | None = None) -> Search | None:
     """Look for damage that only the whole set shows; None for fewer images than say anything about one another.
 
     Args:
         images: Of one size.
+        features: A name, and features of every image, shape (N, d), in which foreign pictures are far away.
     """
     if len(images) < FEWEST:
         return None
-    return Search(images, examine(lambda places: images.x0(list(places)), len(images)))
+    trust = examine(lambda places: images.x0(list(places)), len(images))
+    if features is None:
+        return Search(images, trust)
+    return Search(images, trust, features[0], robust_distance(features[1]))

@@ -58,6 +58,7 @@ from robustdiff.recording import (
     write_model_card,
 )
 from robustdiff.sampling import largest_divisor, sample, to_uint8, without_accelerator
+from robustdiff.search import write_sheets
 from robustdiff.stopping import Interrupted, stop_signals
 from robustdiff.told import told_levels, trained_images
 from robustdiff.trust import Trust, examine
@@ -109,6 +110,7 @@ def train(config: TrainConfig) -> Path:
     process = NoiseProcess.from_scheduler(pipeline.scheduler)
     trained, levels = trained_images(data, corruptions, config.seed, config.clean_subset), None
     batches = Batches(data, corruptions, config.seed, config.random_flip, trained)
+    bare = batches
     trust = _examined(config, accelerator, batches, folder) if config.auto else None
     if config.noise_levels is not None:
         levels = told_levels(config.noise_levels, data, trained, corruptions, config.seed, process)
@@ -229,8 +231,9 @@ def train(config: TrainConfig) -> Path:
         account = {"data": data.describe(), "corrupt": dirt, "corrupt_seed": config.seed, "trained": count}
         account["noise_levels"] = None if levels is None else levels.describe()
         account["auto"] = None if trust is None else trust.describe()
-        if trust is not None:
+        if trust is not None and not config.resuming:
             save_trust(trust, folder / AUTO_FILE, data.names)
+            write_sheets(trust, lambda places: to_uint8(bare.images_at(places)), folder)
         durable.write_json(folder / "data.json", account)
         (folder / "samples").mkdir(exist_ok=True)
     tracker = Tracker(accelerator, config.logger, dataclasses.asdict(config))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class Trust:
         weight: How often it is used there, relative to others, 0 to 1, shape (N,).
         lost: What lost pixels look like; holed: images that have such pixels, bool, shape (N,).
         copies: Places of equal and nearly equal images, the largest group first; :func:`load` leaves them out.
+        signs: What was measured of every image, by name, shape (N,); nan where nothing was; :func:`load` leaves it out.
         masked: Whether images with lost pixels are trained below ``usable`` too, there by their other pixels alone.
         regularise: Noise levels, (low, high), where no image can be trusted, so that the regulariser is needed.
         findings: In words.
@@ -97,6 +98,7 @@ class Trust:
     sigma: Tensor = field(repr=False)
     sigma_error: Tensor = field(repr=False)
     copies: tuple[tuple[int, ...], ...] = ()
+    signs: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     masked: bool = False
 
     @property
@@ -192,13 +194,21 @@ class Trust:
 FORMAT = "robustdiff auto 1"
 
 
-def save(trust: Trust, path: Path, names: Sequence[str]) -> None:
-    """Write everything that was found, in words and image by image, as JSON: whole or not at all."""
-    fields = ("noise", "usable", "weight", "sigma", "holed")
-    columns = zip(*(getattr(trust, name).tolist() for name in fields), strict=True)
+def save(trust: Trust, path: Path, names: Sequence[str], more: Mapping[str, Tensor] | None = None) -> None:
+    """Write everything that was found, in words and image by image, as JSON: whole or not at all.
+
+    Args:
+        trust: What was found.
+        path: The file.
+        names: Of all images.
+        more: Further numbers of every image, shape (N,), by name.
+    """
+    found = {name: getattr(trust, name) for name in ("noise", "usable", "weight", "sigma", "holed")}
+    found |= {"sigma_error": trust.sigma_error, **trust.signs, **(more or {})}
+    columns, fields = zip(*(values.tolist() for values in found.values()), strict=True), tuple(found)
     images = [{"name": name, **dict(zip(fields, row, strict=True))} for name, row in zip(names, columns, strict=True)]
-    for image, error in zip(images, trust.sigma_error.tolist(), strict=True):
-        image["sigma_error"] = None if math.isnan(error) else error
+    for image in images:
+        image.update({name: None for name, value in image.items() if isinstance(value, float) and math.isnan(value)})
     alike = [[names[place] for place in group] for group in trust.copies]
     durable.write_json(path, {"format": FORMAT, **trust.describe(), "copies": alike, "images": images})
 
@@ -277,10 +287,12 @@ def examine(load: Load, count: int, without: Sequence[str] = (), memory: int = 0
     def repaired(places: range) -> Tensor:
         return trust.repaired(load(places), places)[0]
 
-    whole, low = ~trust.holed & ~blank, {"blur": nothing, "jpeg": nothing}
+    whole, low, signs = ~trust.holed & ~blank, {"blur": nothing, "jpeg": nothing}, {"lost": _lost_share(trust, load)}
     for part, measure, most in (("blur", damage.sharpness, BLURRED), ("jpeg", damage.jpeg_grid, GRIDDED)):
         if part not in without:
-            low[part] = _lowest(_all(measure, repaired, count), whole & ~low["blur"], most)
+            signs[measure.__name__] = _all(measure, repaired, count)
+            low[part] = _lowest(signs[measure.__name__], whole & ~low["blur"], most)
+    trust = replace(trust, signs=signs)
     asked = whole & ~low["blur"] & ~low["jpeg"]
     if "noise" not in without and int(asked.sum()) >= FEWEST:
         trust = _noise(trust, load, asked)
@@ -331,6 +343,14 @@ def _fall_back(trust: Trust) -> Trust:
 
 def _all(measure: Callable[[Tensor], Tensor], load: Load, count: int) -> Tensor:
     return torch.cat([measure(load(places)) for places in batches(count)])
+
+
+def _lost_share(trust: Trust, load: Load) -> Tensor:
+    """Share of lost pixels of every image, float64, shape (N,)."""
+    if not trust.lost:
+        return torch.zeros(len(trust.holed), dtype=torch.float64)
+    parts = [gaps.holes(load(places), trust.lost).flatten(1).double().mean(1) for places in batches(len(trust.holed))]
+    return torch.where(trust.holed, torch.cat(parts), 0.0)
 
 
 def _lowest(values: Tensor, asked: Tensor, most: float) -> Tensor:
@@ -421,6 +441,7 @@ def _odd(trust: Trust, seen: SpectralFit, clean: Tensor) -> Trust:
     deviation = (misfit[clean] - middle).abs().median().clamp(min=1e-6) / 0.6745
     z = (misfit - middle) / deviation
     odd = clean & (z > ODD)
+    trust = replace(trust, signs={**trust.signs, "oddness": z})
     if float(odd.double().mean()) < MATTER:
         return trust
     weight = torch.where(odd, trust.weight * (ODD / z.clamp(min=ODD)).square(), trust.weight)

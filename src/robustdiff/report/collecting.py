@@ -18,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from robustdiff.audit import SHEETS
 from robustdiff.config import UsageError
 from robustdiff.durable import one_line, read_json
 from robustdiff.report.checks import are_numbers, is_count, is_number, wrong_attack
@@ -95,6 +96,7 @@ class Run:
         during: Lines of ``evaluation/during.jsonl``.
         samples: Preview grids by step, at most :data:`STAGES`, the last one last.
         training: ``evaluation/training.png``.
+        found: What ``--auto`` or ``robustdiff audit`` found, empty without; found_sheets: its contact sheets, by kind.
         evaluations: Of the kinds in :data:`KINDS`, by file name.
         not_shown: In words, what lies there and is not on the page.
     """
@@ -108,6 +110,8 @@ class Run:
     during: Sequence[Mapping[str, Any]]
     samples: Sequence[tuple[int, Picture]]
     training: Picture | None
+    found: Mapping[str, Any]
+    found_sheets: Mapping[str, Picture]
     evaluations: Sequence[Evaluation]
     not_shown: Sequence[str]
 
@@ -116,7 +120,7 @@ def collect(folders: Iterable[str | Path]) -> list[Run]:
     """Read run folders.
 
     Args:
-        folders: Written by ``robustdiff train`` or ``robustdiff evaluate``; one named twice counts once.
+        folders: Written by ``robustdiff train``, ``evaluate`` or ``audit``; one named twice counts once.
 
     Returns:
         One :class:`Run` per folder, in the given order.
@@ -162,10 +166,10 @@ def _read(folder: Path) -> Run:
             evaluations.append(evaluation)
     samples = _samples(folder / "samples", missing)
     training = _optional_picture(folder / "evaluation" / "training.png", missing)
-    if not (config or data or metrics or during or evaluations or samples or training or missing):
-        raise UsageError(
-            f"{folder} holds nothing to report: neither a training run nor an evaluation; name a run folder"
-        )
+    found = _found(folder, data)
+    sheets = {kind: _optional_picture(folder / f"found-{kind}.png", missing) for kind in SHEETS if found}
+    if not (config or data or metrics or during or evaluations or samples or training or found or missing):
+        raise UsageError(f"{folder} holds nothing to report: no training run, evaluation or audit; name a run folder")
     titles = dict.fromkeys(evaluation.body["title"] for evaluation in evaluations)
     told = dict.fromkeys(text for evaluation in evaluations if (text := evaluation.body.get("told")))
     return Run(
@@ -178,9 +182,33 @@ def _read(folder: Path) -> Run:
         during=during,
         samples=samples,
         training=training,
+        found=found,
+        found_sheets={kind: picture for kind, picture in sheets.items() if picture is not None},
         evaluations=evaluations,
         not_shown=missing,
     )
+
+
+def _found(folder: Path, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What was found in the training images, by a run or an audit; empty without."""
+    audit = folder / "found.json"
+    found, where = (data["auto"], folder / "data.json") if data.get("auto") is not None else (_json(audit), audit)
+    if found and (reason := _wrong_found(found)):
+        raise UsageError(f"{where}, what was found: {reason}; mend or delete it")
+    return found or {}
+
+
+def _wrong_found(found: object) -> str:
+    if not isinstance(found, dict) or not all(is_count(found.get(name)) for name in ("count", "clean")):
+        return "it has no counts of images"
+    if not isinstance(found.get("findings"), list):
+        return "it has no list of findings"
+    for one in found["findings"]:
+        if not isinstance(one, dict) or not is_count(one.get("count")):
+            return "a finding has no count of images"
+        if not all(isinstance(one.get(name), str) for name in ("part", "what", "action")):
+            return "a finding is not told in words"
+    return ""
 
 
 # -- JSON ------------------------------------------------------------------------------------------------

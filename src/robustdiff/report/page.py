@@ -33,6 +33,14 @@ _SHEETS = {
     "pairs": "the closest pairs: generated, training image",
     "attacked": "undisturbed images, and the same ones attacked",
 }
+_FOUND = {
+    "noisy": "the noisiest",
+    "holed": "lost pixels",
+    "soft": "blurred or compressed",
+    "odd": "used less often, the least first",
+    "copies": "more than once, group after group",
+    "far": "farthest from the others in features",
+}
 _CARD, _WIDE = 288, 440
 """Pixels of a picture's place on the page; a smaller one is enlarged, with sharp squares if it is much smaller."""
 
@@ -85,8 +93,12 @@ def render(runs: Sequence[Run], title: str | None = None, *, beside: Path | None
         words=words,
         facts=[_facts(run) for run in runs],
         quality=[_with_dots(comparison, "floor") for comparison in compare(runs, "quality")],
-        without_quality=[r.title for r in runs if not any(e.kind == "quality" for e in r.evaluations)],
+        without_quality=[
+            r.title for r in runs if not (_only_audit(r) or any(e.kind == "quality" for e in r.evaluations))
+        ],
         samples=_samples(runs),
+        found=[(i, *_found(run)) for i, run in enumerate(runs) if run.found],
+        found_sheets=_found_sheets(runs),
         stages=[(run.title, i, _stages(run)) for i, run in enumerate(runs) if len(run.samples) > 1],
         nearest=_sheets(runs, "quality"),
         copying=[_with_dots(comparison, "null") for comparison in compare(runs, "memorisation")],
@@ -210,6 +222,28 @@ def _drawn(run: Run) -> str:
 
 def _stages(run: Run) -> list[Figure]:
     return [_figure(picture, f"step {step:,}", "") for step, picture in run.samples]
+
+
+def _only_audit(run: Run) -> bool:
+    """Whether a folder holds an audit and no run."""
+    return bool(run.found) and not (run.config or run.data or run.evaluations)
+
+
+def _found(run: Run) -> tuple[str, list[tuple[str, str, str, str]]]:
+    """What was found in a run's training images: in short, and finding by finding."""
+    found = run.found
+    short = f"{found['clean']:,} of {found['count']:,} images are trained at every noise level"
+    if not found["findings"]:
+        short = f"{found['count']:,} images, none of which stands apart: plain training"
+    return short, [(one["part"], f"{one['count']:,}", one["what"], one["action"]) for one in found["findings"]]
+
+
+def _found_sheets(runs: Sequence[Run]) -> list[Figure]:
+    return [
+        _figure(picture, f"{run.title}: {_FOUND.get(kind, kind)}", picture.path.name, i, _WIDE)
+        for i, run in enumerate(runs)
+        for kind, picture in run.found_sheets.items()
+    ]
 
 
 def _sheets(runs: Sequence[Run], kind: str) -> list[Figure]:
