@@ -11,6 +11,7 @@ import hashlib
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.neighbors import NearestNeighbors
@@ -28,6 +29,8 @@ FAR = 0.25
 """Least yardstick, over the median distance: a picture that is there often is its own nearest fiftieth."""
 SAMPLE = 1000
 """Images, evenly spread, that stand for the set."""
+COMPONENTS = 48
+"""Of the cells, in which neighbours are searched."""
 NEIGHBOURS = 8
 """Nearest neighbours looked at; larger groups hang together by chains of them."""
 
@@ -63,9 +66,12 @@ def near(load: Load, count: int, asked: Tensor) -> list[list[int]]:
     sample = cells[:: -(-len(cells) // SAMPLE)]
     rank = max(2, round(FIFTIETH * len(sample)))  # the first may be the image itself
     usual = torch.cat([_usual(torch.cdist(some, sample), rank) for some in torch.split(cells, 1000)])
-    search = NearestNeighbors(n_neighbors=NEIGHBOURS + 1, algorithm="brute").fit(cells.numpy())
-    distance, other = (torch.from_numpy(found) for found in search.kneighbors(cells.numpy()))
+    leading = _leading(cells)  # near copies are near there, too, and few others are
+    search = NearestNeighbors(n_neighbors=NEIGHBOURS + 1, algorithm="brute").fit(leading)
+    other = torch.from_numpy(search.kneighbors(leading, return_distance=False))
     one = torch.arange(len(cells))[:, None].expand_as(other)
+    parts = zip(torch.split(cells, 1000), torch.split(other, 1000), strict=True)
+    distance = torch.cat([(some[:, None] - cells[nearest]).norm(dim=2) for some, nearest in parts])
     close = (distance < NEAR * torch.minimum(usual[:, None], usual[other])) & (one != other)
     return _groups(one[close], other[close], places)
 
@@ -78,6 +84,13 @@ def _usual(distance: Tensor, rank: int) -> Tensor:
 def _cells(images: Tensor) -> Tensor:
     height, width = (min(CELLS, edge) for edge in images.shape[2:])
     return adaptive_avg_pool2d(images.float(), (height, width)).flatten(1)
+
+
+def _leading(cells: Tensor) -> NDArray[np.float32]:
+    """Images in the leading principal components of their cells, shape (N, at most 48)."""
+    _, basis = torch.linalg.eigh((cells.T @ cells).double())
+    leading: NDArray[np.float32] = (cells @ basis[:, -COMPONENTS:].to(cells.dtype)).numpy()
+    return leading
 
 
 def _groups(one: Tensor, other: Tensor, places: Tensor) -> list[list[int]]:

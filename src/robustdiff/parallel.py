@@ -11,6 +11,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from PIL import Image
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from robustdiff import decoding
@@ -86,7 +87,9 @@ def in_parallel(
         (place, (work(open image), "") or (None, reason)) in order, computed by threads a chunk at a time.
     """
     places = range(len(source.names)) if indices is None else indices
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, cores())) as pool:
+    # Each thread's linear algebra in that thread: if each started threads of its own, all would wait for one another.
+    limits, threads = threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(min(8, cores()))
+    with warnings.catch_warnings(), limits, threads as pool:
         # Pillow's bomb warning is replaced by the check in decoding.guarded; its remarks on metadata concern nobody.
         warnings.filterwarnings("ignore", module="PIL")
         one = partial(decoding.guarded, work, source.read)
