@@ -14,7 +14,9 @@ from PIL import Image
 from trained import plan_of, run, same
 
 from robustdiff import TrainConfig, cli, training
+from robustdiff.batches import Batches
 from robustdiff.config import AUTO_PARTS, UsageError
+from robustdiff.images import load_images
 from robustdiff.objective import Gate, RobustObjective
 from robustdiff.planning import build_objective
 from robustdiff.process import NoiseProcess
@@ -109,6 +111,48 @@ def test_noisy_images_meet_their_level_and_no_timestep_below_it(config: TrainCon
     assert any((levels == 0).any() for _, levels, _ in seen)
     for t, levels, process in seen:
         assert (process.noise_to_signal(t) > levels).all()
+
+
+def test_where_every_image_lost_pixels_the_loss_spares_them_at_low_noise(config: TrainConfig, monkeypatch) -> None:
+    seen = []
+    original = RobustObjective.__call__
+
+    def watching(self, model, x0, *, t=None, loss_mask=None, **more):
+        seen.append((t, loss_mask, self.process))
+        return original(self, model, x0, t=t, loss_mask=loss_mask, **more)
+
+    monkeypatch.setattr(RobustObjective, "__call__", watching)
+    config = dataclasses.replace(config, corrupt=("missing:amount=0.3",), random_flip=True)
+    whole = run(config)
+    found = json.loads((Path(config.output_dir) / "auto.json").read_text())
+    assert found["masked"]
+    level = max(image["usable"] for image in found["images"])
+    spared = torch.cat([~mask.flatten(1).all(1) for _, mask, _ in seen])
+    below = torch.cat([process.noise_to_signal(t) <= level for t, _, process in seen])
+    assert spared.any()
+    assert not spared[~below].any()
+    assert spared[below].double().mean() > 0.9  # a few images lost so little that nothing was found
+    share = torch.cat([(~mask).flatten(1).double().mean(1) for _, mask, _ in seen])[spared].mean()
+    assert share == pytest.approx(0.3, abs=0.05)
+    assert same(whole, run(config, "streamed", **STREAMED))
+
+
+def test_mirrored_images_keep_their_lost_pixels(config: TrainConfig) -> None:
+    images = load_images(config.data)
+    batches = Batches(images, (), 0, True, repair=lambda x, _: (x, x[:, 0] > 0.1))
+    mirrored = 0
+    for first in range(0, 64, 8):
+        x0, _, _, lost = batches(range(first, first + 8))
+        assert torch.equal(lost, x0[:, 0] > 0.1)
+        mirrored += sum(not torch.equal(x, images.x0(batches.index(first + i))) for i, x in enumerate(x0))
+    assert 10 < mirrored < 54
+    whole_from = torch.full((len(images),), 5)
+    t, counters = torch.tensor([0, 4, 5, 9, 0, 0, 0, 0]), range(56, 64)
+    masks = dataclasses.replace(batches, whole_from=whole_from).masks(counters, t, lost)
+    assert masks.shape == (8, 1, *images.size)
+    assert torch.equal(masks[1, 0], ~lost[1])
+    assert masks[2:4].all()
+    assert batches.masks(counters, t, lost) is None
 
 
 def test_where_all_are_noisy_the_regulariser_begins_below(config: TrainConfig, capsys) -> None:

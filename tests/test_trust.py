@@ -163,6 +163,7 @@ def test_lost_pixels_are_found_and_filled_in() -> None:
     assert of.repaired(images[whole], whole)[1] is None
     assert torch.equal(of.repaired(images[whole], whole)[0], images[whole])
     assert torch.equal(of.lowest, of.usable)
+    assert not of.masked
 
 
 def test_black_and_white_pixels_are_found_as_holes_or_as_noise() -> None:
@@ -476,9 +477,14 @@ def test_where_every_image_has_holes_the_repair_is_measured_on_repaired_ones() -
     assert of.holed.double().mean() > 0.98
     assert holes.level is not None
     assert holes.level > 0.02
-    assert (of.usable == 0).all()
-    assert "trained at every noise level" in holes.action
+    assert (of.usable[of.holed] == holes.level).all()
+    assert of.masked
+    assert (of.lowest == 0).all()
+    assert holes.action.endswith("no image is whole, so that below they are trained by their other pixels")
     assert "not trained" not in of.rows()
+    without, _ = found("fields", "missing:amount=0.2", without=("regulariser",))
+    assert not without.masked
+    assert "not trained" in without.rows()
 
 
 def test_lost_blocks_are_found_and_their_level_is_that_of_a_poorer_repair() -> None:
@@ -492,7 +498,7 @@ def test_where_no_image_is_whole_the_least_damaged_are_trained_at_every_level() 
     """Blurred or compressed ones beside nothing but what is left out."""
     soft = trust.Finding("blur", 2, "blurred", "trained at noise levels above 0.25", 0.25)
     zero = torch.zeros(4).double()
-    of = trusted(noise=zero, usable=torch.tensor([0.25, 0.25, 0.5, 0]).double(), findings=(soft,))
+    of = trusted(noise=zero, usable=torch.tensor([0.25, 0.25, 0.5, 0]).double(), findings=(soft,), holed=zero > 0)
     fallen = trust._fall_back(of)
     assert fallen.usable.tolist() == [0, 0, 0.5, 0]
     assert fallen.rows()["found blur"].endswith(
@@ -500,8 +506,12 @@ def test_where_no_image_is_whole_the_least_damaged_are_trained_at_every_level() 
     )
     assert "not trained" in of.rows()
     assert "not trained" not in fallen.rows()
-    by_parts = replace(of, masked=True)  # the third has lost pixels, and is trained at every level by the others
-    assert trust._fall_back(by_parts) is by_parts
+    holed = replace(of, holed=torch.tensor([False, False, True, False]))
+    masked = trust._fall_back(holed)  # the third has lost pixels, and is trained at every level by the others
+    assert masked.masked
+    assert torch.equal(masked.usable, of.usable)
+    assert masked.lowest.tolist() == [0.25, 0.25, 0, 0]
+    assert trust._fall_back(masked) is masked
 
 
 def test_images_are_loaded_once_if_they_may_be_kept() -> None:

@@ -4,7 +4,7 @@ Every image gets three numbers: the white noise it carries, the noise level from
 and a weight. Nothing is thrown away that is right somewhere: a noisy image trains above its noise (``levels.py``), a
 blurred or repaired one where the damage drowns. Groups are found, not thresholds set: an image is called damaged only
 if it belongs to a group that stands apart (``groups.py``). An image with lost pixels is filled in, and used like any
-other where the repair drowns; below, what it lost does not count in the loss.
+other where the repair drowns; if no image is whole, below that too, where what it lost does not count in the loss.
 
 The questions are asked in this order, each of the images that the earlier ones left: one colour, lost pixels, blur,
 JPEG, noise, odd pictures; copies are looked for among all. What damaged images lack is measured against those left.
@@ -316,12 +316,19 @@ def examine(load: Load, count: int, without: Sequence[str] = (), memory: int = 0
 def _fall_back(trust: Trust) -> Trust:
     """If no image is right at every level, some must be trained there all the same, or nothing would be.
 
-    The noisy ones, and regularised below their noise; if there are none, the least damaged.
+    The noisy ones, and regularised below their noise; if there are none, those with lost pixels, by the others that
+    they have; if there are none, the least damaged.
     """
     used = trust.weight > 0
     noisy = trust.noise[used & (trust.noise > 0)]
     if not bool(used.any()) or not bool((trust.lowest[used] > 0).all()):
         return trust
+    if not len(noisy) and bool((used & trust.holed).any()):
+        action = "no image is whole, so that below they are trained by their other pixels"
+        findings = tuple(
+            replace(one, action=f"{one.action}; {action}") if one.part == "holes" else one for one in trust.findings
+        )
+        return replace(trust, masked=True, findings=findings)
     if not len(noisy):
         least = used & (trust.usable == trust.usable[used].min())
         action = "no image is whole, so that they are trained at every noise level"
@@ -424,8 +431,7 @@ def _holes(trust: Trust, energies: Energies, load: Load, repaired: Load, clean: 
     kinds = [f"pixels of the value {one.value:.3g}" for one in trust.lost if one.block == 1]
     large = [(one.block, one.value) for one in trust.lost if one.block > 1]
     kinds += [f"blocks of {block} x {block} of the value {value:.3g}" for block, value in large]
-    below = "below, only where nothing was lost" if trust.masked else "not below"
-    action = f"filled in, and trained at noise levels above {level:.3g}, measured on {len(pairs)} images; {below}"
+    action = f"filled in, and trained at noise levels above {level:.3g}, measured on {len(pairs)} images"
     finding = Finding("holes", count, f"scattered {' and '.join(kinds)}", action, level)
     usable = torch.where(trust.holed, trust.usable.clamp(min=level), trust.usable)
     return replace(trust, usable=usable, findings=(*trust.findings, finding))
