@@ -113,8 +113,8 @@ def main() -> None:
         row["frechet"].append(round(module.frechet(drawn, test), 4))
         row["noise"].append(round(module.noise_estimate(drawn), 4))
         row["spread"].append(round(module.spread(drawn, test), 4))
-    floor = round(module.frechet(digits[:250], test), 4)
-    print(table(rows), f"floor, as many other real digits: {floor}", sep="\n")
+    floor = round(module.frechet(training, test), 4)
+    print(table(rows), f"floor, the clean training digits: {floor}", sep="\n")
     if arguments.output:
         protocol = {
             "dirt": module.DIRT,
@@ -124,7 +124,7 @@ def main() -> None:
             "sampler": "ddim",
             "seeds": list(range(arguments.seeds)),
             "test": "250 clean digits, held out",
-            "floor": f"{floor} (250 other real digits)",
+            "floor": f"{floor} (the clean training digits)",
             "flags": module.COMMON,
             "version": __version__,
             "torch": torch.__version__.split("+")[0],

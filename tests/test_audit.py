@@ -176,10 +176,25 @@ def test_tensors_are_taken_and_inputs_left_alone():
     assert torch.equal(tensor, before)
 
 
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 16, 16), (3, 9, 11), (1, 4, 4), (3, 80, 70)])
+@pytest.mark.parametrize("kind", ["8 bit", "float"])
+def test_many_images_at_once_are_estimated_as_each_alone(shape, kind):
+    images = np.stack([gradient(*shape) + gaussian(*shape, sigma=0.02 * i, seed=i) for i in range(12)])
+    images = np.clip(1.5 * images, -1, 1)  # many values at the ends
+    images[3] = images[3][:1]  # grey
+    images[4, 0], images[5] = 0.25, 0.25  # a dead channel; nothing
+    images[6, :, 2:] = images[6, :, :1, :1]  # mostly flat
+    images = eight_bit(images) if kind == "8 bit" else images
+    alone = [noise_level(image) for image in images]
+    np.testing.assert_allclose(noise.noise_levels(images), alone, rtol=2e-3, atol=1e-5)
+    order = np.random.default_rng(1).permutation(12)
+    np.testing.assert_allclose(noise.noise_levels(images[order]), np.array(alone)[order], rtol=2e-3, atol=1e-5)
+
+
 def test_large_images_are_looked_at_in_part(monkeypatch):
     counts = []
     kept = noise._smallest_projection
-    monkeypatch.setattr(noise, "_smallest_projection", lambda p: (counts.append(len(p)), kept(p))[1])
+    monkeypatch.setattr(noise, "_smallest_projection", lambda p, k: (counts.append(p.shape[1]), kept(p, k))[1])
     assert noise_level(gaussian(3, 700, 500)) == pytest.approx(0.2, rel=0.04)
     assert noise.MAX_PATCHES / 2 < counts[0] <= noise.MAX_PATCHES * 1.05
 

@@ -1,7 +1,8 @@
 """What an image set is made of, before anything is trained on it: bad files, duplicates, blank images, noise.
 
 Each image is reduced to its statistics (:func:`measure`) in the thread that decoded it and then dropped, so memory does
-not grow with the size of the images. A further estimator is one more pure function of an array, called there.
+not grow with the size of the images. A further estimator is one more pure function of an array, called there. Small
+images wait for one another, to be estimated together: alone, threads would wait for one another instead.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import json
 import math
 import os
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from torch import Tensor
 from robustdiff import durable
 from robustdiff.decoding import DataError, Pixels
 from robustdiff.images import image_grid, save_png
-from robustdiff.noise import LEVEL, noise_level
+from robustdiff.machine import cores
+from robustdiff.noise import LEVEL, noise_level, noise_levels
 from robustdiff.parallel import decode_all
 from robustdiff.sources import Source
 
@@ -39,6 +42,8 @@ NEAR_CONSTANT = 2 / 255
 Not the range of values: a dead pixel or a date in a corner would hide a blank image."""
 WORST = 20
 """Images on the contact sheet."""
+SMALL, TOGETHER = 64 * 64, 64
+"""Pixels of images whose noise is estimated together, and how many are."""
 
 
 # -- one image ---------------------------------------------------------------------------------------
@@ -82,18 +87,19 @@ class ImageRecord:
         }
 
 
-def measure(pixels: Pixels) -> ImageRecord:
+def measure(pixels: Pixels, noise: bool = True) -> ImageRecord:
     """Everything the audit keeps of one image; the caller puts in its index and name.
 
     Args:
         pixels: uint8, shape (C, H, W).
+        noise: Whether to estimate that here.
     """
     height, width = pixels.shape[1:]
     shares = np.array([Image.fromarray(channel).histogram() for channel in pixels]) / (height * width)
     grey = np.arange(256) / 255
     mean = shares @ grey
     std = np.sqrt((shares * (grey - mean[:, None]) ** 2).sum(axis=1))
-    noise = noise_level(pixels)
+    level = noise_level(pixels) if noise else math.nan
     digest = hashlib.sha256(repr(pixels.shape).encode())
     digest.update(np.ascontiguousarray(pixels).data)
     return ImageRecord(
@@ -102,7 +108,7 @@ def measure(pixels: Pixels) -> ImageRecord:
         size=(height, width),
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
-        noise=None if math.isnan(noise) else noise,
+        noise=None if math.isnan(level) else level,
         sha256=digest.hexdigest(),
         flags=("near-constant",) if std.max() <= NEAR_CONSTANT + 1e-9 else (),
     )
@@ -228,13 +234,25 @@ def audit_images(source: Source, *, data: str = "", resolution: int | None = Non
     unreadable = list(source.skipped)
     notes: Counter[str] = Counter()
     same: dict[str, list[int]] = {}
-    for decoded in decode_all(source, measure, resolution=resolution, what="auditing"):
-        if decoded.value is None:
-            unreadable.append((decoded.name, decoded.reason))
-            continue
-        same.setdefault(decoded.value.sha256, []).append(len(records))
-        records.append(replace(decoded.value, index=decoded.index, name=decoded.name))
-        notes.update(decoded.remarks)
+    waiting: dict[tuple[int, ...], list[tuple[int, Pixels]]] = {}
+    with ThreadPoolExecutor(cores()) as pool:
+        estimates = _Estimates(records, pool)
+        for decoded in decode_all(source, _measured, resolution=resolution, what="auditing"):
+            if decoded.value is None:
+                unreadable.append((decoded.name, decoded.reason))
+                continue
+            record, pixels = decoded.value
+            same.setdefault(record.sha256, []).append(len(records))
+            if pixels is not None:
+                there = waiting.setdefault(pixels.shape, [])
+                there.append((len(records), pixels))
+            records.append(replace(record, index=decoded.index, name=decoded.name))
+            notes.update(decoded.remarks)
+            if pixels is not None and len(there) == TOGETHER:
+                estimates.begin(waiting.pop(pixels.shape))
+        for rest in waiting.values():
+            estimates.begin(rest)
+        estimates.settle(0)
     notes.update(source.notes)
     duplicates = tuple(tuple(group) for group in same.values() if len(group) > 1)
     for place in (place for group in duplicates for place in group):
@@ -250,6 +268,34 @@ def audit_images(source: Source, *, data: str = "", resolution: int | None = Non
         worst,
         thumbnails,
     )
+
+
+def _measured(pixels: Pixels) -> tuple[ImageRecord, Pixels | None]:
+    """All but the noise of a small image, and its pixels."""
+    small = pixels[0].size <= SMALL
+    return measure(pixels, noise=not small), pixels if small else None
+
+
+@dataclass
+class _Estimates:
+    """Noise of small images, found while others are decoded."""
+
+    records: list[ImageRecord]
+    pool: ThreadPoolExecutor
+    running: deque[tuple[list[int], Future[NDArray[np.float64]]]] = field(default_factory=deque)
+
+    def begin(self, images: Sequence[tuple[int, Pixels]]) -> None:
+        """Estimate images of one shape, (place, pixels); waits while many are under way, to bound the memory."""
+        pixels = np.stack([x for _, x in images])
+        self.running.append(([place for place, _ in images], self.pool.submit(noise_levels, pixels)))
+        self.settle(2 * cores())
+
+    def settle(self, left: int) -> None:
+        """Put estimates into the records until at most so many batches are under way."""
+        while len(self.running) > left:
+            places, found = self.running.popleft()
+            for place, level in zip(places, found.result().tolist(), strict=True):
+                self.records[place] = replace(self.records[place], noise=None if math.isnan(level) else level)
 
 
 def _worst(source: Source, records: Sequence[ImageRecord], resolution: int | None) -> tuple[tuple[int, ...], Tensor]:
