@@ -202,6 +202,18 @@ def test_large_images_are_looked_at_in_part(monkeypatch):
 # -- one image ---------------------------------------------------------------------------------------
 
 
+def test_small_images_of_many_sizes_get_the_noise_of_each_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("robustdiff.audit.SHAPES", 3)
+    monkeypatch.setattr("robustdiff.audit.TOGETHER", 2)
+    for i in range(24):
+        size = (10 + i % 7, 12) if i % 8 else (80, 70)  # the latter are not small
+        Image.fromarray(eight_bit(gaussian(1, *size, sigma=0.02 * (i + 1), seed=i))[0]).save(tmp_path / f"{i:02}.png")
+    audit = audit_images(open_source(str(tmp_path)))
+    assert len(audit.records) == 24
+    for record in audit.records:
+        assert record.noise == pytest.approx(noise_level(np.array(Image.open(tmp_path / record.name))[None]), rel=1e-3)
+
+
 def test_the_moments_are_numpys():
     pixels = np.random.default_rng(0).integers(0, 256, (3, 9, 14)).astype(np.uint8)
     record = measure(pixels)

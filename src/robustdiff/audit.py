@@ -42,8 +42,8 @@ NEAR_CONSTANT = 2 / 255
 Not the range of values: a dead pixel or a date in a corner would hide a blank image."""
 WORST = 20
 """Images on the contact sheet."""
-SMALL, TOGETHER = 64 * 64, 64
-"""Pixels of images whose noise is estimated together, and how many are."""
+SMALL, TOGETHER, SHAPES = 64 * 64, 64, 64
+"""Pixels of images whose noise is estimated together; how many are; of how many shapes some wait at most."""
 
 
 # -- one image ---------------------------------------------------------------------------------------
@@ -250,6 +250,9 @@ def audit_images(source: Source, *, data: str = "", resolution: int | None = Non
             notes.update(decoded.remarks)
             if pixels is not None and len(there) == TOGETHER:
                 estimates.begin(waiting.pop(pixels.shape))
+            elif len(waiting) > SHAPES:  # of that many sizes few will meet enough others
+                for rest in (waiting.pop(shape) for shape in list(waiting)):
+                    estimates.begin(rest)
         for rest in waiting.values():
             estimates.begin(rest)
         estimates.settle(0)
