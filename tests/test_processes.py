@@ -267,8 +267,8 @@ def test_the_shares_of_two_processes_make_up_the_batch_of_one(photos: Path) -> N
     batches = Batches(load_images(str(photos)), (), seed=3, random_flip=True)
     whole, generators, _, _ = batches(range(8, 12))
     parts = [batches(range(8, 10)), batches(range(10, 12))]
-    assert torch.equal(whole, torch.cat([x0 for x0, _, _ in parts]))
-    states = [generator.get_state() for _, part, _ in parts for generator in part]
+    assert torch.equal(whole, torch.cat([x0 for x0, _, _, _ in parts]))
+    states = [generator.get_state() for _, part, _, _ in parts for generator in part]
     assert all(torch.equal(a, b.get_state()) for a, b in zip(states, generators, strict=True))
 
 

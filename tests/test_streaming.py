@@ -397,7 +397,7 @@ def test_tensors_from_workers_come_in_shared_memory(photos: Path, monkeypatch: p
         return data
 
     monkeypatch.setattr(Connection, "recv_bytes", counted)
-    got = [images for _, (images, _, _) in feed(batches, Shares(0, 3, 4, 4, 0, 1), 1)]
+    got = [images for _, (images, _, _, _) in feed(batches, Shares(0, 3, 4, 4, 0, 1), 1)]
     assert all(images.is_shared() for images in got)
     assert got[0].numel() * got[0].element_size() > 100_000
     assert sent

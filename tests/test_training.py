@@ -295,7 +295,7 @@ def test_batches_see_every_image_once_per_epoch_and_dirt_is_frozen(photos: Path)
 def test_flips_are_mirrored_half_of_the_time(photos: Path) -> None:
     images = load_images(str(photos))
     flipped = Batches(images, (), seed=0, random_flip=True)
-    x0, _, _ = flipped(range(400))
+    x0, _, _, _ = flipped(range(400))
     straight = torch.stack([images.x0(flipped.index(k)) for k in range(400)])
     mirrored = [(a.flip(-1) == b).all().item() for a, b in zip(x0, straight, strict=True)]
     kept = [(a == b).all().item() for a, b in zip(x0, straight, strict=True)]
