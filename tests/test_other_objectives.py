@@ -81,16 +81,31 @@ def test_where_all_count_the_mask_changes_nothing_and_where_none_does_the_loss_i
     assert all(g.isfinite().all() for g in torch.autograd.grad(terms.denoising.sum(), list(model.parameters())))
 
 
-def test_a_gate_and_noise_levels_keep_the_mask() -> None:
-    """The true noise as target: its perturbed branch has errors of its own, which count everywhere."""
-    process, mask = ddpm_process(), torch.rand(6, 1, 5, 5, generator=seeded(3)) < 0.6
-    level = torch.tensor([0, 0.05, 0.1, 0, 0.2, 0.3]).double()
-    objective = RobustObjective(process, strength=Gate(0.0, 1.0, 0.5), target="noise")
-    t = torch.tensor([100, 150, 200, 500, 800, 990])
-    terms = objective(SmallNet(), images(), t=t, generator=seeded(), noise_level=level, loss_mask=mask)
-    without = objective(SmallNet(), images(), t=t, generator=seeded(), noise_level=level)
-    assert torch.equal(terms.equivariance, without.equivariance)
-    assert not torch.equal(terms.denoising, without.denoising)
+@pytest.mark.parametrize("target", ["output", "noise"])
+def test_the_regulariser_asks_for_all_elements_unless_its_target_is_the_noise(target: Any) -> None:
+    """Made-up pixels say nothing of the noise; but nowhere may the denoised image move. Some images are in the gate."""
+    mask = torch.rand(6, 1, 5, 5, generator=seeded(3)) < 0.6
+    level, t = torch.tensor([0, 0.05, 0.1, 0, 0.2, 0.3]).double(), torch.tensor([100, 150, 200, 500, 800, 990])
+    scale = torch.full((6, 2, 5, 5), 0.7, dtype=torch.float64, requires_grad=True)
+    inside = ddpm_process().noise_to_signal(t) <= 1.0
+    assert inside.tolist() == [True, True, True, False, False, False]
+
+    def model(x: Tensor, t: Tensor) -> Tensor:  # works on each number alone; the images in the gate come first
+        return scale[: len(x)] * x.tanh()
+
+    objective = RobustObjective(
+        ddpm_process(), Given(0.2 * normal(3, 2, 5, 5)), strength=Gate(0, 1, 0.5), target=target
+    )
+    masked, without = (
+        objective(model, images(), t=t, generator=seeded(), noise_level=level, loss_mask=m) for m in (mask, None)
+    )
+    assert not torch.equal(masked.denoising, without.denoising)
+    assert torch.equal(masked.equivariance, without.equivariance) == (target == "output")
+    (gradient,) = torch.autograd.grad(masked.equivariance.sum(), scale)
+    full = mask.expand(6, 2, 5, 5)
+    assert bool((gradient[inside][full[inside]] != 0).all())
+    assert bool((gradient[inside][~full[inside]] == 0).all()) == (target == "noise")
+    assert not gradient[~inside].any()
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 5, 5), (5, 2, 5, 5), (1, 2, 5, 5), (6, 3, 5, 5), (6, 2, 5, 4)])

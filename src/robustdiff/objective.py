@@ -198,7 +198,7 @@ class PlainObjective:
             loss_mask: Which elements count in the denoising term, True or 1 where they do, of a shape (B, ...) that
                 broadcasts to that of ``x0``; the term is their mean, 0 where none counts. For pixels that an image
                 lacks, filled with something: the network sees the filling and is not asked for it. The regulariser
-                keeps all of them. Default: all, bit for bit.
+                keeps all of them, unless its target is the noise. Default: all, bit for bit.
             **model_kwargs: Passed to the model (``class_labels``, ``encoder_hidden_states`` ...).
 
         Raises:
@@ -382,7 +382,8 @@ class RobustObjective(PlainObjective):
 
         with _kept_buffers(model):
             omega = self.perturbation(respond, radius, noised.x_t, generator)
-        return mean_square(self._penalised(noised, output, perturbed_output(omega), omega, t))
+        squares = self._penalised(noised, output, perturbed_output(omega), omega, t).square()
+        return noised.mean(squares) if self.target == "noise" else squares.flatten(1).mean(1)
 
     def _penalised(self, noised: Noised, output: Tensor, perturbed: Tensor, omega: Tensor, t: Tensor) -> Tensor:
         """The quantity whose mean square is the regulariser, shape (B, ...)."""
