@@ -72,7 +72,7 @@ def near(load: Load, count: int, asked: Tensor) -> list[list[int]]:
     one = torch.arange(len(cells))[:, None].expand_as(other)
     parts = zip(torch.split(cells, 1000), torch.split(other, 1000), strict=True)
     distance = torch.cat([(some[:, None] - cells[nearest]).norm(dim=2) for some, nearest in parts])
-    close = (distance < NEAR * torch.minimum(usual[:, None], usual[other])) & (one != other)
+    close = distance < NEAR * torch.minimum(usual[:, None], usual[other])  # each is its own copy, too: no matter
     return _groups(one[close], other[close], places)
 
 

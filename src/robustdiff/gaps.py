@@ -234,7 +234,7 @@ def _blocks(load: Load, count: int, value: float) -> Gap | None:
             totals[block] += torch.stack(company(cell)).sum(1)
             places_of[block] += cell.double().sum(0)
     usual = max((images[block] for block in sizes[:2]), default=0)
-    if usual < groups.FEWEST:
+    if not usual:
         return None
     block = max(block for block in sizes if images[block] >= MOST_BLOCKS * usual)
     share, pairs, first = totals[block]
