@@ -9,16 +9,15 @@ training and the preset ``gated``, on clean, poisoned and randomly moved digits;
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import digits_demo
 import numpy as np
 import torch
 from diffusers.utils import logging
@@ -31,16 +30,6 @@ METHODS = ("plain", "gated")
 SETS = ("clean", "poisoned", "random")
 SURROGATE_SEED, SEED = 100, 0
 STEPS = 50
-
-
-def demo() -> ModuleType:
-    """The digits demo: its settings and what it measures by."""
-    spec = importlib.util.spec_from_file_location("digits_demo", Path(__file__).with_name("digits_demo.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def command(*arguments: str) -> None:
@@ -82,7 +71,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000, help="images drawn per row (default: 1000)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    measure, work, n = demo(), arguments.work, arguments.samples
+    measure, work, n = digits_demo, arguments.work, arguments.samples
     data = work / "data"
     data.mkdir(parents=True, exist_ok=True)
 

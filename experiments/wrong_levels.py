@@ -9,16 +9,15 @@ done again, so the same command goes on where it was stopped.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import digits_demo
 import numpy as np
 import torch
 from diffusers.utils import logging
@@ -32,16 +31,6 @@ ROWS = ("plain", "auto", *FACTORS, FLIPPED)
 STEPS = 50
 
 
-def demo() -> ModuleType:
-    """The digits demo: its settings and what it measures by."""
-    spec = importlib.util.spec_from_file_location("digits_demo", Path(__file__).with_name("digits_demo.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def levels(row: str, dirt: Corruption, count: int, seed: int) -> list[float]:
     """The noise level that a row is told of each image, 0 for clean ones."""
     sigma = float(dirt.parameters["sigma"])
@@ -52,17 +41,17 @@ def levels(row: str, dirt: Corruption, count: int, seed: int) -> list[float]:
     return (FACTORS[row] * sigma * noisy.double()).tolist()
 
 
-def train(row: str, work: Path, images: str, seed: int, module: ModuleType) -> Path:
+def train(row: str, work: Path, images: str, seed: int) -> Path:
     """One run in one thread, if it is not there already; its folder."""
     data, name = work / "train.npy", f"{row.replace(' ', '-').replace('%', 'percent')}-seed{seed}"
     folder, done = work / name, work / f"{name}.done"
     if done.exists():
         return folder
-    flags = [str(data), "--output-dir", str(folder), "--images", images, "--seed", str(seed), *module.COMMON]
-    flags += ["--corrupt", module.DIRT, "--overwrite", *(["--auto"] if row == "auto" else ["--preset", "plain"])]
+    flags = [str(data), "--output-dir", str(folder), "--images", images, "--seed", str(seed), *digits_demo.COMMON]
+    flags += ["--corrupt", digits_demo.DIRT, "--overwrite", *(["--auto"] if row == "auto" else ["--preset", "plain"])]
     if row not in ("plain", "auto"):
         names = load_images(str(data)).names
-        told = dict(zip(names, levels(row, Corruption.parse(module.DIRT), len(names), seed), strict=True))
+        told = dict(zip(names, levels(row, Corruption.parse(digits_demo.DIRT), len(names), seed), strict=True))
         (work / f"{name}.json").write_text(json.dumps(told))
         flags += ["--noise-levels", str(work / f"{name}.json")]
     print(f"robustdiff train {' '.join(flags)}", flush=True)
@@ -95,7 +84,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each")
     parser.add_argument("--output", type=Path, help="JSON file")
     arguments = parser.parse_args()
-    module, work = demo(), arguments.work
+    work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))  # as the demo splits them
     digits = load_images("digits").images[order]
@@ -104,20 +93,20 @@ def main() -> None:
 
     jobs = [(row, seed) for seed in range(arguments.seeds) for row in ROWS]
     with ThreadPoolExecutor(arguments.workers) as pool:
-        runs = list(pool.map(lambda job: train(job[0], work, arguments.images, job[1], module), jobs))
+        runs = list(pool.map(lambda job: train(job[0], work, arguments.images, job[1]), jobs))
     logging.disable_progress_bar()
     rows = [{"row": row, "frechet": [], "noise": [], "spread": []} for row in ROWS]
     for (name, _), run in zip(jobs, runs, strict=True):
         drawn = to_uint8(sample(load_pipeline(run), arguments.samples, seed=10_000, steps=STEPS, batch_size=250))
         row = rows[ROWS.index(name)]
-        row["frechet"].append(round(module.frechet(drawn, test), 4))
-        row["noise"].append(round(module.noise_estimate(drawn), 4))
-        row["spread"].append(round(module.spread(drawn, test), 4))
-    floor = round(module.frechet(training, test), 4)
+        row["frechet"].append(round(digits_demo.frechet(drawn, test), 4))
+        row["noise"].append(round(digits_demo.noise_estimate(drawn), 4))
+        row["spread"].append(round(digits_demo.spread(drawn, test), 4))
+    floor = round(digits_demo.frechet(training, test), 4)
     print(table(rows), f"floor, the clean training digits: {floor}", sep="\n")
     if arguments.output:
         protocol = {
-            "dirt": module.DIRT,
+            "dirt": digits_demo.DIRT,
             "images": arguments.images,
             "samples": arguments.samples,
             "steps": STEPS,
@@ -125,7 +114,7 @@ def main() -> None:
             "seeds": list(range(arguments.seeds)),
             "test": "250 clean digits, held out",
             "floor": f"{floor} (the clean training digits)",
-            "flags": module.COMMON,
+            "flags": digits_demo.COMMON,
             "version": __version__,
             "torch": torch.__version__.split("+")[0],
         }

@@ -32,8 +32,11 @@ TINY_UNET = {
 
 
 def experiment(name: str) -> ModuleType:
-    """A file of ``experiments/`` as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "experiments" / f"{name}.py")
+    """A file of ``experiments/`` as a module; its neighbours are found as they are when it is run."""
+    folder = Path(__file__).parents[1] / "experiments"
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -97,15 +97,21 @@ def test_on_dirty_images_it_differs_and_says_what_was_found(config: TrainConfig,
     assert not (tmp_path / "plain" / "auto.json").exists()
 
 
-def test_noisy_images_meet_their_level_and_no_timestep_below_it(config: TrainConfig, tmp_path, monkeypatch) -> None:
+def watched(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[torch.Tensor, torch.Tensor, NoiseProcess]]:
+    """Timesteps, an argument and the process of every call of an objective, as they come."""
     seen = []
     original = RobustObjective.__call__
 
-    def watching(self, model, x0, *, t=None, noise_level=None, **more):
-        seen.append((t, noise_level, self.process))
-        return original(self, model, x0, t=t, noise_level=noise_level, **more)
+    def watching(self, model, x0, **arguments):
+        seen.append((arguments["t"], arguments[name], self.process))
+        return original(self, model, x0, **arguments)
 
     monkeypatch.setattr(RobustObjective, "__call__", watching)
+    return seen
+
+
+def test_noisy_images_meet_their_level_and_no_timestep_below_it(config: TrainConfig, tmp_path, monkeypatch) -> None:
+    seen = watched(monkeypatch, "noise_level")
     run(config, corrupt=NOISY)
     assert any((levels > 0).any() for _, levels, _ in seen)
     assert any((levels == 0).any() for _, levels, _ in seen)
@@ -114,14 +120,7 @@ def test_noisy_images_meet_their_level_and_no_timestep_below_it(config: TrainCon
 
 
 def test_where_every_image_lost_pixels_the_loss_spares_them_at_low_noise(config: TrainConfig, monkeypatch) -> None:
-    seen = []
-    original = RobustObjective.__call__
-
-    def watching(self, model, x0, *, t=None, loss_mask=None, **more):
-        seen.append((t, loss_mask, self.process))
-        return original(self, model, x0, t=t, loss_mask=loss_mask, **more)
-
-    monkeypatch.setattr(RobustObjective, "__call__", watching)
+    seen = watched(monkeypatch, "loss_mask")
     config = dataclasses.replace(config, corrupt=("missing:amount=0.3",), random_flip=True)
     whole = run(config)
     found = json.loads((Path(config.output_dir) / "auto.json").read_text())

@@ -36,7 +36,7 @@ def test_what_is_told_is_the_truth_a_multiple_of_it_or_flipped_for_a_fifth(wrong
 
 def test_the_documents_show_what_was_measured(wrong: ModuleType) -> None:
     assert [row["row"] for row in COMMITTED["rows"]] == list(wrong.ROWS)
-    assert COMMITTED["protocol"]["dirt"] == wrong.demo().DIRT
+    assert COMMITTED["protocol"]["dirt"] == wrong.digits_demo.DIRT
     assert wrong.table(COMMITTED["rows"]) in (ROOT / "docs" / "audit.md").read_text()
 
 
@@ -48,12 +48,11 @@ def test_a_run_that_is_there_is_not_trained_again(wrong: ModuleType, tmp_path: P
 
     monkeypatch.setattr(wrong.subprocess, "run", lambda command, **_: calls.append(command) or Done())
     (tmp_path / "train.npy").write_bytes((ROOT / "tests" / "helpers.py").read_bytes())
-    module = wrong.demo()
     for _ in range(2):
-        wrong.train("plain", tmp_path, "1k", 0, module)
+        wrong.train("plain", tmp_path, "1k", 0)
     (command,) = calls
     assert command[1:4] == ["-m", "robustdiff", "train"]
     assert command[-2:] == ["--preset", "plain"]
     Done.returncode = 1
     with pytest.raises(SystemExit, match=r"training auto-seed0 failed, see .*auto-seed0\.log"):
-        wrong.train("auto", tmp_path, "1k", 0, module)
+        wrong.train("auto", tmp_path, "1k", 0)
