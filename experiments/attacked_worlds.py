@@ -24,8 +24,9 @@ from torch import Tensor
 
 from robustdiff import PGD, AdversarialPerturbation, Ball, Displacement, PlainObjective, durable, linear
 from robustdiff.attack import RandomSearch
+from robustdiff.calling import Model
 from robustdiff.corruption import derive_seed
-from robustdiff.objective import LossTerms, Model, mean_square
+from robustdiff.objective import LossTerms, mean_square
 from robustdiff.process import Generators, NoiseProcess, draw_normal
 from robustdiff.reproduce.measuring import (
     ImageOptions,

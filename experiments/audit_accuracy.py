@@ -29,7 +29,7 @@ from robustdiff.corruption import corrupt, from_uint8, to_uint8
 from robustdiff.distance import robust_distance
 from robustdiff.evaluation.extractors import open_extractor
 from robustdiff.evaluation.features import extract
-from robustdiff.trust import examine
+from robustdiff.examining import examine
 
 DIRT = {
     "clean": (),

@@ -3,7 +3,7 @@
     python experiments/unknown_levels.py --output experiments/results/unknown_levels.json    # about 3 minutes, one core
 
 Worlds: Gaussian images of 8 x 8 pixels, smooth and rough, and draws of the 16-dimensional subspace world of digits.
-Noise is added to shares of the images that nobody is told; the audit of `train --auto` (`robustdiff.trust`) looks at
+Noise is added to shares of the images that nobody is told; the audit of `--auto` (`robustdiff.examining`) looks at
 the images. What training then makes of its answer is not trained but computed: the best linear denoiser at every level
 (docs/theory.md, T13; T6 for the regulariser) and the variance that DDIM generates with it. So the only chance is in the
 images and the audit. The distance is the squared Frechet distance of the generated covariance to the true one; there is
@@ -25,7 +25,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from robustdiff import linear, load_images
-from robustdiff.trust import Trust, examine
+from robustdiff.examining import examine
+from robustdiff.trust import Trust
 from robustdiff.worlds import LinearGaussian, Subspace
 
 RESULT = Path(__file__).parent / "results" / "unknown_levels.json"

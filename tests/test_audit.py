@@ -15,7 +15,8 @@ from PIL import Image
 
 from robustdiff import audit as module
 from robustdiff import noise
-from robustdiff.audit import audit_images, check_output, measure, write_audit
+from robustdiff.audit import audit_images, measure
+from robustdiff.audit_files import check_output, write_audit
 from robustdiff.decoding import DataError
 from robustdiff.noise import noise_level
 from robustdiff.sources import Source, open_source

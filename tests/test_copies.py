@@ -8,8 +8,8 @@ from torch import Tensor
 
 from robustdiff import copies
 from robustdiff.corruption import Corruption, corrupt, from_uint8, to_uint8
+from robustdiff.examining import examine
 from robustdiff.images import load_images
-from robustdiff.trust import examine
 
 
 def near(images: Tensor, asked: Tensor | None = None) -> list[list[int]]:

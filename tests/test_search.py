@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from robustdiff import load_images
-from robustdiff.audit import AUDIT_FILES, check_output
+from robustdiff.audit_files import AUDIT_FILES, check_output
 from robustdiff.cli import main
 from robustdiff.corruption import Corruption, corrupt
 from robustdiff.search import search

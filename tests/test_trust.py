@@ -1,6 +1,6 @@
 """What ``--auto`` finds out: every kind of dirt on digits and on fields, what it misses and what it accuses falsely.
 
-Shares are those of images that --corrupt hit, or spared, with a seed of 0. Long, because it mirrors trust.py
+Shares are those of images that --corrupt hit, or spared, with a seed of 0. Long: it mirrors trust.py and examining.py.
 """
 
 import functools
@@ -15,13 +15,14 @@ from fields import gaussian_set, loader, natural, spectrum
 from helpers import normal, seeded
 from torch import Tensor
 
-from robustdiff import gaps, trust
+from robustdiff import examining, gaps, trust
 from robustdiff.config import AUTO_PARTS, AutoPart, UsageError
 from robustdiff.corruption import Corruption, corrupt
+from robustdiff.examining import examine
 from robustdiff.gaps import Gap
 from robustdiff.images import load_images
 from robustdiff.process import NoiseProcess
-from robustdiff.trust import Trust, examine
+from robustdiff.trust import Trust
 
 PROCESS = NoiseProcess(torch.linspace(0.9999, 0.001, 200))
 
@@ -499,7 +500,7 @@ def test_where_no_image_is_whole_the_least_damaged_are_trained_at_every_level() 
     soft = trust.Finding("blur", 2, "blurred", "trained at noise levels above 0.25", 0.25)
     zero = torch.zeros(4).double()
     of = trusted(noise=zero, usable=torch.tensor([0.25, 0.25, 0.5, 0]).double(), findings=(soft,), holed=zero > 0)
-    fallen = trust._fall_back(of)
+    fallen = examining._fall_back(of)
     assert fallen.usable.tolist() == [0, 0, 0.5, 0]
     assert fallen.rows()["found blur"].endswith(
         "above 0.25; no image is whole, so that they are trained at every noise level"
@@ -507,11 +508,11 @@ def test_where_no_image_is_whole_the_least_damaged_are_trained_at_every_level() 
     assert "not trained" in of.rows()
     assert "not trained" not in fallen.rows()
     holed = replace(of, holed=torch.tensor([False, False, True, False]))
-    masked = trust._fall_back(holed)  # the third has lost pixels, and is trained at every level by the others
+    masked = examining._fall_back(holed)  # the third has lost pixels, and is trained at every level by the others
     assert masked.masked
     assert torch.equal(masked.usable, of.usable)
     assert masked.lowest.tolist() == [0.25, 0.25, 0, 0]
-    assert trust._fall_back(masked) is masked
+    assert examining._fall_back(masked) is masked
 
 
 def test_images_are_loaded_once_if_they_may_be_kept() -> None:

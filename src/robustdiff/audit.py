@@ -8,15 +8,11 @@ images wait for one another, to be estimated together: alone, threads would wait
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
-import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,18 +21,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from robustdiff import durable
-from robustdiff.decoding import DataError, Pixels
-from robustdiff.images import image_grid, save_png
+from robustdiff.decoding import Pixels
 from robustdiff.machine import cores
 from robustdiff.noise import LEVEL, noise_level, noise_levels
 from robustdiff.parallel import decode_all
 from robustdiff.sources import Source
 
-AUDIT_FORMAT = "robustdiff audit 1"
-SHEETS = ("noisy", "holed", "soft", "odd", "copies", "far")
-AUDIT_FILES = ("audit.json", "worst.png", "found.json", "clean.txt", "noise.csv", *(f"found-{s}.png" for s in SHEETS))
-"""What an audit's folder may hold; from the third on, what ``search.py`` writes."""
 NEAR_CONSTANT = 2 / 255
 """Largest standard deviation, in [0, 1], of every channel of an image that counts as near-constant: two grey levels.
 Not the range of values: a dead pixel or a date in a corner would hide a blank image."""
@@ -366,79 +356,3 @@ def _histogram(values: Sequence[float], width: int = 40) -> list[str]:
         bar = "#" * math.ceil(width * counts[place] / longest)
         lines.append(f"  {place * step:.{digits}f} - {end} {counts[place]:>7} {bar}".rstrip())
     return lines
-
-
-# -- files -------------------------------------------------------------------------------------------
-
-
-def check_output(data: str, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Refuse an output folder before the work rather than after it.
-
-    Raises:
-        DataError: If it lies in the data, or holds something that may not be replaced.
-    """
-    path, images = Path(folder).expanduser().absolute(), Path(data).expanduser()
-    if data and images.is_dir() and images.resolve() in (path.resolve(), *path.resolve().parents):
-        raise DataError(f"--output {folder}: lies in {data}, whose images it would join; choose another folder")
-    if there := durable.read_only(path.parent):  # where it is made ready
-        raise DataError(f"--output {folder}: {there} is read-only; choose another folder")
-    if not os.path.lexists(path):
-        return
-    if path.is_symlink() or not path.is_dir():
-        raise DataError(f"--output {folder}: exists and is not a folder; choose another")
-    held = {entry.name for entry in path.iterdir()}
-    if held and not overwrite:
-        raise DataError(f"--output {folder}: not empty; choose another folder, or replace an audit with --overwrite")
-    if not (held <= set(AUDIT_FILES) and (not held or _is_audit(path / "audit.json"))):
-        raise DataError(f"--output {folder}: not an audit, so --overwrite spares it; remove it yourself")
-
-
-def _is_audit(path: Path) -> bool:
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))["format"] == AUDIT_FORMAT)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-
-
-def write_audit(
-    audit: Audit, folder: str | Path, *, overwrite: bool = False, also: Callable[[Path], object] | None = None
-) -> None:
-    """Write ``audit.json`` and, where noise could be estimated, ``worst.png``, the contact sheet of the noisiest.
-
-    Both go to a temporary folder beside the destination, renamed at the end: a report is never half there.
-
-    Args:
-        audit: What was found.
-        folder: A new or empty folder, not in the data.
-        overwrite: Replace an audit that it holds.
-        also: Writes further files of :data:`AUDIT_FILES` into the folder that it is given.
-
-    Raises:
-        DataError: As :func:`check_output`.
-    """
-    check_output(audit.data, folder, overwrite=overwrite)
-    path = Path(folder).expanduser().absolute()
-    head = {
-        "format": AUDIT_FORMAT,
-        "source": audit.data,
-        "kind": audit.what,
-        "units": "mean and std in [0, 1]; noise: blind estimate of sigma, pixels in [-1, 1]; size: height, width",
-        "summary": audit.summary(),
-        "worst": [audit.records[place].name for place in audit.worst],
-        "unreadable": [{"name": name, "reason": reason} for name, reason in audit.unreadable],
-    }
-    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
-    try:
-        unfinished.mkdir(parents=True)
-        with (unfinished / "audit.json").open("w", encoding="utf-8") as file:
-            file.write(json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}") + ',\n "images": [')
-            lines = (json.dumps(record.as_json(), allow_nan=False) for record in audit.records)
-            file.writelines(("\n  " if number == 0 else ",\n  ") + line for number, line in enumerate(lines))
-            file.write("\n ]\n}\n")  # one line per image: a person may search it
-        if audit.worst:
-            save_png(image_grid(audit.thumbnails, columns=5), unfinished / "worst.png")
-        if also is not None:
-            also(unfinished)
-        durable.replace_folder(unfinished, path)  # which is empty, or an audit that may be replaced
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -329,7 +329,8 @@ def _report(config: ReportConfig) -> int:
 
 
 def _audit(config: AuditConfig) -> int:
-    from robustdiff.audit import audit_images, check_output, write_audit
+    from robustdiff.audit import audit_images
+    from robustdiff.audit_files import check_output, write_audit
     from robustdiff.images import load_images
     from robustdiff.search import search
     from robustdiff.sources import open_source

@@ -12,14 +12,14 @@ in float32 (or float64, if ``x0`` is) whatever precision the model computes in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from robustdiff.calling import Model, call_model, kept_buffers, kept_random_stream, select_rows
 from robustdiff.levels import Noised, add_noise, first_timesteps
 from robustdiff.perturbation import (
     AdversarialPerturbation,
@@ -31,8 +31,6 @@ from robustdiff.perturbation import (
 )
 from robustdiff.process import Generators, NoiseProcess, check_generators, draw_normal, to_device
 
-Model = Callable[..., Any]
-"""``model(x_t, t, **kwargs)`` returning a tensor, or an object with ``.sample``, of the shape of ``x_t``."""
 Schedule = Callable[[Tensor], Tensor]
 """Maps noise levels sigma/alpha, shape (B,), to values, shape (B,)."""
 
@@ -97,19 +95,6 @@ class Gate:
 # -- what all objectives do alike --------------------------------------------------------------------
 
 
-def call_model(model: Model, x_t: Tensor, t: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """The model's output in the precision of ``x_t``, unwrapped from ``.sample`` if it is wrapped.
-
-    Raises:
-        ValueError: If the output does not have the shape of ``x_t`` (a network that also predicts variances, say).
-    """
-    output = model(x_t, t, **kwargs)
-    output = output if isinstance(output, Tensor) else output.sample
-    if output.shape != x_t.shape:
-        raise ValueError(f"the model returned shape {tuple(output.shape)} for an input of shape {tuple(x_t.shape)}")
-    return output.to(x_t.dtype)
-
-
 def mean_square(x: Tensor) -> Tensor:
     """Mean of the squares over all but the first axis: (B, ...) -> (B,)."""
     return x.square().flatten(1).mean(1)
@@ -125,38 +110,6 @@ def _weights(mask: Tensor, x0: Tensor) -> Tensor:
     if not fits or mask.shape[0] != x0.shape[0]:
         raise ValueError(f"loss_mask must broadcast to the shape of x0, {tuple(x0.shape)}, got {tuple(mask.shape)}")
     return to_device(mask, x0.device).to(x0.dtype).expand_as(x0)
-
-
-def _select(value: Any, index: Tensor, batch: int) -> Any:  # noqa: ANN401 - whatever a model takes
-    """The rows ``index`` of every batched tensor in a (possibly nested) model argument."""
-    if isinstance(value, Tensor):
-        return value[to_device(index, value.device)] if value.ndim and value.shape[0] == batch else value
-    if isinstance(value, dict):
-        return {key: _select(item, index, batch) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [_select(item, index, batch) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
-
-
-@contextmanager
-def _kept_buffers(model: Model) -> Iterator[None]:
-    """Put the model's buffers (batch-norm statistics, say) back on leaving."""
-    buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
-    kept = [buffer.detach().clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        for buffer, old in zip(buffers, kept, strict=True):
-            buffer.data.copy_(old)  # .data: an earlier forward pass may have saved the buffer for its backward
-
-
-@contextmanager
-def _kept_random_stream(device: torch.device) -> Iterator[None]:
-    """Rewind torch's global random streams on leaving, so that dropout inside draws nothing from its caller."""
-    devices = [device] if device.type not in ("cpu", "meta", "mps") else []
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        yield
 
 
 @dataclass(frozen=True)
@@ -318,7 +271,7 @@ class RobustObjective(PlainObjective):
         if index is not None and len(index) < x0.shape[0]:
             here = to_device(index, x0.device)
             part = noised.rows(index, here)
-            part_output, part_kwargs = output[here], _select(kwargs, index, x0.shape[0])
+            part_output, part_kwargs = output[here], select_rows(kwargs, index, x0.shape[0])
             if isinstance(generator, Sequence):
                 part_generator = [generator[i] for i in index.tolist()]
         radius = to_device(self._radius(part.t, x0.dtype, part_generator), x0.device)
@@ -374,13 +327,13 @@ class RobustObjective(PlainObjective):
             return call_model(model, self.process.perturb(noised.x_t, omega, t), t, kwargs)
 
         def respond(omega: Tensor) -> Response:
-            with _kept_random_stream(omega.device):
+            with kept_random_stream(omega.device):
                 moved = perturbed_output(omega) - clean
             return Response(
                 self.process.eps_shift(moved, omega, t), self.process.equivariance_residual(moved, omega, t)
             )
 
-        with _kept_buffers(model):
+        with kept_buffers(model):
             omega = self.perturbation(respond, radius, noised.x_t, generator)
         squares = self._penalised(noised, output, perturbed_output(omega), omega, t).square()
         return noised.mean(squares) if self.target == "noise" else squares.flatten(1).mean(1)

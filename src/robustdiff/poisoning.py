@@ -16,11 +16,11 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from robustdiff.attack import PGD
+from robustdiff.calling import Model, call_model
 from robustdiff.config import CorruptConfig, UsageError
 from robustdiff.corruption import from_uint8, is_hit, to_uint8
 from robustdiff.fitting import labels_for, load_fitting, place_generators
 from robustdiff.images import ImageSet
-from robustdiff.objective import Model, call_model
 from robustdiff.process import NoiseProcess, draw_normal, draw_uniform
 from robustdiff.sampling import load_pipeline, weights_sha256, without_accelerator
 from robustdiff.threat import Ball, evaluate

@@ -25,9 +25,9 @@ from diffusers import (
 from torch import Tensor
 
 from robustdiff import durable
+from robustdiff.calling import Model, call_model
 from robustdiff.config import UsageError
 from robustdiff.networks import check_config, check_plausible, check_types
-from robustdiff.objective import Model, call_model
 from robustdiff.process import NoiseProcess, draw_normal, expand_to
 from robustdiff.trajectory import Trajectory
 

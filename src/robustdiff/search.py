@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from robustdiff import durable
-from robustdiff.audit import SHEETS, WORST, thumbnail
+from robustdiff.audit import WORST, thumbnail
+from robustdiff.audit_files import SHEETS
 from robustdiff.distance import robust_distance
+from robustdiff.examining import FEWEST, examine
 from robustdiff.images import ImageSet, image_grid, save_png
-from robustdiff.trust import FEWEST, Trust, examine, save
+from robustdiff.trust import Trust, save
 
 
 @dataclass(frozen=True, eq=False)

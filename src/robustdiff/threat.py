@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from robustdiff.objective import call_model
+from robustdiff.calling import call_model
 from robustdiff.process import Generators, draw_normal, draw_uniform
 from robustdiff.trajectory import Trajectory
 

@@ -34,6 +34,7 @@ from robustdiff.checkpoint import TrainingState, list_checkpoints, load_checkpoi
 from robustdiff.config import TrainConfig, UsageError, check_corruptions
 from robustdiff.corruption import derive_seed
 from robustdiff.during import During
+from robustdiff.examining import examine
 from robustdiff.images import image_grid, load_images, save_png
 from robustdiff.machine import check_launcher, cores, free_memory, is_out_of_memory
 from robustdiff.objective import LossTerms
@@ -61,7 +62,7 @@ from robustdiff.sampling import largest_divisor, sample, to_uint8, without_accel
 from robustdiff.search import write_sheets
 from robustdiff.stopping import Interrupted, stop_signals
 from robustdiff.told import told_levels, trained_images
-from robustdiff.trust import Trust, examine
+from robustdiff.trust import Trust
 from robustdiff.trust import load as load_trust
 from robustdiff.trust import save as save_trust
 from robustdiff.version import __version__

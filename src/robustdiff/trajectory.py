@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from robustdiff.objective import Model, call_model
+from robustdiff.calling import Model, call_model
 from robustdiff.process import Generators, NoiseProcess, draw_normal
 
 Sampler = Literal["ddim", "ddpm"]

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from robustdiff.audit import SHEETS
+from robustdiff.audit_files import SHEETS
 from robustdiff.config import UsageError
 from robustdiff.durable import one_line, read_json
 from robustdiff.report.checks import are_numbers, is_count, is_number, wrong_attack

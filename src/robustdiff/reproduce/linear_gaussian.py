@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from robustdiff import __version__, linear
 from robustdiff.baselines import InvarianceObjective
+from robustdiff.calling import Model
 from robustdiff.config import UsageError
-from robustdiff.objective import Gate, Model, PlainObjective, RobustObjective
+from robustdiff.objective import Gate, PlainObjective, RobustObjective
 from robustdiff.perturbation import AdversarialPerturbation, Perturbation, Radius, RandomPerturbation, Response
 from robustdiff.process import NoiseProcess
 from robustdiff.sampling import RelabelledModel, make_scheduler
