@@ -524,7 +524,7 @@ def test_a_failed_write_leaves_the_earlier_report(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_png", full)
+    monkeypatch.setattr("robustdiff.audit_files.save_png", full)
     with pytest.raises(OSError, match="No space"):
         write_audit(tiny_audit("two"), folder, overwrite=True)
     assert json.loads((folder / "audit.json").read_text())["source"] == "one"
