@@ -18,6 +18,7 @@ from robustdiff import noise
 from robustdiff.audit import audit_images, measure
 from robustdiff.audit_files import check_output, write_audit
 from robustdiff.decoding import DataError
+from robustdiff.images import load_images
 from robustdiff.noise import noise_level
 from robustdiff.sources import Source, open_source
 
@@ -379,6 +380,29 @@ def test_pixels_are_not_kept():
         tracemalloc.stop()
     assert len(audit.records) == 300
     assert peak < 300 * 200 * 200 * 3  # of which decoding's own buffers take the most
+
+
+def test_pixels_that_fit_are_kept_as_they_would_be_loaded(tmp_path):
+    Image.fromarray(random_pixels(20, 16, 3)).save(tmp_path / "a.png")
+    Image.fromarray(random_pixels(20, 16, seed=1)).save(tmp_path / "b.png")
+    (tmp_path / "c.png").touch()
+    Image.fromarray(random_pixels(20, 16, 4, seed=2)).save(tmp_path / "d.png")
+    whole = 6 * 20 * 16 * 3
+    for resolution in (None, 10):
+        kept = audit_folder(tmp_path, resolution=resolution, memory=whole).images
+        loaded = load_images(tmp_path, resolution=resolution, max_bad_fraction=1.0)
+        assert torch.equal(kept.images, loaded.images)
+        assert (kept.names, kept.skipped, kept.what) == (loaded.names, loaded.skipped, loaded.what)
+    assert audit_folder(tmp_path, memory=whole - 1).images is None
+    Image.fromarray(random_pixels(16, 20, 3)).save(tmp_path / "e.png")
+    assert audit_folder(tmp_path, memory=2 * whole).images is None
+    assert len(audit_folder(tmp_path, resolution=10, memory=2 * whole).images) == 4
+
+
+def test_heavy_pixels_are_loaded_again_not_kept(tmp_path):
+    Image.fromarray(random_pixels(300, 300, 3)).save(tmp_path / "a.png")
+    assert audit_folder(tmp_path, memory=2**30).images is None
+    assert len(audit_folder(tmp_path, memory=2**30, resolution=100).images) == 1
 
 
 def test_nothing_readable_is_a_finding_too(tmp_path):

@@ -97,7 +97,7 @@ def test_of_a_clean_set_it_says_so(tmp_path: Path, capsys) -> None:
 def test_foreign_pictures_are_shown_and_not_acted_on(tmp_path: Path, capsys) -> None:
     """Digits turned upside down have the spectrum of digits; in pixels they lie far off."""
     x0 = load_images("digits").x0(slice(0, 400))
-    zeros = torch.tensor(load_images("digits").labels)[:400] == 0
+    zeros = load_images("digits").labels[:400] == 0
     x0 = torch.cat([x0[zeros], -x0[:2]])  # and two negatives
     np.save(tmp_path / "zeros.npy", ((x0 + 1) * 127.5).round().to(torch.uint8)[:, 0].numpy().repeat(2, axis=0))
     plain = main(["audit", str(tmp_path / "zeros.npy"), "-o", str(tmp_path / "without")])

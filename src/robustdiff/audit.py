@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from robustdiff.decoding import Pixels
+from robustdiff.images import ImageSet
 from robustdiff.machine import cores
 from robustdiff.noise import LEVEL, noise_level, noise_levels
 from robustdiff.parallel import decode_all
@@ -34,6 +36,8 @@ WORST = 20
 """Images on the contact sheet."""
 SMALL, TOGETHER, SHAPES = 64 * 64, 64, 64
 """Pixels of images whose noise is estimated together; how many are; of how many shapes some wait at most."""
+LIGHT = 2**18
+"""Bytes of an image that may be kept: 256 of them are decoded before the first is looked at."""
 
 
 # -- one image ---------------------------------------------------------------------------------------
@@ -120,6 +124,7 @@ class Audit:
         duplicates: Groups of places in ``records`` whose pixels are equal, each and all in order.
         worst: Places in ``records`` of the noisiest images by estimate, noisiest first, at most twenty.
         thumbnails: Theirs, uint8, shape (len(worst), 3, S, S): the centre, never scaled down, which would hide noise.
+        images: The readable images without their labels, if they are of one size and were kept.
     """
 
     data: str
@@ -130,6 +135,7 @@ class Audit:
     duplicates: tuple[tuple[int, ...], ...]
     worst: tuple[int, ...]
     thumbnails: Tensor
+    images: ImageSet | None = None
 
     def summary(self) -> dict[str, Any]:
         """The findings in short, JSON-ready; means and deviations in [0, 1], noise in units of [-1, 1]."""
@@ -212,14 +218,16 @@ class Audit:
         ]
 
 
-def audit_images(source: Source, *, data: str = "", resolution: int | None = None) -> Audit:
+def audit_images(source: Source, *, data: str = "", resolution: int | None = None, memory: int = 0) -> Audit:
     """Look at every image of a source; mixed sizes and bad files are findings, not errors.
 
     Args:
         source: Where images come from.
         data: What the user calls it, for the report.
         resolution: Make every image square first, as in training. Default: as they are.
+        memory: Bytes that may be taken to keep the pixels of images of one size, which saves decoding them again.
     """
+    kept = _Kept(memory)
     records: list[ImageRecord] = []
     unreadable = list(source.skipped)
     notes: Counter[str] = Counter()
@@ -227,19 +235,20 @@ def audit_images(source: Source, *, data: str = "", resolution: int | None = Non
     waiting: dict[tuple[int, ...], list[tuple[int, Pixels]]] = {}
     with ThreadPoolExecutor(cores()) as pool:
         estimates = _Estimates(records, pool)
-        for decoded in decode_all(source, _measured, resolution=resolution, what="auditing"):
+        for decoded in decode_all(source, partial(_measured, keep=memory > 0), resolution=resolution, what="auditing"):
             if decoded.value is None:
                 unreadable.append((decoded.name, decoded.reason))
                 continue
-            record, pixels = decoded.value
+            record, small, pixels = decoded.value
+            kept.add(pixels)
             same.setdefault(record.sha256, []).append(len(records))
-            if pixels is not None:
-                there = waiting.setdefault(pixels.shape, [])
-                there.append((len(records), pixels))
+            if small is not None:
+                there = waiting.setdefault(small.shape, [])
+                there.append((len(records), small))
             records.append(replace(record, index=decoded.index, name=decoded.name))
             notes.update(decoded.remarks)
-            if pixels is not None and len(there) == TOGETHER:
-                estimates.begin(waiting.pop(pixels.shape))
+            if small is not None and len(there) == TOGETHER:
+                estimates.begin(waiting.pop(small.shape))
             elif len(waiting) > SHAPES:  # of that many sizes few will meet enough others
                 for rest in (waiting.pop(shape) for shape in list(waiting)):
                     estimates.begin(rest)
@@ -260,13 +269,43 @@ def audit_images(source: Source, *, data: str = "", resolution: int | None = Non
         duplicates,
         worst,
         thumbnails,
+        kept.images(data or source.what, source.what, [record.name for record in records], unreadable, notes),
     )
 
 
-def _measured(pixels: Pixels) -> tuple[ImageRecord, Pixels | None]:
-    """All but the noise of a small image, and its pixels."""
-    small = pixels[0].size <= SMALL
-    return measure(pixels, noise=not small), pixels if small else None
+def _measured(pixels: Pixels, keep: bool) -> tuple[ImageRecord, Pixels | None, Pixels | None]:
+    """All but the noise of a small image; its pixels if it is small; its pixels if they may be kept."""
+    small, light = pixels[0].size <= SMALL, keep and pixels.nbytes <= LIGHT
+    return measure(pixels, noise=not small), pixels if small else None, pixels if light else None
+
+
+@dataclass
+class _Kept:
+    """Images of one size, as long as they fit."""
+
+    memory: int
+    pixels: list[Pixels] | None = field(default_factory=list)
+
+    def add(self, image: Pixels | None) -> None:
+        if image is None or self.pixels is None:
+            self.pixels = None
+            return
+        self.pixels.append(image)
+        # Three channels each, if one image has colour; and twice, while they are put into one array.
+        fit = 6 * image[0].size * len(self.pixels) <= self.memory
+        if not fit or image.shape[1:] != self.pixels[0].shape[1:]:
+            self.pixels = None
+
+    def images(
+        self, asked: str, what: str, names: Sequence[str], bad: Sequence[tuple[str, str]], notes: Mapping[str, int]
+    ) -> ImageSet | None:
+        """As :func:`robustdiff.images.load_images` would, without labels; None if not kept."""
+        if not self.pixels:
+            return None
+        channels = max(map(len, self.pixels))
+        pixels = np.stack([np.broadcast_to(image, (channels, *image.shape[1:])) for image in self.pixels])
+        self.pixels = None
+        return ImageSet(asked, torch.from_numpy(pixels), tuple(names), tuple(sorted(bad)), dict(notes), what=what)
 
 
 @dataclass

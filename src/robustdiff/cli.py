@@ -332,6 +332,7 @@ def _audit(config: AuditConfig) -> int:
     from robustdiff.audit import audit_images
     from robustdiff.audit_files import check_output, write_audit
     from robustdiff.images import load_images
+    from robustdiff.machine import free_memory
     from robustdiff.search import search
     from robustdiff.sources import open_source
 
@@ -348,13 +349,15 @@ def _audit(config: AuditConfig) -> int:
         source = open_source(config.data, **options)
     except UsageError as error:  # as load_images words it
         raise UsageError(f"{config.data}: {error}") from None
-    audit = audit_images(source, data=config.data, resolution=config.resolution)
+    audit = audit_images(source, data=config.data, resolution=config.resolution, memory=free_memory() // 2)
     print(audit.text(), flush=True)
     found = None
     if len({record.size for record in audit.records}) > 1:
         print("damage: not looked for, images differ in size: add --resolution N, the size you would train at")
     elif audit.records:
-        images = load_images(config.data, resolution=config.resolution, max_bad_fraction=1.0, **options)
+        images = audit.images
+        if images is None:
+            images = load_images(config.data, resolution=config.resolution, max_bad_fraction=1.0, **options)
         features = None if extractor is None else extract(extractor, images, cache=None)
         found = search(images, None if features is None else (features.extractor.name, features.values))
         print("damage: not looked for, too few images to compare" if found is None else found.text())
