@@ -133,7 +133,7 @@ def test_the_image_table_of_the_readme_is_the_committed_result(line: str, method
 @pytest.mark.slow
 def test_the_demo_runs_and_writes_what_it_promises(tmp_path: Path) -> None:
     script = ROOT / "experiments" / "digits_demo.py"
-    python(str(script), "--output", str(tmp_path / "demo"), "--images", "256", "--samples", "300", cwd=tmp_path)
+    python(str(script), "--output", str(tmp_path / "demo"), "--images", "256", "--samples", "80", cwd=tmp_path)
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     names = [row["row"] for row in results["rows"]]
     assert names[-2:] == ["robust", "--auto"]
