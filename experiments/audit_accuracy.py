@@ -166,14 +166,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         for name in sets:
             one = by_place[dirt, name]
             clean = one["images"] - one["dirty"]
-            parts = [f"{one['missed']}/{one['dirty']}" if one["dirty"] else "-"]
-            parts.append(f"{one['false']}/{clean}" if clean else "-")
-            parts = {
-                part: levels for part, levels in one["levels"].items() if part != "duplicates"
-            }  # a table of their own
-            said = ((part, " ".join(f"{level:.3g}" for level in levels)) for part, levels in parts.items())
+            counts = [f"{one['missed']}/{one['dirty']}" if one["dirty"] else "-"]
+            counts.append(f"{one['false']}/{clean}" if clean else "-")
+            kinds = {k: levels for k, levels in one["levels"].items() if k != "duplicates"}  # a table by itself
+            said = ((kind, " ".join(f"{level:.3g}" for level in levels)) for kind, levels in kinds.items())
             found = ", ".join(" ".join(words).strip() for words in said)
-            cells.append(f"{', '.join(parts)}; {found or 'nothing'}")
+            cells.append(f"{', '.join(counts)}; {found or 'nothing'}")
         lines.append(f"| {dirt} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

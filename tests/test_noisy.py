@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from fields import gaussian_set, loader, spectrum
+from helpers import seeded
 from torch import Tensor
 
 from robustdiff import noisy
@@ -106,13 +107,27 @@ def test_noise_without_a_picture_is_left_out_and_noise_over_one_is_trained_above
     for level, buried in ((0.2, False), (3.0, True)):
         sigma = (torch.arange(2000) % 2).double() * level
         x, _, _ = gaussian_set(2000, 8, sigma, spectrum(64))
-        seen, noise, (group,) = noisy_images(loader(x), 2000)
+        seen, noise, (group,), foreign = noisy_images(loader(x), 2000)
+        assert not foreign.any()
         assert (group.members != (sigma > 0)).sum() <= 10
         assert group.level == pytest.approx(level, rel=0.1)
         assert group.buried == buried
         assert (group.action == LEFT_OUT) == buried
         assert torch.equal(noise > 0, group.members & (not buried))
         assert math.isfinite(float(seen.error.max()))
+
+
+@pytest.mark.parametrize(("share", "bend", "foreign"), [(0.1, 8, True), (0.1, 1, False), (0.6, 8, False)])
+def test_the_lowest_group_is_foreign_if_it_is_small_and_the_spectrum_does_not_describe_it(
+    share: float, bend: float, foreign: bool
+) -> None:
+    count = round(1000 * share)
+    seen = fit(torch.cat([around(0.01, count), around(0.2, 1000 - count)]))
+    scatter = 1 + 0.1 * torch.randn(seen.energies.q.shape, generator=seeded()).double()
+    seen.energies.q.mul_(scatter.clamp(min=0.5))
+    seen.energies.q[:count, ::2] *= bend
+    assert seen.oddness(torch.arange(1000) >= count)[count:].median() == 0
+    assert torch.equal(noisy._foreign(seen), (torch.arange(1000) < count) & foreign)
 
 
 def test_scatter_that_is_chance_is_one_level_or_none_and_never_many() -> None:

@@ -87,6 +87,19 @@ def test_odd_pictures_count_less_unless_they_are_too_few_to_matter(count: int, a
     assert parts(of) == ({"outliers"} if acted else set())
 
 
+@pytest.mark.parametrize("specs", [(), ("gaussian:sigma=0.2,fraction=0.6",)])
+def test_beside_pictures_without_fine_texture_all_others_are_not_noisy(specs: tuple[str, ...]) -> None:
+    boards = "outlier:source=checker,fraction=0.1"
+    of, _ = found("fields", boards, *specs, without=("duplicates",))
+    _, board = dirty("fields", boards)
+    noisy = torch.tensor([any(Corruption.parse(s).hits(0, i, 1) for s in specs) for i in range(600)])
+    assert ((of.noise > 0) == noisy).double().mean() > 0.97
+    assert not ((of.noise > 0) & ~noisy).any()
+    assert (of.weight[board & ~noisy] < 0.9).all()
+    assert (of.weight[~board] == 1).double().mean() > 0.99
+    assert of.regularise is None
+
+
 @pytest.mark.parametrize(("source", "odd"), [("digits", 20), ("fields", 6)])
 def test_of_clean_images_only_a_few_odd_ones_are_suspected(source: str, odd: int) -> None:
     of, _ = found(source)

@@ -74,10 +74,10 @@ def examine(load: Load, count: int, without: Sequence[str] = (), memory: int = 0
             signs[measure.__name__] = _all(measure, repaired, count)
             low[part] = _lowest(signs[measure.__name__], whole & ~low["blur"], most)
     trust = replace(trust, signs=signs)
-    asked = whole & ~low["blur"] & ~low["jpeg"]
+    asked, foreign = whole & ~low["blur"] & ~low["jpeg"], nothing
     if "noise" not in without and int(asked.sum()) >= FEWEST:
-        trust = _noise(trust, load, asked)
-    good = asked & (trust.weight > 0)
+        trust, foreign = _noise(trust, load, asked)
+    good = asked & ~foreign & (trust.weight > 0)
     clean = good & (trust.noise == 0)
     good = next((images for images in (clean, good, ~blank) if bool(images.any())), blank)
     if bool(good.any()):
@@ -86,7 +86,7 @@ def examine(load: Load, count: int, without: Sequence[str] = (), memory: int = 0
             trust = _soft(trust, energies, low[part], good, part)
         trust = _holes(trust, energies, load, repaired, good)
         if "outliers" not in without and int(clean.sum()) >= FEWEST:
-            trust = _odd(trust, separate(energies), clean)
+            trust = _odd(trust, separate(energies, ~foreign), clean, foreign)
     if "outliers" not in without:
         trust = _blank(trust, blank)
     if "duplicates" not in without:
@@ -153,14 +153,19 @@ def _lowest(values: Tensor, asked: Tensor, most: float) -> Tensor:
     return low
 
 
-def _noise(trust: Trust, load: Load, asked: Tensor) -> Trust:
-    """Noisy images are usable above their noise; those without a picture left are not."""
+def _noise(trust: Trust, load: Load, asked: Tensor) -> tuple[Trust, Tensor]:
+    """Noisy images are usable above their noise; those without a picture left are not.
+
+    Beside it, images of another kind than most, bool, shape (N,).
+    """
     places = asked.nonzero().flatten()
 
     def some(here: range) -> Tensor:
         return torch.cat([load(range(place, place + 1)) for place in places[list(here)].tolist()])
 
-    seen, noise, found = noisy_images(some, len(places))
+    seen, noise, found, other = noisy_images(some, len(places))
+    foreign = torch.zeros_like(asked)
+    foreign[places] = other
     weight = torch.ones_like(noise)
     for group in found:
         if group.buried:
@@ -170,7 +175,7 @@ def _noise(trust: Trust, load: Load, asked: Tensor) -> Trust:
         whole[places] = part
     noise, weight, sigma, error = everywhere
     findings = tuple(Finding("noise", int(one.members.sum()), one.what, one.action, one.level) for one in found)
-    return replace(
+    trust = replace(
         trust,
         noise=noise,
         usable=noise,
@@ -179,6 +184,7 @@ def _noise(trust: Trust, load: Load, asked: Tensor) -> Trust:
         sigma_error=error,
         findings=(*trust.findings, *findings),
     )
+    return trust, foreign
 
 
 def _soft(trust: Trust, energies: Energies, low: Tensor, clean: Tensor, part: str) -> Trust:
@@ -218,16 +224,10 @@ def _holes(trust: Trust, energies: Energies, load: Load, repaired: Load, clean: 
     return replace(trust, usable=usable, findings=(*trust.findings, finding))
 
 
-def _odd(trust: Trust, seen: SpectralFit, clean: Tensor) -> Trust:
+def _odd(trust: Trust, seen: SpectralFit, clean: Tensor, foreign: Tensor) -> Trust:
     """Pictures that the common spectrum does not describe weigh less, the less the further off they are."""
-    freedom = seen.energies.values
-    mean = seen.scale[:, None] * seen.spectrum + seen.variance[:, None]
-    ratio = (seen.energies.q / mean).clamp(min=1e-12)
-    misfit = ((freedom * (ratio - 1 - ratio.log())).sum(1) / freedom.sum()).clamp(min=1e-12).log()
-    middle = misfit[clean].median()
-    deviation = (misfit[clean] - middle).abs().median().clamp(min=1e-6) / 0.6745
-    z = (misfit - middle) / deviation
-    odd = clean & (z > ODD)
+    z = seen.oddness(clean)
+    odd = (clean | foreign) & (z > ODD)
     trust = replace(trust, signs={**trust.signs, "oddness": z})
     if float(odd.double().mean()) < MATTER:
         return trust

@@ -26,6 +26,9 @@ BY_CHANCE = 1.3
 """Distance of a group from the one below, relative to that of two parts of one, below which they are one."""
 SPREAD = 0.3
 """Relative spread of estimates above which a noisy group has no common level."""
+FOREIGN = 4.0
+"""Robust deviations of the others' misfit, above them, at which the lowest group is of another kind: checkerboards lay
+at 6 and more, clean images below noisy ones at 2 and less."""
 BURIED = 0.25
 """Signal to noise, in variance, below which there is no picture left."""
 SMALL = 8
@@ -56,7 +59,7 @@ class NoisyGroup:
         return self.action == LEFT_OUT
 
 
-def noisy_images(load: Load, count: int) -> tuple[SpectralFit, Tensor, list[NoisyGroup]]:
+def noisy_images(load: Load, count: int) -> tuple[SpectralFit, Tensor, list[NoisyGroup], Tensor]:
     """Estimate, and group, twice: what was found the first time no longer blurs the directions.
 
     Args:
@@ -64,15 +67,19 @@ def noisy_images(load: Load, count: int) -> tuple[SpectralFit, Tensor, list[Nois
         count: N, how many.
 
     Returns:
-        The estimates; the noise of each image that is to be trained above it, float64, shape (N,), else 0; the groups.
+        The estimates; the noise of each image that is to be trained above it, float64, shape (N,), else 0; the groups;
+        images of another kind, which the others were not held against, bool, shape (N,).
     """
     energies = energies_of(load, count)
     seen = separate(energies)
-    rest = ~_any(_standing_apart(seen, coloured=True), count)
+    alike = ~_foreign(seen)
+    if not bool(alike.all()):
+        seen = separate(energies_of(load, count, alike), alike)
+    rest = alike & ~_any(_standing_apart(seen, alike, coloured=True), count)
     enough = int(rest.sum()) * energies.blocks >= AGAIN * len(energies.mean)
-    if enough and not bool(rest.all()):
-        seen = separate(energies_of(load, count, rest))
-    apart = _standing_apart(seen)
+    if enough and not torch.equal(rest, alike):
+        seen = separate(energies_of(load, count, rest), alike)
+    apart = _standing_apart(seen, alike)
     noise, found = torch.zeros(count).double(), []
     for members, distance in apart:
         level, sure = seen.level(members), f"apart by {distance:.1f} deviations"
@@ -84,7 +91,7 @@ def noisy_images(load: Load, count: int) -> tuple[SpectralFit, Tensor, list[Nois
         noise[members] = seen.sigma[members] if own else level
         what = f"white noise, {'levels about' if own else 'level'} {level:.3g}, {sure}"
         found.append(NoisyGroup(members, level, what, "trained above it"))
-    rest = ~_any(apart, count)
+    rest = alike & ~_any(apart, count)
     if more := _everywhere(seen, rest):
         members, of = more
         noise[members] = of
@@ -93,7 +100,7 @@ def noisy_images(load: Load, count: int) -> tuple[SpectralFit, Tensor, list[Nois
         many = f"white noise of many levels up to {level:.3g}, none standing apart"
         what = one if torch.equal(members, rest) else many
         found.append(NoisyGroup(members, level, what, "each trained above its own"))
-    return seen, noise, found
+    return seen, noise, found, ~alike
 
 
 def _any(apart: list[tuple[Tensor, float]], count: int) -> Tensor:
@@ -101,16 +108,33 @@ def _any(apart: list[tuple[Tensor, float]], count: int) -> Tensor:
     return torch.stack([torch.zeros(count, dtype=torch.bool), *(members for members, _ in apart)]).any(0)
 
 
-def _standing_apart(seen: SpectralFit, *, coloured: bool = False) -> list[tuple[Tensor, float]]:
-    """Noisy groups: images of each, bool, shape (N,), and its distance from the group below.
+def _foreign(seen: SpectralFit) -> Tensor:
+    """Images, bool, shape (N,), with less noise than most, but of another kind: what lies above is not noisy by them.
+
+    Drawings or checkerboards among photographs have no fine texture at all; beside them, any photograph seems noisy.
+    """
+    found = groups.split(seen.sigma)
+    lowest = found.members(0)
+    few = len(found) > 1 and 2 * int(lowest.sum()) < len(lowest)
+    strange = few and float(seen.oddness(~lowest)[lowest].median()) > FOREIGN
+    return lowest if strange else torch.zeros_like(lowest)
+
+
+def _standing_apart(
+    seen: SpectralFit, alike: Tensor | None = None, *, coloured: bool = False
+) -> list[tuple[Tensor, float]]:
+    """Noisy groups: images of each, bool, shape (N,), and its distance from the group below, among those alike.
 
     With ``coloured``, groups of less than half of the images need not be white: a few noisy ones bend the weak
     directions to themselves, and look less so.
     """
-    found, noisy = groups.split(seen.sigma), []
-    below = found.members(0)
+    alike = torch.ones_like(seen.sigma, dtype=torch.bool) if alike is None else alike
+    found, noisy = groups.split(seen.sigma[alike]), []
+    label = torch.full_like(seen.sigma, -1, dtype=torch.long)
+    label[alike] = found.label
+    below = label == 0
     for group in range(1, len(found)):
-        members = found.members(group)
+        members = label == group
         if seen.beyond_chance(below, members) < BY_CHANCE:
             below = below | members
             continue

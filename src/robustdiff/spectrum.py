@@ -159,6 +159,26 @@ class SpectralFit:
         """Whether a group's estimates scatter as those of one noise level do."""
         return bool(self.surprise(group).square().mean() <= MOSTLY_CHANCE)
 
+    def misfit(self) -> Tensor:
+        """Log of how badly the common spectrum, its contrast and its noise describe each image, shape (N,).
+
+        The Kullback-Leibler divergence, per direction, of Gaussians with the energies found and those fitted.
+        """
+        freedom = self.energies.values
+        ratio = (self.energies.q / (self.scale[:, None] * self.spectrum + self.variance[:, None])).clamp(min=1e-12)
+        return ((freedom * (ratio - 1 - ratio.log())).sum(1) / freedom.sum()).clamp(min=1e-12).log()
+
+    def oddness(self, others: Tensor) -> Tensor:
+        """By how many robust deviations of the others each image's :meth:`misfit` lies above their median, (N,).
+
+        Args:
+            others: bool, shape (N,), at least one.
+        """
+        misfit = self.misfit()
+        middle = misfit[others].median()
+        deviation = (misfit[others] - middle).abs().median().clamp(min=1e-6) / 0.6745
+        return (misfit - middle) / deviation
+
     def whiteness(self, group: Tensor) -> float:
         """How white a group's excess over the common spectrum is: 1 for noise, towards 0 for texture.
 
@@ -259,17 +279,18 @@ def fit(q: Tensor, freedom: Tensor, spectrum: Tensor, rounds: int = 30) -> tuple
     return s, v
 
 
-def separate(energies: Energies, rounds: int = 12, floor: float = 0.02) -> SpectralFit:
+def separate(energies: Energies, of: Tensor | None = None, rounds: int = 12, floor: float = 0.02) -> SpectralFit:
     """Fit spectrum, contrasts and noise in turns.
 
     Args:
         energies: Of all images.
+        of: Images that the spectrum is fitted on, bool, shape (N,), at least one. Default: all.
         rounds: Turns.
         floor: Share of the weakest median energy that the spectrum starts with there: the rest may be noise.
     """
     freedom = energies.values * energies.blocks
-    step = -(-len(energies.q) // FIT_IMAGES)
-    q = energies.q[::step]
+    q = energies.q if of is None else energies.q[of]
+    q = q[:: -(-len(q) // FIT_IMAGES)]
     typical = q.median(0).values.clamp(min=1e-12)
     spectrum = typical - (1 - floor) * typical.min()
     for _ in range(rounds):
