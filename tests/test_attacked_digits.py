@@ -1,0 +1,66 @@
+"""The experiment that attacks U-Nets of digits: its numbers, what is kept, and what the README says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from helpers import experiment
+from test_attack_command import small_pipeline
+
+from robustdiff.cli import parse
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def attacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Small enough for a test; every row's network is the same untrained one."""
+    module = experiment("attacked_digits")
+    for name, value in {"CALLS": 5, "POINTS": 4, "DRAWS": 16, "SAMPLES": 80, "STEPS": 4}.items():
+        monkeypatch.setattr(module, name, value)
+    small_pipeline("v_prediction").save_pretrained(tmp_path / "network")
+    monkeypatch.setattr(module, "trained", lambda *_: tmp_path / "network")
+    return module
+
+
+def test_rows_are_measured_kept_and_not_measured_again(
+    attacked: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("plain", "shrunk-0.9", "relabelled-1.2"):
+        attacked.bring(name, 1, tmp_path / "work", tmp_path)
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("digits-*.json")}
+    plain, shrunk, relabelled = (
+        found[f"digits-{name}"]["runs"]["0"] for name in ("plain", "shrunk-0.9", "relabelled-1.2")
+    )
+    assert plain["pgd_start"] > plain["signs_start"] > 0
+    assert plain["pgd_all"] > plain["signs_all"] > 0
+    # shrinking moves images and their spread alike; another label moves them otherwise
+    assert {key: shrunk[key] for key in plain if key not in ("error", "spread")} == {
+        key: plain[key] for key in plain if key not in ("error", "spread")
+    }
+    assert shrunk["spread"] == pytest.approx(0.9 * plain["spread"])
+    assert relabelled["pgd_start"] != plain["pgd_start"]
+    assert 0 < found["digits-plain"]["floor"] < plain["error"]
+    assert "| plain | 1 |" in attacked.table(tmp_path)
+    assert "+0 … +0 % / +0 … +0 % |" in attacked.table(tmp_path)
+    before = (tmp_path / "digits-plain.json").read_bytes()
+    monkeypatch.setattr(attacked, "measure", lambda *_: pytest.fail("measured again"))
+    attacked.bring("plain", 1, tmp_path / "work", tmp_path)
+    assert (tmp_path / "digits-plain.json").read_bytes() == before
+
+
+def test_every_row_is_a_command_that_can_be_typed(attacked: ModuleType) -> None:
+    for row in attacked.ROWS.values():
+        assert parse(["train", "DATA", *attacked.digits_demo.COMMON, *row.flags]) is not None
+
+
+def test_the_readme_shows_the_committed_rows() -> None:
+    module = experiment("attacked_digits")
+    text, results = (
+        (ROOT / "experiments" / "README.md").read_text(),
+        ROOT / "experiments" / "results" / "attacked_digits",
+    )
+    assert module.table(results) in text
