@@ -10,7 +10,7 @@ from fields import gaussian_set, loader, spectrum
 from helpers import seeded
 from torch import Tensor
 
-from robustdiff import noisy
+from robustdiff import groups, noisy
 from robustdiff.noisy import LEFT_OUT, noisy_images
 from robustdiff.spectrum import Energies, SpectralFit
 
@@ -30,6 +30,10 @@ def around(level: float, count: int) -> Tensor:
     return level * torch.linspace(0.95, 1.05, count)
 
 
+def standing_apart(seen: SpectralFit, **settings: bool) -> list[tuple[Tensor, float]]:
+    return noisy._standing_apart(seen, groups.split(seen.sigma), **settings)
+
+
 def test_white_excess_is_1_and_a_ramp_from_a_half_is_between_the_two_bounds() -> None:
     everyone = torch.ones(200, dtype=torch.bool)
     assert fit(around(0.2, 200)).whiteness(everyone) == pytest.approx(1)
@@ -40,7 +44,7 @@ def test_white_excess_is_1_and_a_ramp_from_a_half_is_between_the_two_bounds() ->
 @pytest.mark.parametrize("share", [0.1, 0.9])
 def test_a_white_group_apart_is_noisy(share: float) -> None:
     count = round(1000 * share)
-    ((members, distance),) = noisy._standing_apart(fit(torch.cat([around(0.01, 1000 - count), around(0.2, count)])))
+    ((members, distance),) = standing_apart(fit(torch.cat([around(0.01, 1000 - count), around(0.2, count)])))
     assert torch.equal(members, torch.arange(1000) >= 1000 - count)
     assert distance > 3
 
@@ -49,8 +53,8 @@ def test_a_white_group_apart_is_noisy(share: float) -> None:
 def test_only_a_minority_may_be_coloured_and_only_at_first(share: float, called: int) -> None:
     count = round(1000 * share)
     seen = fit(torch.cat([around(0.01, 1000 - count), around(0.2, count)]), least=0.1)
-    assert len(noisy._standing_apart(seen, coloured=True)) == called
-    assert not noisy._standing_apart(seen)
+    assert len(standing_apart(seen, coloured=True)) == called
+    assert not standing_apart(seen)
 
 
 @pytest.mark.parametrize(
@@ -58,20 +62,20 @@ def test_only_a_minority_may_be_coloured_and_only_at_first(share: float, called:
     [(0.001, 0.02), (0.01, 0.028)],  # that of cameras
 )
 def test_faint_noise_is_left_alone(low: float, high: float) -> None:
-    assert not noisy._standing_apart(fit(torch.cat([around(low, 500), around(high, 500)])))
+    assert not standing_apart(fit(torch.cat([around(low, 500), around(high, 500)])))
 
 
 def test_a_long_tail_is_no_group() -> None:
     tail = 0.2 + 0.07 * torch.special.ndtri(torch.linspace(0.01, 0.99, 500))
     assert tail.quantile(0.05) < noisy.TIGHT * tail.median()
-    assert not noisy._standing_apart(fit(torch.cat([around(0.001, 500), tail])))
+    assert not standing_apart(fit(torch.cat([around(0.001, 500), tail])))
 
 
 def test_a_group_that_chance_makes_is_none() -> None:
     """The same estimates of one block of 48 values are too uncertain to stand apart."""
     sigma = torch.cat([around(0.16, 50), around(0.2, 950)])
-    assert len(noisy._standing_apart(fit(sigma))) == 1
-    assert not noisy._standing_apart(fit(sigma, blocks=1))
+    assert len(standing_apart(fit(sigma))) == 1
+    assert not standing_apart(fit(sigma, blocks=1))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +131,7 @@ def test_the_lowest_group_is_foreign_if_it_is_small_and_the_spectrum_does_not_de
     seen.energies.q.mul_(scatter.clamp(min=0.5))
     seen.energies.q[:count, ::2] *= bend
     assert seen.oddness(torch.arange(1000) >= count)[count:].median() == 0
-    assert torch.equal(noisy._foreign(seen), (torch.arange(1000) < count) & foreign)
+    assert torch.equal(noisy._foreign(seen, groups.split(seen.sigma)), (torch.arange(1000) < count) & foreign)
 
 
 def test_scatter_that_is_chance_is_one_level_or_none_and_never_many() -> None:

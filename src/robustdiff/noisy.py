@@ -6,7 +6,7 @@ common spectrum is white, and it is no long tail; if none stands apart, all may 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,25 +72,28 @@ def noisy_images(load: Load, count: int) -> tuple[SpectralFit, Tensor, list[Nois
     """
     energies = energies_of(load, count)
     seen = separate(energies)
-    alike = ~_foreign(seen)
+    found = groups.split(seen.sigma)
+    alike = ~_foreign(seen, found)
     if not bool(alike.all()):
         seen = separate(energies_of(load, count, alike), alike)
-    rest = alike & ~_any(_standing_apart(seen, alike, coloured=True), count)
+        found = _split(seen, alike)
+    rest = alike & ~_any(_standing_apart(seen, found, coloured=True), count)
     enough = int(rest.sum()) * energies.blocks >= AGAIN * len(energies.mean)
     if enough and not torch.equal(rest, alike):
         seen = separate(energies_of(load, count, rest), alike)
-    apart = _standing_apart(seen, alike)
-    noise, found = torch.zeros(count).double(), []
+        found = _split(seen, alike)
+    apart = _standing_apart(seen, found)
+    noise, noisy = torch.zeros(count).double(), []
     for members, distance in apart:
         level, sure = seen.level(members), f"apart by {distance:.1f} deviations"
         signal = (seen.scale * seen.spectrum.mean() / seen.variance.clamp(min=1e-12))[members].median()
         if signal < BURIED:
-            found.append(NoisyGroup(members, level, f"noise of level {level:.3g}, {sure}", LEFT_OUT))
+            noisy.append(NoisyGroup(members, level, f"noise of level {level:.3g}, {sure}", LEFT_OUT))
             continue
         own = seen.sigma[members].std() > SPREAD * seen.sigma[members].mean()
         noise[members] = seen.sigma[members] if own else level
         what = f"white noise, {'levels about' if own else 'level'} {level:.3g}, {sure}"
-        found.append(NoisyGroup(members, level, what, "trained above it"))
+        noisy.append(NoisyGroup(members, level, what, "trained above it"))
     rest = alike & ~_any(apart, count)
     if more := _everywhere(seen, rest):
         members, of = more
@@ -99,8 +102,8 @@ def noisy_images(load: Load, count: int) -> tuple[SpectralFit, Tensor, list[Nois
         one = f"white noise of level {level:.3g}, in all or too many to find those without"
         many = f"white noise of many levels up to {level:.3g}, none standing apart"
         what = one if torch.equal(members, rest) else many
-        found.append(NoisyGroup(members, level, what, "each trained above its own"))
-    return seen, noise, found, ~alike
+        noisy.append(NoisyGroup(members, level, what, "each trained above its own"))
+    return seen, noise, noisy, ~alike
 
 
 def _any(apart: list[tuple[Tensor, float]], count: int) -> Tensor:
@@ -108,33 +111,34 @@ def _any(apart: list[tuple[Tensor, float]], count: int) -> Tensor:
     return torch.stack([torch.zeros(count, dtype=torch.bool), *(members for members, _ in apart)]).any(0)
 
 
-def _foreign(seen: SpectralFit) -> Tensor:
+def _split(seen: SpectralFit, alike: Tensor) -> groups.Groups:
+    """Groups of the estimates of those alike; the others belong to group -1."""
+    found = groups.split(seen.sigma[alike])
+    label = torch.full_like(alike, -1, dtype=torch.long)
+    label[alike] = found.label
+    return replace(found, label=label)
+
+
+def _foreign(seen: SpectralFit, found: groups.Groups) -> Tensor:
     """Images, bool, shape (N,), with less noise than most, but of another kind: what lies above is not noisy by them.
 
     Drawings or checkerboards among photographs have no fine texture at all; beside them, any photograph seems noisy.
     """
-    found = groups.split(seen.sigma)
     lowest = found.members(0)
     few = len(found) > 1 and 2 * int(lowest.sum()) < len(lowest)
     strange = few and float(seen.oddness(~lowest)[lowest].median()) > FOREIGN
     return lowest if strange else torch.zeros_like(lowest)
 
 
-def _standing_apart(
-    seen: SpectralFit, alike: Tensor | None = None, *, coloured: bool = False
-) -> list[tuple[Tensor, float]]:
-    """Noisy groups: images of each, bool, shape (N,), and its distance from the group below, among those alike.
+def _standing_apart(seen: SpectralFit, found: groups.Groups, *, coloured: bool = False) -> list[tuple[Tensor, float]]:
+    """Noisy groups: images of each, bool, shape (N,), and its distance from the group below.
 
     With ``coloured``, groups of less than half of the images need not be white: a few noisy ones bend the weak
     directions to themselves, and look less so.
     """
-    alike = torch.ones_like(seen.sigma, dtype=torch.bool) if alike is None else alike
-    found, noisy = groups.split(seen.sigma[alike]), []
-    label = torch.full_like(seen.sigma, -1, dtype=torch.long)
-    label[alike] = found.label
-    below = label == 0
+    noisy, below = [], found.members(0)
     for group in range(1, len(found)):
-        members = label == group
+        members = found.members(group)
         if seen.beyond_chance(below, members) < BY_CHANCE:
             below = below | members
             continue
