@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,43 @@ from robustdiff.reproduce.working import trained_network
 from robustdiff.trajectory import Trajectory
 from robustdiff.version import __version__
 
-CALLS, POINTS, DRAWS = 50, 128, 2000
-"""Sampler steps; trajectories attacked; draws for spread and bound."""
-RADIUS, RADIUS_ALL, STEPS, RESTARTS = 0.1, 0.01, 40, 2
-"""L_inf in units of the noise scale, at the start alone and at each of all steps; PGD."""
 RHO = 0.1
 """Of the random move x' = sqrt(1 - rho^2) x + rho z, which leaves the law of the start as it is."""
+
+
+@dataclass(frozen=True)
+class Attacks:
+    """What is done to a DDIM sampler.
+
+    Attributes:
+        calls: Sampler steps.
+        points: Trajectories attacked.
+        draws: For the spread and the random move; the attacked ones are the first of them.
+        radius: L_inf in units of the noise scale, at the start alone; radius_all: at each of all steps.
+        steps: Of PGD; restarts: likewise.
+    """
+
+    calls: int = 50
+    points: int = 128
+    draws: int = 2000
+    radius: float = 0.1
+    radius_all: float = 0.01
+    steps: int = 40
+    restarts: int = 2
+
+    def settings(self, clipping: str) -> dict[str, Any]:
+        """For a row's file."""
+        often = f" x {self.restarts}" if self.restarts > 1 else ""
+        return {
+            "attack": f"L_inf {self.radius} at the start, {self.radius_all} at all steps, PGD-{self.steps}{often}",
+            "sampler": f"ddim, trailing, {self.calls} calls, {clipping}",
+            "points": self.points,
+            "draws": self.draws,
+            "rho": RHO,
+        }
+
+
+ATTACKS = Attacks()
 
 
 @dataclass(frozen=True)
@@ -109,7 +140,7 @@ FREE: dict[str, tuple[str, float]] = {
     **{f"label-floor-{f:g}": ("label_floor", f) for f in (0.1, 0.3)},
     "shrunk-0.9": ("shrink", 0.9),
 }
-EXACT, CONTROL = "ideal", ("plain-epsilon", "invariance")
+EXACT, CONTROL, EVERYWHERE = "ideal", ("plain-epsilon", "invariance"), "adversarial-everywhere-m1"
 PAPER = ("random", "adversarial-shift", "adversarial-residual")
 GATES = ("preset", "gated-low")
 SWEPT = ("constant-m0.3", "constant-m1", "constant-m3", "adversarial-c0.2-m3", "adversarial-c0.2-m10")
@@ -118,12 +149,11 @@ PLAN: dict[str, tuple[tuple[str, int], ...]] = {
         (name, 3) for name in (EXACT, "plain", *FREE, *CONTROL, *PAPER, *GATES, *SWEPT, "pseudo-huber", *OWN)
     ),
     "ring": tuple(
-        (name, 3) for name in (EXACT, "plain", *FREE, "adversarial-shift", "constant-m1", "adversarial-everywhere-m1")
+        (name, 3) for name in (EXACT, "plain", *FREE, "invariance", *PAPER, "pseudo-huber", "constant-m1", EVERYWHERE)
     )
-    + tuple((name, 1) for name in ("pseudo-huber", "gated-low", *CONTROL)),
-    "subspace": tuple((name, 3) for name in (EXACT, "plain", *FREE, "adversarial-shift", *GATES, "pseudo-huber"))
-    + tuple((name, 1) for name in ("random", "adversarial-residual", *CONTROL, "constant-m1"))
-    + (("adversarial-everywhere-m1", 1),),
+    + tuple((name, 1) for name in ("plain-epsilon", "gated-low")),
+    "subspace": tuple((name, 3) for name in (EXACT, "plain", *FREE, "invariance", *PAPER, *GATES, "pseudo-huber"))
+    + tuple((name, 1) for name in ("plain-epsilon", "constant-m1", EVERYWHERE)),
 }
 """Rows of each world, with their seeds."""
 
@@ -161,29 +191,38 @@ def measure(world_name: str, name: str, seed: int, folder: Path) -> dict[str, fl
     if kind[0] is not None:
         denoiser, change = free_choices(kind[0], denoiser)[kind[1]]
     error = judge(world, denoiser, training, seed, change)[MAIN[world_name]]
-    # Shrinking scales a displacement and the spread alike: what is divided by the spread is that of the plain network
-    trajectory = Trajectory.of(denoiser.model, denoiser.process, "ddim", CALLS)
+    trajectory = Trajectory.of(denoiser.model, denoiser.process, "ddim", ATTACKS.calls)
     generator = torch.Generator().manual_seed(derive_seed("attacked", seed))
-    x = draw_normal(torch.empty(DRAWS, dimension(world)), generator)
+    spread, moved = displacements(trajectory, (dimension(world),), ATTACKS, generator)
+    true = world.sample(50_000, torch.Generator().manual_seed(0)).flatten(1).double().var(0).sum().sqrt()
+    # Shrinking scales a displacement and the spread alike: what is divided by the spread is that of the plain network
+    return {"error": error, "spread": (kind[1] if kind[0] == "shrink" else 1.0) * spread / float(true)} | moved
+
+
+def displacements(
+    trajectory: Trajectory, shape: Sequence[int], attacks: Attacks, generator: torch.Generator
+) -> tuple[float, dict[str, float]]:
+    """The generated spread, and how far final draws move: root mean squares in units of it.
+
+    Args:
+        trajectory: The sampler, of ``attacks.calls`` steps.
+        shape: Of one draw.
+        attacks: What is done.
+        generator: Rules the starts and the attacks.
+    """
+    x = draw_normal(torch.empty(attacks.draws, *shape), generator)
     with torch.no_grad():
         end = trajectory.run(x).double()
         jump = trajectory.run((1 - RHO**2) ** 0.5 * x + RHO * draw_normal(x, generator)).double() - end
-    spread = float(end.var(0).sum().sqrt())
-    true = world.sample(50_000, torch.Generator().manual_seed(0)).flatten(1).double().var(0).sum().sqrt()
-    found = {
-        "error": error,
-        "spread": (kind[1] if kind[0] == "shrink" else 1.0) * spread / float(true),
-        "random": float(jump.square().sum(1).mean().sqrt()) / spread,
-    }
-    for key, attacked, radius in (("start", (0,), RADIUS), ("all", tuple(range(CALLS)), RADIUS_ALL)):
-        objective = Displacement(trajectory, x[:POINTS], attacked, checkpointed=False)
-        ball = Ball("linf", radius)
-        found |= {
-            f"{word}_{key}": float(attack(objective, ball, objective.like, generator).value.double().mean().sqrt())
-            / spread
-            for word, attack in (("signs", RandomSearch(1)), ("pgd", PGD(STEPS, restarts=RESTARTS)))
-        }
-    return found
+    spread = float(end.flatten(1).var(0).sum().sqrt())
+    moved = {"random": float(jump.flatten(1).square().sum(1).mean().sqrt()) / spread}
+    everywhere = tuple(range(attacks.calls))
+    for key, attacked, radius in (("start", (0,), attacks.radius), ("all", everywhere, attacks.radius_all)):
+        objective = Displacement(trajectory, x[: attacks.points], attacked, checkpointed=False)
+        for word, attack in (("signs", RandomSearch(1)), ("pgd", PGD(attacks.steps, restarts=attacks.restarts))):
+            value = attack(objective, Ball("linf", radius), objective.like, generator).value
+            moved[f"{word}_{key}"] = float(value.double().mean().sqrt()) / spread
+    return spread, moved
 
 
 def _same(x: Tensor) -> Tensor:
@@ -200,38 +239,55 @@ def title_of(name: str) -> str:
 
 def row(world_name: str, name: str, seeds: int, folder: Path, results: Path) -> dict[str, Any]:
     """One row's file, brought up to ``seeds``."""
-    path = results / f"{world_name}-{name}.json"
+    world, training = build_world(world_name), training_for(build_world(world_name), False)
+    about = {
+        "what": "end-to-end attacks on samplers of a known world, clean training data",
+        "world": world_name,
+        "method": name,
+        "title": title_of(name),
+        "settings": ATTACKS.settings("nothing clipped"),
+    }
+    return keep(
+        results / f"{world_name}-{name}.json",
+        seeds,
+        lambda seed: measure(world_name, name, seed, folder),
+        about,
+        lambda: {"floor": floor_of(world, training, 0)[MAIN[world_name]], "n": training.samples},
+    )
+
+
+def keep(
+    path: Path,
+    seeds: int,
+    measure: Callable[[int], dict[str, float]],
+    about: Mapping[str, Any],
+    judged: Callable[[], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """A row's file, brought up to so many seeds.
+
+    Args:
+        path: The file.
+        seeds: How many, from 0.
+        measure: Every number of a seed.
+        about: What the row is.
+        judged: ``floor`` and ``n`` of the error.
+    """
     runs = durable.read_json(path)["runs"] if path.is_file() else {}
     for seed in map(str, range(seeds)):
         if seed not in runs:
             started = time.perf_counter()
-            runs[seed] = measure(world_name, name, int(seed), folder)
-            world, training = build_world(world_name), training_for(build_world(world_name), False)
+            runs[seed] = measure(int(seed))
             body = {
-                "what": "end-to-end attacks on samplers of a known world, clean training data",
-                "world": world_name,
-                "method": name,
-                "title": title_of(name),
-                "settings": {
-                    "attack": f"L_inf {RADIUS} at the start, {RADIUS_ALL} at all steps, PGD-{STEPS} x {RESTARTS}",
-                    "sampler": f"ddim, trailing, {CALLS} calls, nothing clipped",
-                    "points": POINTS,
-                    "draws": DRAWS,
-                    "rho": RHO,
-                },
+                **about,
                 "bound": linear.displacement_bound(RHO),
-                "floor": floor_of(world, training, 0)[MAIN[world_name]],
-                "n": training.samples,
+                **judged(),
                 "runs": runs,
                 "version": __version__,
                 "torch": torch.__version__.split("+")[0],
             }
             durable.write_json(path, body)
-            print(
-                f"{world_name}-{name}, seed {seed}: {json.dumps({k: round(v, 4) for k, v in runs[seed].items()})}"
-                f" ({time.perf_counter() - started:.0f} s)",
-                flush=True,
-            )
+            words = json.dumps({key: round(value, 4) for key, value in runs[seed].items()})
+            print(f"{path.stem}, seed {seed}: {words} ({time.perf_counter() - started:.0f} s)", flush=True)
     return durable.read_json(path)
 
 
@@ -244,12 +300,22 @@ COLUMNS = {
 }
 
 
-def table(results: Path, world_name: str) -> str:
-    """The rows of a world as a table, in the order of the plan."""
-    lines = [f"| {world_name} | seeds | {' | '.join(COLUMNS.values())} |", f"|---|---|{'---|' * len(COLUMNS)}"]
+def table(results: Path, world_name: str, names: Sequence[str] | None = None, against: str | None = None) -> str:
+    """The rows of a world as a table.
+
+    Args:
+        results: Folder of the rows.
+        world_name: See :data:`PLAN`, or any other with ``names``.
+        names: Methods in their order; default: that of the plan.
+        against: A method; one more column then says between which percentages the others are moved farther, seed by
+            seed, by PGD at the start and at all steps.
+    """
+    heads = [*COLUMNS.values(), *([f"against {against}, start / all"] if against else [])]
+    lines = [f"| {world_name} | seeds | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
     for path in sorted(results.glob(f"{world_name}-*.json"))[:1]:
-        lines.append(f"| floor: as many real draws | 1 | {durable.read_json(path)['floor']:.3g} | 1 | - | - | - |")
-    for name, _ in PLAN[world_name]:
+        empty = " | ".join("-" * (len(heads) - 2))
+        lines.append(f"| floor: as many real draws | 1 | {durable.read_json(path)['floor']:.3g} | 1 | {empty} |")
+    for name in [name for name, _ in PLAN[world_name]] if names is None else names:
         path = results / f"{world_name}-{name}.json"
         if path.is_file():
             found = durable.read_json(path)
@@ -259,6 +325,12 @@ def table(results: Path, world_name: str) -> str:
                 values = [run[key] / (found["bound"] if key == "random" else 1) for run in runs]
                 spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
                 cells.append(f"{statistics.fmean(values):.3g}{spread}")
+            if against:
+                others, parts = durable.read_json(results / f"{world_name}-{against}.json")["runs"], []
+                for key in ("pgd_start", "pgd_all"):
+                    percent = [100 * (run[key] / others[seed][key] - 1) for seed, run in found["runs"].items()]
+                    parts.append(f"{min(percent):+.0f} … {max(percent):+.0f} %")
+                cells.append("-" if name == against else " / ".join(parts))
             lines.append(f"| {found['title']} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,13 @@ def moved(images: torch.Tensor, levels: int) -> torch.Tensor:
     return (images.int() + levels * (2 * coin - 1)).clamp(0, 255).to(torch.uint8)
 
 
-def train(work: Path, name: str, data: Path, preset: str, seed: int, images: str, common: list[str]) -> Path:
-    """A run, unless it is there."""
+def train(work: Path, name: str, data: Path, images: str, seed: int, own: Sequence[str]) -> Path:
+    """A run with the settings of the digits demo and some of its own, unless it is there."""
     run = work / "runs" / name
     if not (run / "trained").exists():
         shutil.rmtree(run, ignore_errors=True)  # one that was stopped in the middle
-        flags = ["--output-dir", str(run), "--images", images, "--seed", str(seed), "--preset", preset]
-        command("train", str(data), *flags, *common)
+        flags = ["--output-dir", str(run), "--images", images, "--seed", str(seed)]
+        command("train", str(data), *flags, *digits_demo.COMMON, *own)
         (run / "trained").touch()
     return run
 
@@ -80,7 +81,7 @@ def main() -> None:
     digits = load_images("digits").images[order]
     test, training = digits[250:500], digits[500:]
     np.save(data / "clean.npy", training[:, 0].numpy())
-    surrogate = train(work, "surrogate", data / "clean.npy", "plain", SURROGATE_SEED, arguments.images, measure.COMMON)
+    surrogate = train(work, "surrogate", data / "clean.npy", arguments.images, SURROGATE_SEED, ("--preset", "plain"))
     if not (data / "poisoned").exists():
         poison = ["--poison", str(surrogate), "--poison-radius", arguments.radius]
         poison += ["--poison-steps", arguments.poison_steps, "--batch-size", "256", "--seed", str(SEED)]
@@ -97,7 +98,7 @@ def main() -> None:
     logging.disable_progress_bar()
     paths = {"clean": data / "clean.npy", "poisoned": data / "poisoned", "random": data / "random.npy"}
     runs = {
-        (method, name): train(work, f"{method}-{name}", paths[name], method, SEED, arguments.images, measure.COMMON)
+        (method, name): train(work, f"{method}-{name}", paths[name], arguments.images, SEED, ("--preset", method))
         for method in METHODS
         for name in SETS
     }

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 def attacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Small enough for a test; every row's network is the same untrained one."""
     module = experiment("attacked_digits")
-    for name, value in {"CALLS": 5, "POINTS": 4, "DRAWS": 16, "SAMPLES": 80, "STEPS": 4}.items():
-        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "ATTACKS", module.Attacks(calls=5, points=4, draws=16, steps=4, restarts=1))
+    monkeypatch.setattr(module, "SAMPLES", 80)
     small_pipeline("v_prediction").save_pretrained(tmp_path / "network")
     monkeypatch.setattr(module, "trained", lambda *_: tmp_path / "network")
     return module
@@ -44,8 +44,9 @@ def test_rows_are_measured_kept_and_not_measured_again(
     assert shrunk["spread"] == pytest.approx(0.9 * plain["spread"])
     assert relabelled["pgd_start"] != plain["pgd_start"]
     assert 0 < found["digits-plain"]["floor"] < plain["error"]
-    assert "| plain | 1 |" in attacked.table(tmp_path)
-    assert "+0 … +0 % / +0 … +0 % |" in attacked.table(tmp_path)
+    table = attacked.table(tmp_path, "digits", list(attacked.ROWS), "plain")
+    assert "| plain | 1 |" in table
+    assert "+0 … +0 % / +0 … +0 % |" in table
     before = (tmp_path / "digits-plain.json").read_bytes()
     monkeypatch.setattr(attacked, "measure", lambda *_: pytest.fail("measured again"))
     attacked.bring("plain", 1, tmp_path / "work", tmp_path)
@@ -59,8 +60,6 @@ def test_every_row_is_a_command_that_can_be_typed(attacked: ModuleType) -> None:
 
 def test_the_readme_shows_the_committed_rows() -> None:
     module = experiment("attacked_digits")
-    text, results = (
-        (ROOT / "experiments" / "README.md").read_text(),
-        ROOT / "experiments" / "results" / "attacked_digits",
-    )
-    assert module.table(results) in text
+    results = ROOT / "experiments" / "results" / "attacked_digits"
+    text = (ROOT / "experiments" / "README.md").read_text()
+    assert module.table(results, "digits", list(module.ROWS), "plain") in text

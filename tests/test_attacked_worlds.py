@@ -44,8 +44,7 @@ def test_the_unrolled_penalty_of_a_linear_denoiser_is_its_squared_gain(attacked:
 def test_a_row_is_measured_kept_and_not_measured_again(
     attacked: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"POINTS": 16, "DRAWS": 500, "STEPS": 5}.items():
-        monkeypatch.setattr(attacked, name, value)
+    monkeypatch.setattr(attacked, "ATTACKS", attacked.Attacks(points=16, draws=500, steps=5))
     found = attacked.row("plane", "ideal", 1, tmp_path, tmp_path)
     values = found["runs"]["0"]
     assert values["random"] > 0.9 * found["bound"]  # T14, up to the noise of 500 draws

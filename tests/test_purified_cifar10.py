@@ -46,19 +46,8 @@ def purified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def run(module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict:
     arguments = ["--data", "here", "--model", str(folder / "model"), "--classifier", str(folder / "thirds.pt")]
-    arguments += [
-        "--output",
-        str(folder / "out.json"),
-        "--device",
-        "cpu",
-        "--steps",
-        "4",
-        "--eot",
-        "2",
-        "--verdicts",
-        "3",
-    ]
-    arguments += ["--calls", "2", "--batch-size", "4", *flags]
+    arguments += ["--output", str(folder / "out.json"), "--device", "cpu", "--batch-size", "4", *flags]
+    arguments += ["--calls", "2", "--steps", "4", "--eot", "2", "--verdicts", "3"]
     monkeypatch.setattr(sys, "argv", ["purified_cifar10.py", *arguments])
     module.main()
     return json.loads((folder / "out.json").read_text())
