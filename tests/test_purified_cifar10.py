@@ -56,7 +56,17 @@ def run(module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, *flag
 def test_accuracy_with_and_without_purification(
     purified: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = run(purified, tmp_path, monkeypatch, "-n", "4", "--strengths", "0.02", "0.5")
+    objectives = []
+    attack = purified.PGD.__call__
+
+    def watched(self, objective, *arguments, **settings):
+        objectives.append((getattr(objective, "fresh", None), getattr(objective, "terms", None), self.keep, self.steps))
+        return attack(self, objective, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(purified.PGD, "__call__", watched)
+        found = run(purified, tmp_path, monkeypatch, "-n", "4", "--strengths", "0.02", "0.5")
+    assert objectives == [(None, 1, "best", 4)] + 2 * [(False, 2, "best", 4), (True, 2, "last", 4)]
     assert [parts["0"]["images"] for parts in found["rows"].values()] == [4, 4, 4]
     bare = found["rows"][purified.ALONE]["0"]["right"]
     assert bare["clean"] == [3, 3]  # one label is wrong
