@@ -149,8 +149,8 @@ PLAN: dict[str, tuple[tuple[str, int], ...]] = {
         (name, 3) for name in (EXACT, "plain", *FREE, *CONTROL, *PAPER, *GATES, *SWEPT, "pseudo-huber", *OWN)
     ),
     "ring": tuple(
-        (name, 3) for name in (EXACT, "plain", *FREE, *PAPER, "pseudo-huber", "constant-m1", EVERYWHERE)
-    )  # no invariance: its sampler runs away beyond any number
+        (name, 3) for name in (EXACT, "plain", *FREE, "invariance", *PAPER, "pseudo-huber", "constant-m1", EVERYWHERE)
+    )
     + tuple((name, 1) for name in ("plain-epsilon", "gated-low")),
     "subspace": tuple((name, 3) for name in (EXACT, "plain", *FREE, *CONTROL, *PAPER, *GATES, "pseudo-huber"))
     + tuple((name, 1) for name in ("constant-m1", EVERYWHERE)),
@@ -178,11 +178,11 @@ def network(world_name: str, name: str, seed: int, folder: Path) -> Denoiser:
     return Denoiser(there[0], process, there[1])
 
 
-def measure(world_name: str, name: str, seed: int, folder: Path) -> dict[str, float]:
+def measure(world_name: str, name: str, seed: int, folder: Path) -> dict[str, float | None]:
     """Every number of one row and seed.
 
     ``error`` is the world's main one on clean data. ``spread`` is the generated deviation over the true one; all
-    displacements are root mean squares in units of the generated deviation.
+    displacements are root mean squares in units of the generated deviation. None: see :func:`displacements`.
     """
     world = build_world(world_name)
     training, kind = training_for(world, False), FREE.get(name, (None, 1.0))
@@ -196,13 +196,16 @@ def measure(world_name: str, name: str, seed: int, folder: Path) -> dict[str, fl
     spread, moved = displacements(trajectory, (dimension(world),), ATTACKS, generator)
     true = world.sample(50_000, torch.Generator().manual_seed(0)).flatten(1).double().var(0).sum().sqrt()
     # Shrinking scales a displacement and the spread alike: what is divided by the spread is that of the plain network
-    return {"error": error, "spread": (kind[1] if kind[0] == "shrink" else 1.0) * spread / float(true)} | moved
+    narrowed = kind[1] if kind[0] == "shrink" else 1.0
+    return {"error": error, "spread": None if spread is None else narrowed * spread / float(true)} | moved
 
 
 def displacements(
     trajectory: Trajectory, shape: Sequence[int], attacks: Attacks, generator: torch.Generator
-) -> tuple[float, dict[str, float]]:
+) -> tuple[float | None, dict[str, float | None]]:
     """The generated spread, and how far final draws move: root mean squares in units of it.
+
+    All are None of a sampler that runs away: some of its draws, attacked by nobody, are not finite.
 
     Args:
         trajectory: The sampler, of ``attacks.calls`` steps.
@@ -215,7 +218,9 @@ def displacements(
         end = trajectory.run(x).double()
         jump = trajectory.run((1 - RHO**2) ** 0.5 * x + RHO * draw_normal(x, generator)).double() - end
     spread = float(end.flatten(1).var(0).sum().sqrt())
-    moved = {"random": float(jump.flatten(1).square().sum(1).mean().sqrt()) / spread}
+    if not bool(torch.isfinite(end).all() and torch.isfinite(jump).all()):
+        return None, dict.fromkeys(("random", "signs_start", "pgd_start", "signs_all", "pgd_all"))
+    moved: dict[str, float | None] = {"random": float(jump.flatten(1).square().sum(1).mean().sqrt()) / spread}
     everywhere = tuple(range(attacks.calls))
     for key, attacked, radius in (("start", (0,), attacks.radius), ("all", everywhere, attacks.radius_all)):
         objective = Displacement(trajectory, x[: attacks.points], attacked, checkpointed=False)
@@ -259,7 +264,7 @@ def row(world_name: str, name: str, seeds: int, folder: Path, results: Path) -> 
 def keep(
     path: Path,
     seeds: int,
-    measure: Callable[[int], dict[str, float]],
+    measure: Callable[[int], dict[str, float | None]],
     about: Mapping[str, Any],
     judged: Callable[[], Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -286,7 +291,7 @@ def keep(
                 "torch": torch.__version__.split("+")[0],
             }
             durable.write_json(path, body)
-            words = json.dumps({key: round(value, 4) for key, value in runs[seed].items()})
+            words = json.dumps({key: value and round(value, 4) for key, value in runs[seed].items()})
             print(f"{path.stem}, seed {seed}: {words} ({time.perf_counter() - started:.0f} s)", flush=True)
     return durable.read_json(path)
 
@@ -322,9 +327,10 @@ def table(results: Path, world_name: str, names: Sequence[str] | None = None, ag
             runs = list(found["runs"].values())
             cells = []
             for key in COLUMNS:
-                values = [run[key] / (found["bound"] if key == "random" else 1) for run in runs]
+                values = [run[key] / (found["bound"] if key == "random" else 1) for run in runs if run[key] is not None]
                 spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-                cells.append(f"{statistics.fmean(values):.3g}{spread}")
+                whole = len(values) == len(runs)
+                cells.append(f"{statistics.fmean(values):.3g}{spread}" if whole else "not finite")
             if against:
                 others, parts = durable.read_json(results / f"{world_name}-{against}.json")["runs"], []
                 for key in ("pgd_start", "pgd_all"):

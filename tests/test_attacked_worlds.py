@@ -56,6 +56,20 @@ def test_a_row_is_measured_kept_and_not_measured_again(
     assert "| ideal network | 1 |" in attacked.table(tmp_path, "plane")
 
 
+def test_a_sampler_that_runs_away_has_no_spread_and_ends_nothing(
+    attacked: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = process_for("epsilon")
+    away = attacked.Denoiser(lambda x_t, t: 1e38 * x_t, process, 0.0)
+    monkeypatch.setattr(attacked, "ATTACKS", attacked.Attacks(points=4, draws=50, steps=2))
+    monkeypatch.setattr(attacked, "network", lambda *_: away)
+    monkeypatch.setattr(attacked, "judge", lambda *_: {"w2": 1e6})
+    values = attacked.row("ring", "invariance", 1, tmp_path, tmp_path)["runs"]["0"]
+    assert values["error"] == 1e6
+    assert {values[key] for key in ("spread", "random", "signs_start", "pgd_start", "signs_all", "pgd_all")} == {None}
+    assert attacked.table(tmp_path, "ring").endswith("| 1 | 1e+06" + 4 * " | not finite" + " |")
+
+
 def test_the_readme_shows_the_committed_rows(attacked: ModuleType) -> None:
     text, results = (ROOT / "experiments" / "README.md").read_text(), ROOT / "experiments" / "results" / "attacked"
     for world in {json.loads(path.read_text())["world"] for path in results.glob("*.json")}:

@@ -218,7 +218,7 @@ class Scale:
     def quick(self) -> Scale:
         """The same path with a tiny network for a minute: every flag but ``--compile``, which takes minutes itself.
 
-        So few images because a processor without 16-bit instructions trains two a second in bf16, fifty times fewer.
+        So few images because a processor without 16-bit instructions trains two a second in bf16, others eighty.
         """
         return replace(
             self,
