@@ -75,7 +75,7 @@ def trained(name: str, seed: int, work: Path, data: Path) -> Path:
 
 def measure(
     name: str, seed: int, work: Path, data: Path, held_out: torch.Tensor, unshrunk: dict[str, float] | None
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Every number of one row and seed.
 
     Shrinking scales displacements and spread alike: those of a shrunk row are those of the row before it, ``unshrunk``.
@@ -95,9 +95,8 @@ def measure(
         trajectory = dataclasses.replace(trajectory, model=model)
     pipeline.unet.eval()
     generator = torch.Generator().manual_seed(derive_seed("attacked digits", seed))
-    spread, moved = displacements(trajectory, images.shape[1:], ATTACKS, generator)
     real = (held_out.flatten(1).double() / 127.5 - 1).var(0).sum().sqrt()
-    return {"error": error, "spread": spread / float(real)} | moved
+    return {"error": error} | displacements(trajectory, images.shape[1:], ATTACKS, generator, float(real))
 
 
 def bring(name: str, seeds: int, work: Path, results: Path) -> None:
@@ -110,7 +109,7 @@ def bring(name: str, seeds: int, work: Path, results: Path) -> None:
     if not (work / "clean.npy").exists():
         np.save(work / "clean.npy", training[:, 0].numpy())
 
-    def one(seed: int) -> dict[str, float]:
+    def one(seed: int) -> dict[str, float | None]:
         unshrunk = None
         if row.shrink != 1:
             unshrunk = durable.read_json(results / f"digits-{row.network}.json")["runs"][str(seed)]

@@ -193,17 +193,16 @@ def measure(world_name: str, name: str, seed: int, folder: Path) -> dict[str, fl
     error = judge(world, denoiser, training, seed, change)[MAIN[world_name]]
     trajectory = Trajectory.of(denoiser.model, denoiser.process, "ddim", ATTACKS.calls)
     generator = torch.Generator().manual_seed(derive_seed("attacked", seed))
-    spread, moved = displacements(trajectory, (dimension(world),), ATTACKS, generator)
     true = world.sample(50_000, torch.Generator().manual_seed(0)).flatten(1).double().var(0).sum().sqrt()
     # Shrinking scales a displacement and the spread alike: what is divided by the spread is that of the plain network
-    narrowed = kind[1] if kind[0] == "shrink" else 1.0
-    return {"error": error, "spread": None if spread is None else narrowed * spread / float(true)} | moved
+    unit = float(true) / (kind[1] if kind[0] == "shrink" else 1.0)
+    return {"error": error} | displacements(trajectory, (dimension(world),), ATTACKS, generator, unit)
 
 
 def displacements(
-    trajectory: Trajectory, shape: Sequence[int], attacks: Attacks, generator: torch.Generator
-) -> tuple[float | None, dict[str, float | None]]:
-    """The generated spread, and how far final draws move: root mean squares in units of it.
+    trajectory: Trajectory, shape: Sequence[int], attacks: Attacks, generator: torch.Generator, true: float
+) -> dict[str, float | None]:
+    """The generated spread over the true one, and how far final draws move: root mean squares in generated spreads.
 
     All are None of a sampler that runs away: some of its draws, attacked by nobody, are not finite.
 
@@ -212,6 +211,7 @@ def displacements(
         shape: Of one draw.
         attacks: What is done.
         generator: Rules the starts and the attacks.
+        true: Spread of the data.
     """
     x = draw_normal(torch.empty(attacks.draws, *shape), generator)
     with torch.no_grad():
@@ -219,15 +219,18 @@ def displacements(
         jump = trajectory.run((1 - RHO**2) ** 0.5 * x + RHO * draw_normal(x, generator)).double() - end
     spread = float(end.flatten(1).var(0).sum().sqrt())
     if not bool(torch.isfinite(end).all() and torch.isfinite(jump).all()):
-        return None, dict.fromkeys(("random", "signs_start", "pgd_start", "signs_all", "pgd_all"))
-    moved: dict[str, float | None] = {"random": float(jump.flatten(1).square().sum(1).mean().sqrt()) / spread}
+        return dict.fromkeys(("spread", "random", "signs_start", "pgd_start", "signs_all", "pgd_all"))
+    found: dict[str, float | None] = {
+        "spread": spread / true,
+        "random": float(jump.flatten(1).square().sum(1).mean().sqrt()) / spread,
+    }
     everywhere = tuple(range(attacks.calls))
     for key, attacked, radius in (("start", (0,), attacks.radius), ("all", everywhere, attacks.radius_all)):
         objective = Displacement(trajectory, x[: attacks.points], attacked, checkpointed=False)
         for word, attack in (("signs", RandomSearch(1)), ("pgd", PGD(attacks.steps, restarts=attacks.restarts))):
             value = attack(objective, Ball("linf", radius), objective.like, generator).value
-            moved[f"{word}_{key}"] = float(value.double().mean().sqrt()) / spread
-    return spread, moved
+            found[f"{word}_{key}"] = float(value.double().mean().sqrt()) / spread
+    return found
 
 
 def _same(x: Tensor) -> Tensor:
@@ -334,8 +337,10 @@ def table(results: Path, world_name: str, names: Sequence[str] | None = None, ag
             if against:
                 others, parts = durable.read_json(results / f"{world_name}-{against}.json")["runs"], []
                 for key in ("pgd_start", "pgd_all"):
-                    percent = [100 * (run[key] / others[seed][key] - 1) for seed, run in found["runs"].items()]
-                    parts.append(f"{min(percent):+.0f} … {max(percent):+.0f} %")
+                    pairs = [(run[key], others[seed][key]) for seed, run in found["runs"].items()]
+                    percent = [100 * (a / b - 1) for a, b in pairs if a is not None and b is not None]
+                    whole = len(percent) == len(pairs)
+                    parts.append(f"{min(percent):+.0f} … {max(percent):+.0f} %" if whole else "not finite")
                 cells.append("-" if name == against else " / ".join(parts))
             lines.append(f"| {found['title']} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
