@@ -301,6 +301,29 @@ def test_checkpointing_keeps_the_graph_of_one_network_call_only() -> None:
     assert kept(40, False) - kept(20, False) > 20 * 20 * state
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_the_memory_of_a_step_is_what_the_whole_graph_keeps_of_it(sampler: str) -> None:
+    def kept(steps: int) -> tuple[int, Trajectory]:
+        trajectory, x = Trajectory.of(random_network().double(), PROCESS, sampler, steps), normal(6, 3).double()
+        weights = {p.untyped_storage().data_ptr() for model in trajectory.modules for p in model.parameters()}
+        held: dict[int, Tensor] = {}  # alive, so that no address is used twice
+        with (
+            frozen(trajectory.modules),
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda one: held.setdefault(one.untyped_storage().data_ptr(), one), lambda one: one
+            ),
+        ):
+            noise = trajectory.draw_noise(x, seeded(0))
+            trajectory.run(x, torch.zeros(6, 1, 3).double().requires_grad_(), [0], noise=noise)
+        return sum(one.untyped_storage().nbytes() for at, one in held.items() if at not in weights), trajectory
+
+    (few, _), (many, trajectory) = kept(10), kept(20)
+    x = normal(6, 3).double()
+    assert many - few == pytest.approx(10 * trajectory.graph_bytes(x, 3), rel=0.05)
+    assert trajectory.graph_bytes(x[:2], 3) == pytest.approx(trajectory.graph_bytes(x, 3) / 3, rel=0.2)
+    assert all(p.requires_grad for model in trajectory.modules for p in model.parameters())
+
+
 @pytest.mark.parametrize("target", [None, 0.3])
 def test_gradients_are_those_of_finite_differences(target) -> None:
     objective = network_objective(target=None if target is None else torch.full((6, 3), target).double())

@@ -45,6 +45,7 @@ from robustdiff.trajectory import Trajectory
 
 FLAGS = Path(__file__).parents[1] / "docs" / "flags.md"
 FAST = ("-n", "3", "--sweep-n", "2", "--steps", "2", "--iterations", "4", "--batch-size", "2", "--radius", "0.1")
+FAST += ("--workers", "1")
 SMALL = {
     "block_out_channels": [4],
     "layers_per_block": 1,
@@ -120,6 +121,13 @@ def test_an_ordinary_model_is_moved_and_no_flag_says_otherwise(whole: Path) -> N
     assert moved == sorted(moved)
     assert body["details"]["by_radius"]["radius"] == [0.025, 0.05, 0.1, 0.2, 0.4]
     assert body["details"]["by_steps"]["steps"] == [1, 4, 10]
+    starts = body["details"]["by_starts"]
+    assert starts["starts"] == [1, 2, 3, 4, 5]
+    assert starts["displacement"] == sorted(starts["displacement"])
+    best = value(body, "displacement, pgd-1 starts 5 (first 2)")
+    assert starts["displacement"][-1] == pytest.approx(best, rel=1e-5)
+    first = value(body, "displacement, one-step")  # PGD of a quarter of 4 steps, of all three images
+    assert starts["displacement"][0] > 0.5 * first
     assert len(body["details"]["by_evaluation"]) == 5
     assert body["details"]["by_evaluation"][-1] == pytest.approx(value(body, "displacement"), rel=1e-5)
     assert body["protocol"]["attack"]["at"] == [0, 1]
@@ -303,13 +311,69 @@ def test_a_stopped_attack_goes_on_and_ends_as_a_whole_one(
     monkeypatch.setattr(Outcome, "save", save_and_stop)
     for done, status in ((3, 130), (7, 143)):
         assert cli.main(command) == status
-        assert f"stopped; {done} of 16 parts are finished, the same command goes on" in capsys.readouterr().err
+        assert f"stopped; {done} of 17 parts are finished, the same command goes on" in capsys.readouterr().err
         assert len(saves) == done
         assert not list((tmp_path / "out").glob("attack-*.json"))
     body, before = attack(pipeline, tmp_path / "out"), result(whole)
-    assert len(saves) == len(set(saves)) == 16
+    assert len(saves) == len(set(saves)) == 17
     for part in ("values", "protocol", "warnings", "details"):
         assert body[part] == before[part]
+
+
+# -- side by side, and memory ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [("--workers", "3"), ("--gradient-checkpointing", "always")], ids=lambda more: more[0])
+def test_workers_and_checkpoints_change_nothing_beyond_rounding(pipeline, whole: Path, tmp_path: Path, more) -> None:
+    threads = torch.get_num_threads()
+    found, before = attack(pipeline, tmp_path / "out", *more), result(whole)
+    assert torch.get_num_threads() == threads
+    for name, one in before["values"].items():
+        assert value(found, name) == pytest.approx(one["value"], rel=1e-4), name
+    assert found["details"]["per_image"] == pytest.approx(before["details"]["per_image"], rel=1e-4)
+    settings = [(body["protocol"]["workers"], body["protocol"]["gradient_checkpointing"]) for body in (before, found)]
+    assert settings == [(1, False), (3, False) if more[0] == "--workers" else (1, True)]
+
+
+def test_workers_that_are_stopped_go_on_and_end_as_a_whole_one(
+    pipeline: Path, whole: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    saves: list[str] = []
+    save = Outcome.save
+
+    def save_and_stop(self: Outcome, path: Path) -> None:
+        save(self, path)
+        saves.append(path.name)
+        if len(saves) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Outcome, "save", save_and_stop)
+    command = ["attack", str(pipeline), "-o", str(tmp_path / "out"), *FAST, "--workers", "2"]
+    assert cli.main(command) == 130
+    assert "parts are finished, the same command goes on" in capsys.readouterr().err
+    assert 5 <= len(saves) <= 6
+    assert cli.main(command) == 0
+    assert len(saves) == len(set(saves)) == 17
+    for name, one in result(whole)["values"].items():
+        assert value(result(tmp_path / "out"), name) == pytest.approx(one["value"], rel=1e-4)
+
+
+def test_checkpoints_are_kept_where_memory_is_short(pipeline: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(robustness, "free_memory", lambda: 10_000)
+    assert attack(pipeline, tmp_path / "short")["protocol"]["gradient_checkpointing"] is True
+    never = attack(pipeline, tmp_path / "never", "--gradient-checkpointing", "never")
+    assert never["protocol"]["gradient_checkpointing"] is False
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        few = [*FAST[:-2], "--n", "2", "--sweep-n", "2", "--iterations", "4"]
+        assert cli.main(["attack", str(pipeline), "-o", str(tmp_path / "few"), *few]) == 0
+        assert result(tmp_path / "few")["protocol"]["workers"] == 1
+        monkeypatch.undo()
+        assert cli.main(["attack", str(pipeline), "-o", str(tmp_path / "more"), *few]) == 0
+        assert result(tmp_path / "more")["protocol"]["workers"] == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_finished_attack_is_not_done_again_unless_told_and_damage_is_noticed(
@@ -333,7 +397,7 @@ def test_a_finished_attack_is_not_done_again_unless_told_and_damage_is_noticed(
     # done anew, and replayed in a sampler that draws something else
     monkeypatch.setattr(robustness._Run, "_replay", lambda self, images, omega: torch.zeros(len(images), 1, 8, 8))
     assert "sampler-mismatch" in raised(attack(pipeline, output, "--overwrite"))
-    assert len(runs) == 1 + 16
+    assert len(runs) == 1 + 17
 
 
 # -- what it refuses ---------------------------------------------------------------------------------
@@ -379,12 +443,13 @@ def test_bad_input_is_one_line_that_names_the_flag(pipeline: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_failures_inside_are_one_line(pipeline: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_failures_inside_are_one_line(workers: str, pipeline: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     assert cli.main(["attack", str(tmp_path / "nothing"), *FAST]) == 2
-    arguments = ["attack", str(pipeline), "-o", str(tmp_path / "out"), *FAST]
+    arguments = ["attack", str(pipeline), "-o", str(tmp_path / "out"), *FAST, "--workers", workers]
     for error, status, words in (
         (NoGradient("the model gives no gradients"), 2, "it cannot be attacked through its gradients"),
-        (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory: lower --batch-size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory: lower --batch-size or --workers"),
         (ArithmeticError("the objective is not finite"), 1, "attack failed: the objective is not finite"),
     ):
 

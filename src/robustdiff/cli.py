@@ -64,7 +64,7 @@ MEMORY_REMEDY = {
     "purify": "lower --batch-size",
     "audit": "close other programs, or take a smaller part of the data",
     "evaluate": "lower --batch-size, or -n",
-    "attack": "lower --batch-size",
+    "attack": "lower --batch-size or --workers, or add --gradient-checkpointing always",
     "report": "take fewer runs",
     "reproduce": "fewer --workers; for subspace, a smaller --resolution",
 }

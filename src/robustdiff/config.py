@@ -701,6 +701,12 @@ class AttackConfig:
     """Image i starts from its own generator, seeded with SEED + i, as `robustdiff sample` does; SEED >= 0."""
     batch_size: Annotated[int, arg(aliases=["--eval-batch-size"])] = 64
     """Images per forward pass, >= 1; memory grows with it."""
+    gradient_checkpointing: Literal["auto", "always", "never"] = "auto"
+    """Less memory for more time, the same result. always: a gradient holds one state per step, and calls the network
+    twice; never: it holds the activations of all steps; auto: never where they fit into half of the free memory."""
+    workers: OptionalInt = None
+    """Attacks computed side by side, >= 1, each on its share of the threads; memory grows with it. Default: as many as
+    there are threads (OMP_NUM_THREADS), at most 4 and no more than there is memory for; on a GPU 1."""
     reference: OptionalText = None
     """Clean real images that quality before and after the attack is measured against: anything that `robustdiff train`
     reads. Default: 2000 of those that the run folder names as its data; `none` = leave it out."""
@@ -749,6 +755,7 @@ class AttackConfig:
             "n": 2,
             "sweep_n": 2,
             "batch_size": 1,
+            "workers": 1,
         }
         for name, least in counts.items():
             value, flag = getattr(self, name), "-n" if name == "n" else "--" + name.replace("_", "-")
@@ -778,6 +785,9 @@ class AttackConfig:
         if self.noise in (None, "known"):
             idle = [name for name in ("eot", "verdicts") if getattr(self, name) is not None]
             _require(not idle, f"{_flags(idle)} needs --noise fixed or fresh: the attacker knows the noise")
+        alone = self.gradient_checkpointing != "auto" and self.objective in ("shift", "residual")
+        message = f"--gradient-checkpointing does nothing with --objective {self.objective}, whose steps are separate: "
+        _require(not alone, message + "leave it out, or use end-to-end")
         self._check_reference()
         self.attacked()
 

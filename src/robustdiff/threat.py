@@ -157,7 +157,8 @@ class Displacement:
         terms: Draws of the noise that are averaged.
         target: If given, shape (B, ...): come near it instead; the value is minus the squared distance to it.
         fresh: Whether ``noise`` is new every time, so that undisturbed images cannot be kept.
-        checkpointed: Bounded memory: one state per sampler step and one network call; a third more time.
+        checkpointed: Bounded memory: one state per sampler step and one network call; a third more time or up
+            to two.
 
     The gradient is exactly 0 at omega = 0 (unless there is a target): start elsewhere.
     """

@@ -199,6 +199,28 @@ class Trajectory:
         wanted = [k >= first and bool(step.noise) for k, step in enumerate(self.steps)]
         return [draw_normal(like, generator) if draw else None for draw in wanted]
 
+    def graph_bytes(self, x: Tensor, k: int = 0) -> int:
+        """Bytes that step ``k`` keeps for its backward pass where it is not checkpointed, weights left out.
+
+        Args:
+            x: A state, shape (B, ...); what is kept grows with B.
+            k: The step.
+        """
+        held: dict[int, int] = {}
+        weights = {p.untyped_storage().data_ptr() for model in self.modules for p in model.parameters()}
+
+        def keep(saved: Tensor) -> Tensor:
+            storage = saved.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            return saved
+
+        t = torch.tensor(self.steps[k].t, device=x.device)
+        with frozen(self.modules), torch.enable_grad():
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+                after = self._step(x.detach().requires_grad_(), k, t)  # alive, so that no address is used twice
+            del after
+        return sum(size for address, size in held.items() if address not in weights)
+
     def run(
         self,
         x: Tensor,
@@ -222,7 +244,7 @@ class Trajectory:
             last: Step before which to stop; default: none, the result is the image.
             noise: As :meth:`draw_noise` gives it; may be empty for deterministic samplers.
             checkpointed: Keep one state per step for the backward pass, and compute the network again there
-                (Chen et al. 2016): the memory of one network call instead of all, a third more time.
+                (Chen et al. 2016): the memory of one network call instead of all, a third more time or up to two.
 
         Raises:
             ValueError: If noise is missing, or a step is attacked that is not run.

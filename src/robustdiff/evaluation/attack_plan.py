@@ -18,6 +18,8 @@ RADII = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of the curve, in units of ``--radius``."""
 STEP_SIZES = (1.0, 6.25)
 """Of the sweep, in radii per run of PGD, beside the usual 2.5."""
+STARTS = 5
+"""Random starts of the short PGD that keeps the best of them."""
 SWEPT = "attack on few"
 """What was asked for, on the first ``--sweep-n`` images alone, where all images are attacked as one batch."""
 EOT, VERDICTS = 5, 20
@@ -96,6 +98,7 @@ def plan(config: AttackConfig) -> list[Cell]:
         Cell("one-step", PGD(1), everywhere=True),
         *(Cell(f"pgd-{steps}", PGD(steps)) for steps in (short, usual, long)),
         Cell(f"apgd-{usual}", APGD(usual)),
+        Cell(f"pgd-{short} starts {STARTS}", PGD(short, restarts=STARTS)),
         *(Cell(f"pgd-{short} step {size / short:g}", PGD(short, size / short)) for size in STEP_SIZES),
         *(Cell(f"pgd-{short} radius x {factor:g}", PGD(short), factor) for factor in RADII if factor != 1),
         Cell(f"pgd-{short} huge radius", PGD(short), None),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robustdiff.config import AttackConfig
-from robustdiff.evaluation.attack_plan import SWEPT, Cell, eot_draws, lengths, radius, twin
+from robustdiff.evaluation.attack_plan import STARTS, SWEPT, Cell, eot_draws, lengths, radius, twin
 from robustdiff.evaluation.attacking import Outcome
 from robustdiff.evaluation.quality import NORMAL_95
 from robustdiff.evaluation.validity import Flag, check_gain, check_huge, check_random, check_rising
@@ -141,7 +141,9 @@ class Summary:
         short = lengths(self.config)[0]
         sizes = {cell.name: cell.optimiser for cell in self.cells if " step " in cell.name}
         attacked = self.found["attack"]
+        best_of = self.found[twin(self.cells, f"pgd-{short} starts {STARTS}")].restarts
         follow = self.config.objective == "end-to-end" and unit is not None
+        starts = _mean_root(best_of[:, : self.sweep], unit)
 
         def curve(over: str, rows: Sequence[tuple[str, float]]) -> dict[str, Any]:
             return {over: [x for _, x in rows], "displacement": [means[name] for name, _ in rows]}
@@ -154,6 +156,7 @@ class Summary:
                 "step_size": [*(getattr(o, "step_size", None) for o in sizes.values()), 2.5 / short],
                 "displacement": [*(means[name] for name in sizes), means[self._short]],
             },
+            "by_starts": {"starts": [*range(1, len(starts) + 1)], "displacement": starts} if follow else None,
             "by_eot": curve("draws", rows) if (rows := self._eot()) else None,
             "by_evaluation": _mean_root(attacked.trace, unit) if follow else None,
             "by_restart": _mean_root(attacked.restarts, unit) if follow else None,

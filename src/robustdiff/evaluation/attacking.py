@@ -115,6 +115,7 @@ class Batch:
         device: Where.
         targets: Gives the images that ``--objective target`` comes near, (B, C, H, W).
         measure: What ``--objective batch-mean`` and ``batch-kernel`` make large.
+        checkpointed: Whether the network is computed again for every step's gradient, or its graph kept.
 
     No more than ``--batch-size`` images are computed at a time.
     """
@@ -126,6 +127,7 @@ class Batch:
     device: torch.device
     targets: Callable[[], Tensor]
     measure: FeatureDistance | None = None
+    checkpointed: bool = True
     _ends: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     # -- the undisturbed images ------------------------------------------------------------------------
@@ -232,7 +234,7 @@ class Batch:
     def _displacement(self, cell: str, eot: int | None = None) -> Displacement:
         """The end-to-end objective under the noise that the attacker uses."""
         target = self.target if self.config.objective == "target" else None
-        made: dict[str, Any] = {"target": target}
+        made: dict[str, Any] = {"target": target, "checkpointed": self.checkpointed}
         first, terms = self.attacked[0], self._draws(eot)
         if self.config.noise == "fresh":
             generators = self._generators("eot", cell)
@@ -276,12 +278,13 @@ class Batch:
     # -- attacks ---------------------------------------------------------------------------------------
 
     def work(self, cell: Cell) -> int:
-        """Network calls per image, about: a gradient is worth four (forward twice, backward)."""
+        """Network calls per image, about: a gradient is worth three (forward, backward), checkpoints one more."""
         remaining = len(self.trajectory.steps) - self.attacked[0]
         through = len(self.attacked) if self.config.objective in ("shift", "residual") else remaining
         terms = self._draws(cell.eot)
         with_gradient, without = cell.evaluations
-        price = 4 if len(self._parts()) == 1 else 5
+        again = self.checkpointed and self.config.objective not in ("shift", "residual")
+        price = 3 + again + (self.measure is not None and len(self._parts()) > 1)
         return (price * with_gradient + without) * through * terms + self.verdicts * remaining
 
     def run(self, cell: Cell, tell: Tell, replay: Replay | None = None) -> Outcome:
@@ -306,7 +309,8 @@ class Batch:
             tell(share)
 
         like = self._displacement(cell.name).like
-        found = cell.optimiser(objective, ball, like, self._generators("start", cell.name), progress)
+        # the same starts whatever the attack: what a longer one or a larger radius gains is not drowned by their chance
+        found = cell.optimiser(objective, ball, like, self._generators("start"), progress)
         outcome = self._judge(found, ball, replay)
         tell(total - told)
         return outcome
@@ -347,10 +351,12 @@ class Batch:
 
     def check(self) -> list[Flag]:
         """The flags about gradients, on these images: give few."""
-        noise = self._start[1]
-        objective: Objective = Displacement(self.trajectory, self.state, self.attacked, lambda term: noise)
+        noise, held = self._start[1], self.checkpointed
+        objective: Objective = Displacement(
+            self.trajectory, self.state, self.attacked, lambda term: noise, checkpointed=held
+        )
         if self.measure is not None:
-            known = Displacement(self.trajectory, self.state, self.attacked, lambda term: noise)
+            known = Displacement(self.trajectory, self.state, self.attacked, lambda term: noise, checkpointed=held)
             objective = BatchDistance(known, self.measure, self.config.batch_size)
         elif self.config.objective not in ("end-to-end", "target"):
             objective = self.objective("check")

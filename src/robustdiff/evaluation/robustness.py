@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from robustdiff import durable
 from robustdiff.config import AttackConfig, EvaluateConfig, RobustdiffWarning, SampleConfig, UsageError
@@ -29,16 +28,19 @@ from robustdiff.evaluation.attacking import CHECKED, Batch, Outcome, join
 from robustdiff.evaluation.gathering import digest, name_of, output_folder
 from robustdiff.evaluation.judging import LEAST
 from robustdiff.evaluation.results import write_result
+from robustdiff.evaluation.side_by_side import metered, side_by_side
 from robustdiff.joint import FeatureDistance
 from robustdiff.machine import check_launcher, free_memory, processes
 from robustdiff.sample_files import class_labels
 from robustdiff.sampling import SamplerStep, load_pipeline, sample, trajectory_of, weights_sha256, without_accelerator
 from robustdiff.stopping import Interrupted, stop_signals
 from robustdiff.threat import NoGradient
-from robustdiff.trajectory import Trajectory
+from robustdiff.trajectory import Trajectory, frozen
 
 HELD = 6
 """Tensors of the size of all pushes that an optimiser has at a time: iterate, gradient, best, and what it steps by."""
+MOST_WORKERS = 4
+"""Attacks side by side, unless ``--workers`` says otherwise."""
 SPREAD_OF = 256
 """Undisturbed images, at least, whose spread displacements are measured by."""
 
@@ -106,6 +108,13 @@ def _check_memory(config: AttackConfig, shape: Sequence[int], device: torch.devi
         )
 
 
+def _free_memory(device: torch.device) -> int:
+    """Bytes; 0 where nobody can tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_memory() if device.type == "cpu" else 0
+
+
 def _protocol(config: AttackConfig, pipeline: DiffusionPipeline, shape: Sequence[int]) -> dict[str, Any]:
     blind = is_blind(config)
     attacker = {
@@ -118,6 +127,7 @@ def _protocol(config: AttackConfig, pipeline: DiffusionPipeline, shape: Sequence
         "optimiser": config.optimiser,
         "iterations": None if config.optimiser == "one-step" else lengths(config)[1],
         "restarts": config.restarts,
+        "starts": "random, the same for every attack of the run",
         "step_size": config.step_size,
         "momentum": config.momentum,
         "noise": (config.noise or "known") if config.scheduler == "ddpm" else None,
@@ -156,15 +166,39 @@ class _Run:
 
     # -- computing -------------------------------------------------------------------------------------
 
+    @cached_property
+    def _graph_of_a_step(self) -> int:
+        """Bytes that the gradient of one sampler step of a whole batch holds."""
+        kwargs = {} if self.labels is None else {"class_labels": torch.tensor(self.labels[:1], device=self.device)}
+        one = dataclasses.replace(self.trajectory, kwargs=kwargs)
+        image = torch.zeros(1, *self.shape, device=self.device)
+        return one.graph_bytes(image, self.config.attacked()[0]) * min(self.config.batch_size, self.config.n)
+
+    @cached_property
+    def workers(self) -> int:
+        """Attacks side by side; by default no more than half of the free memory has room for."""
+        if self.config.workers is not None or self.device.type != "cpu":
+            return self.config.workers or 1
+        room = _free_memory(self.device) // 2 // max(1, self._graph_of_a_step)
+        return max(1, min(torch.get_num_threads(), MOST_WORKERS, room))
+
+    @cached_property
+    def checkpointed(self) -> bool:
+        """Whether the network is computed again for gradients, because its graph through all steps is too large."""
+        if self.config.gradient_checkpointing != "auto" or self.config.objective in ("shift", "residual"):
+            return self.config.gradient_checkpointing == "always"
+        steps = len(self.trajectory.steps) - self.config.attacked()[0]
+        return self._graph_of_a_step * steps * self.workers > _free_memory(self.device) // 2
+
     def _batch(self, images: Sequence[int]) -> Batch:
         kwargs = {}
         if self.labels is not None:
             kwargs["class_labels"] = torch.tensor([self.labels[i] for i in images], device=self.device)
         trajectory = dataclasses.replace(self.trajectory, kwargs=kwargs)
         following = [(i + 1) % self.config.n for i in images]
-        return Batch(
-            self.config, trajectory, images, self.shape, self.device, lambda: self._batch(following).clean, self.measure
-        )
+        targets = lambda: self._batch(following).clean  # noqa: E731
+        about = (self.config, trajectory, images, self.shape, self.device, targets)
+        return Batch(*about, self.measure, self.checkpointed)
 
     def _batches(self, count: int) -> list[Batch]:
         """The first images, in batches; as one where they are attacked together."""
@@ -194,28 +228,24 @@ class _Run:
         few = self._batches(min(self.config.sweep_n, self.config.n))
         parts = [(cell, batch) for cell in cells for batch in (everyone if cell.everywhere else few)]
         kept = [self._kept(self._path(cell, batch), len(batch.images)) for cell, batch in parts]
-        work = [batch.work(cell) * len(batch.images) for cell, batch in parts]
-        total = sum(size for size, found in zip(work, kept, strict=True) if found is None)
-        shown, started = sys.stderr.isatty(), time.perf_counter()
-        with tqdm(total=total, unit="call", unit_scale=True, disable=not shown, leave=False) as bar:
-            done = 0
+        missing = [i for i, outcome in enumerate(kept) if outcome is None]
+        work = {i: parts[i][1].work(parts[i][0]) * len(parts[i][1].images) for i in missing}
 
-            def tell(calls: int) -> None:
-                bar.update(calls)
-                self._check_stopped(f"{sum(found is not None for found in kept)} of {len(parts)}")
+        def check() -> None:
+            self._check_stopped(f"{sum(outcome is not None for outcome in kept)} of {len(parts)}")
 
-            for i, (cell, batch) in enumerate(parts):
-                if kept[i] is not None:
-                    continue
-                bar.set_description(cell.name)
-                many, replay = len(batch.images), self._replay if cell.name == "attack" else None
-                outcome = batch.run(cell, lambda calls, many=many: tell(calls * many), replay)
-                outcome.save(self._path(cell, batch))
-                kept[i] = outcome
-                done += work[i]
-                if not shown and done < total:
-                    left = _minutes((time.perf_counter() - started) / done * (total - done))
-                    print(f"robustdiff: {cell.name}: part {i + 1} of {len(parts)}, {left} left", file=sys.stderr)
+        def compute(i: int) -> None:
+            cell, batch = parts[i]
+            many, replay = len(batch.images), self._replay if cell.name == "attack" else None
+            outcome = batch.run(cell, lambda calls: meter.tell(cell.name, calls * many), replay)
+            outcome.save(self._path(cell, batch))
+            kept[i] = outcome
+            check()
+
+        longest_first = sorted(missing, key=lambda i: -work[i])
+        # frozen here, so that no worker that ends thaws what another still uses
+        with metered(sum(work.values()), check) as meter, frozen(self.trajectory.modules):
+            side_by_side([partial(compute, i) for i in longest_first], self.workers, meter.over)
         found: dict[str, list[Outcome]] = {cell.name: [] for cell in cells}
         for (cell, _), outcome_or_none in zip(parts, kept, strict=True):
             assert outcome_or_none is not None
@@ -285,6 +315,8 @@ class _Run:
         protocol = {
             **protocol,
             "batch_size": config.batch_size,
+            "gradient_checkpointing": self.checkpointed,
+            "workers": self.workers,
             "spread_of": max(config.n, SPREAD_OF),
             "quality": None if judged is None else judged.protocol,
         }
@@ -298,7 +330,3 @@ def _save(images: Tensor, path: Path) -> None:
     np.save(part, array[..., 0] if array.shape[-1] == 1 else array)
     durable.fsync_file(part)
     part.replace(path)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -18,6 +18,10 @@ _TITLES = {
     "by_radius": ("Displacement by radius", "in units of the noise scale"),
     "by_steps": ("Displacement by steps of PGD", "flat at the right: more steps find no more"),
     "by_step_size": ("Displacement by step size", "of short PGD, in units of the radius"),
+    "by_starts": (
+        "Displacement by random starts",
+        "of short PGD, the best of them, under the noise that the attacker uses",
+    ),
     "by_eot": ("Displacement by draws of the noise (EOT)", "of short PGD, judged on draws that it has not seen"),
     "by_evaluation": ("Best so far, by evaluation", "of the first restart"),
     "by_restart": ("Best so far, by restart", ""),

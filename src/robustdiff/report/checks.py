@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-ATTACK_CURVES = {"by_radius": "radius", "by_steps": "steps", "by_step_size": "step_size", "by_eot": "draws"}
+ATTACK_CURVES = {
+    "by_radius": "radius",
+    "by_steps": "steps",
+    "by_step_size": "step_size",
+    "by_starts": "starts",
+    "by_eot": "draws",
+}
 """Curves of an attack, and what each runs over."""
 ATTACK_TRACES = ("by_evaluation", "by_restart")
 """Lists of an attack: one number per evaluation, per restart."""
