@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from robustdiff import PGD, AdversarialPerturbation, Ball, Displacement, PlainObjective, durable, linear
-from robustdiff.attack import RandomSearch
+from robustdiff.attack import APGD, RandomSearch
 from robustdiff.calling import Model
 from robustdiff.corruption import derive_seed
 from robustdiff.objective import LossTerms, mean_square
@@ -57,7 +57,8 @@ class Attacks:
         points: Trajectories attacked.
         draws: For the spread and the random move; the attacked ones are the first of them.
         radius: L_inf in units of the noise scale, at the start alone; radius_all: at each of all steps.
-        steps: Of PGD; restarts: likewise.
+        steps: Of the optimiser; restarts: likewise.
+        optimiser: ``"pgd"`` or ``"apgd"``.
     """
 
     calls: int = 50
@@ -67,12 +68,14 @@ class Attacks:
     radius_all: float = 0.01
     steps: int = 40
     restarts: int = 2
+    optimiser: Literal["pgd", "apgd"] = "pgd"
 
     def settings(self, clipping: str) -> dict[str, Any]:
         """For a row's file."""
         often = f" x {self.restarts}" if self.restarts > 1 else ""
         return {
-            "attack": f"L_inf {self.radius} at the start, {self.radius_all} at all steps, PGD-{self.steps}{often}",
+            "attack": f"L_inf {self.radius} at the start, {self.radius_all} at all steps, "
+            f"{self.optimiser.upper()}-{self.steps}{often}",
             "sampler": f"ddim, trailing, {self.calls} calls, {clipping}",
             "points": self.points,
             "draws": self.draws,
@@ -219,15 +222,17 @@ def displacements(
         jump = trajectory.run((1 - RHO**2) ** 0.5 * x + RHO * draw_normal(x, generator)).double() - end
     spread = float(end.flatten(1).var(0).sum().sqrt())
     if not bool(torch.isfinite(end).all() and torch.isfinite(jump).all()):
-        return dict.fromkeys(("spread", "random", "signs_start", "pgd_start", "signs_all", "pgd_all"))
+        moved = [f"{word}_{where}" for where in ("start", "all") for word in ("signs", attacks.optimiser)]
+        return dict.fromkeys(("spread", "random", *moved))
     found: dict[str, float | None] = {
         "spread": spread / true,
         "random": float(jump.flatten(1).square().sum(1).mean().sqrt()) / spread,
     }
-    everywhere = tuple(range(attacks.calls))
+    everywhere, ascent = tuple(range(attacks.calls)), {"pgd": PGD, "apgd": APGD}[attacks.optimiser]
     for key, attacked, radius in (("start", (0,), attacks.radius), ("all", everywhere, attacks.radius_all)):
         objective = Displacement(trajectory, x[: attacks.points], attacked, checkpointed=False)
-        for word, attack in (("signs", RandomSearch(1)), ("pgd", PGD(attacks.steps, restarts=attacks.restarts))):
+        optimiser = ascent(attacks.steps, restarts=attacks.restarts)
+        for word, attack in (("signs", RandomSearch(1)), (attacks.optimiser, optimiser)):
             value = attack(objective, Ball("linf", radius), objective.like, generator).value
             found[f"{word}_{key}"] = float(value.double().mean().sqrt()) / spread
     return found
@@ -299,16 +304,17 @@ def keep(
     return durable.read_json(path)
 
 
-COLUMNS = {
-    "error": "error on clean data",
-    "spread": "spread (true = 1)",
-    "random": "moved by noise / bound",
-    "pgd_start": "PGD at the start",
-    "pgd_all": "PGD at all steps",
-}
+COLUMNS = {"error": "error on clean data", "spread": "spread (true = 1)", "random": "moved by noise / bound"}
+WHERE = {"start": "the start", "all": "all steps"}
 
 
-def table(results: Path, world_name: str, names: Sequence[str] | None = None, against: str | None = None) -> str:
+def table(
+    results: Path,
+    world_name: str,
+    names: Sequence[str] | None = None,
+    against: str | None = None,
+    optimiser: str = "pgd",
+) -> str:
     """The rows of a world as a table.
 
     Args:
@@ -316,9 +322,12 @@ def table(results: Path, world_name: str, names: Sequence[str] | None = None, ag
         world_name: See :data:`PLAN`, or any other with ``names``.
         names: Methods in their order; default: that of the plan.
         against: A method; one more column then says between which percentages the others are moved farther, seed by
-            seed, by PGD at the start and at all steps.
+            seed, by the attack at the start and at all steps.
+        optimiser: Of the attack that the rows are of.
     """
-    heads = [*COLUMNS.values(), *([f"against {against}, start / all"] if against else [])]
+    attacked = [f"{optimiser}_{key}" for key in WHERE]
+    columns = COLUMNS | {f"{optimiser}_{key}": f"{optimiser.upper()} at {where}" for key, where in WHERE.items()}
+    heads = [*columns.values(), *([f"against {against}, start / all"] if against else [])]
     lines = [f"| {world_name} | seeds | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
     for path in sorted(results.glob(f"{world_name}-*.json"))[:1]:
         empty = " | ".join("-" * (len(heads) - 2))
@@ -329,14 +338,14 @@ def table(results: Path, world_name: str, names: Sequence[str] | None = None, ag
             found = durable.read_json(path)
             runs = list(found["runs"].values())
             cells = []
-            for key in COLUMNS:
+            for key in columns:
                 values = [run[key] / (found["bound"] if key == "random" else 1) for run in runs if run[key] is not None]
                 spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
                 whole = len(values) == len(runs)
                 cells.append(f"{statistics.fmean(values):.3g}{spread}" if whole else "not finite")
             if against:
                 others, parts = durable.read_json(results / f"{world_name}-{against}.json")["runs"], []
-                for key in ("pgd_start", "pgd_all"):
+                for key in attacked:
                     pairs = [(run[key], others[seed][key]) for seed, run in found["runs"].items()]
                     percent = [100 * (a / b - 1) for a, b in pairs if a is not None and b is not None]
                     whole = len(percent) == len(pairs)

@@ -1,11 +1,12 @@
-"""Poisoned digits: what images pushed to where a denoiser is worst do to the training of another one, plain and gated.
+"""Poisoned digits: what images pushed to where a denoiser is worst do to the training of others: plain, gated, --auto.
 
     python experiments/poisoning.py --work poisoning --output experiments/results/poisoning.json
 
 Every training image is poisoned (``robustdiff corrupt --poison``) by a model of the same clean digits but of another
-seed, which no row uses otherwise; the control moves every pixel by as much in a random direction. Six rows: plain
-training and the preset ``gated``, on clean, poisoned and randomly moved digits; told nothing. One thread; what is in
-``--work`` is not done again, so the same command goes on where it was stopped.
+seed, which no row uses otherwise; the control moves every pixel by as much in a random direction. Twelve rows: plain
+training, the same drawn with a label floor, the preset ``gated`` and ``--auto``, on clean, poisoned and randomly moved
+digits; told nothing. Every row is trained ``--seeds`` times, on the same poison. One thread; what is in ``--work`` is
+not done again, so the same command goes on where it was stopped.
 """
 
 import argparse
@@ -27,7 +28,9 @@ from robustdiff import __version__, load_images, load_pipeline, sample
 from robustdiff.corruption import to_uint8
 from robustdiff.poisoning import Poison
 
-METHODS = ("plain", "gated")
+METHODS = {"plain": ("--preset", "plain"), "gated": ("--preset", "gated"), "auto": ("--auto",)}
+FLOOR = 0.1
+"""Label floor of the free baseline, in sigma/alpha; fixed beforehand, near the size of what was done to the pixels."""
 SETS = ("clean", "poisoned", "random")
 SURROGATE_SEED, SEED = 100, 0
 STEPS = 50
@@ -61,6 +64,21 @@ def train(work: Path, name: str, data: Path, images: str, seed: int, own: Sequen
     return run
 
 
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds (None of one), and all of them."""
+    mean = sum(values) / len(values)
+    squares = sum((value - mean) ** 2 for value in values)
+    deviation = (squares / (len(values) - 1)) ** 0.5 if len(values) > 1 else None
+    return {"mean": mean, "deviation": deviation, "seeds": list(values)}
+
+
+def cell(value: float | dict[str, Any]) -> str:
+    """As the table shows it."""
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value['mean']:.3f}" + ("" if value["deviation"] is None else f" +- {value['deviation']:.3f}")
+
+
 def main() -> None:
     """Train, poison, train, measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,6 +87,7 @@ def main() -> None:
     parser.add_argument("--images", default="60k", help="length of each training, in images seen (default: 60k)")
     parser.add_argument("--radius", default="32/255", help="of the poison, in units of [-1, 1] (default: 32/255)")
     parser.add_argument("--poison-steps", default="40", help="gradient steps of the poison (default: 40)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each row, from seed 0 (default: 3)")
     parser.add_argument("--samples", type=int, default=1000, help="images drawn per row (default: 1000)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -98,12 +117,13 @@ def main() -> None:
     logging.disable_progress_bar()
     paths = {"clean": data / "clean.npy", "poisoned": data / "poisoned", "random": data / "random.npy"}
     runs = {
-        (method, name): train(work, f"{method}-{name}", paths[name], arguments.images, SEED, ("--preset", method))
-        for method in METHODS
+        (method, name, seed): train(work, f"{method}-{name}-{seed}", paths[name], arguments.images, seed, flags)
+        for seed in range(arguments.seeds)
+        for method, flags in METHODS.items()
         for name in SETS
     }
     pipelines: dict[Any, Any] = {key: load_pipeline(run) for key, run in runs.items()}
-    judges = {"surrogate": load_pipeline(surrogate), "plain on clean": pipelines["plain", "clean"]}
+    judges = {"surrogate": load_pipeline(surrogate), "plain on clean": pipelines["plain", "clean", 0]}
     losses = {
         judge: {
             name: Poison(pipeline, judge, 0.1).judge(images, range(len(images)), SEED).mean().item()
@@ -120,15 +140,26 @@ def main() -> None:
             "spread": measure.spread(images, test),
         }
 
-    rows = [{"row": f"training digits, {name}", **score(images[:n])} for name, images in sets.items()]
-    for (method, name), pipeline in pipelines.items():
-        drawn = to_uint8(sample(pipeline, range(n), seed=10_000, steps=STEPS, batch_size=250))
-        rows.append({"row": f"{method} on {name}", **score(drawn)})
+    def draw(pipeline: Any, floor: float) -> torch.Tensor:  # noqa: ANN401
+        return to_uint8(sample(pipeline, range(n), seed=10_000, steps=STEPS, batch_size=250, label_floor=floor))
+
+    rows: list[dict[str, Any]] = [
+        {"row": f"training digits, {name}", **score(images[:n])} for name, images in sets.items()
+    ]
+    drawn_as = [(method, method, 0.0) for method in METHODS]
+    drawn_as.insert(1, (f"plain, label floor {FLOOR}", "plain", FLOOR))
+    for title, method, floor in drawn_as:
+        for name in SETS:
+            scores = [score(draw(pipelines[method, name, seed], floor)) for seed in range(arguments.seeds)]
+            rows.append(
+                {"row": f"{title} on {name}", **{key: summary([one[key] for one in scores]) for key in scores[0]}}
+            )
     record = {
         "what": "poisoned digits",
         "poison": {key: told[key] for key in ("objective", "norm", "radius", "levels", "steps", "draws", "fraction")},
         "surrogate_seed": SURROGATE_SEED,
-        "seed": SEED,
+        "poison_seed": SEED,
+        "seeds": list(range(arguments.seeds)),
         "images": arguments.images,
         "steps": STEPS,
         "n": n,
@@ -140,7 +171,7 @@ def main() -> None:
     }
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     for row in rows:
-        print(f"| {row['row']} | {row['frechet']:.3f} | {row['noise']:.3f} | {row['spread']:.3f} |")
+        print(f"| {row['row']} | {cell(row['frechet'])} | {cell(row['noise'])} | {cell(row['spread'])} |")
     print(json.dumps(losses, indent=1))
 
 

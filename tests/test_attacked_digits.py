@@ -30,7 +30,7 @@ def test_rows_are_measured_kept_and_not_measured_again(
     attacked: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("plain", "shrunk-0.9", "relabelled-1.2"):
-        attacked.bring(name, 1, tmp_path / "work", tmp_path)
+        attacked.bring(name, 1, tmp_path / "work", tmp_path, attacked.ATTACKS)
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("digits-*.json")}
     plain, shrunk, relabelled = (
         found[f"digits-{name}"]["runs"]["0"] for name in ("plain", "shrunk-0.9", "relabelled-1.2")
@@ -49,8 +49,23 @@ def test_rows_are_measured_kept_and_not_measured_again(
     assert "+0 … +0 % / +0 … +0 % |" in table
     before = (tmp_path / "digits-plain.json").read_bytes()
     monkeypatch.setattr(attacked, "measure", lambda *_: pytest.fail("measured again"))
-    attacked.bring("plain", 1, tmp_path / "work", tmp_path)
+    attacked.bring("plain", 1, tmp_path / "work", tmp_path, attacked.ATTACKS)
     assert (tmp_path / "digits-plain.json").read_bytes() == before
+
+
+def test_the_strong_attack_is_another_and_says_so(attacked: ModuleType, tmp_path: Path) -> None:
+    for which in ("strong", "usual"):
+        (tmp_path / which).mkdir()
+    strong = attacked.dataclasses.replace(attacked.STRONG, calls=5, points=4, draws=16, steps=8)
+    attacked.bring("plain", 1, tmp_path / "work", tmp_path / "strong", strong)
+    attacked.bring("plain", 1, tmp_path / "work", tmp_path / "usual", attacked.ATTACKS)
+    found, usual = (json.loads((tmp_path / which / "digits-plain.json").read_text()) for which in ("strong", "usual"))
+    assert "APGD-8 x 3" in found["settings"]["attack"]
+    assert "PGD-4" in usual["settings"]["attack"]
+    assert found["runs"]["0"]["apgd_start"] > 0.99 * usual["runs"]["0"]["pgd_start"]
+    assert "| APGD at the start | APGD at all steps |" in attacked.table(
+        tmp_path / "strong", "digits", list(attacked.ROWS), "plain", "apgd"
+    )
 
 
 def test_every_row_is_a_command_that_can_be_typed(attacked: ModuleType) -> None:
