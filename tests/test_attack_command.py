@@ -40,6 +40,7 @@ from robustdiff.evaluation.validity import (
 )
 from robustdiff.process import NoiseProcess
 from robustdiff.report import collect, render
+from robustdiff.sampling import sample, to_uint8
 from robustdiff.threat import Ball, Displacement, NoGradient
 from robustdiff.trajectory import Trajectory
 
@@ -56,9 +57,9 @@ SMALL = {
 }
 
 
-def small_pipeline(prediction: str = "epsilon") -> DDPMPipeline:
+def small_pipeline(prediction: str = "epsilon", classes: int | None = None) -> DDPMPipeline:
     torch.manual_seed(0)
-    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **SMALL)
+    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, num_class_embeds=classes, **SMALL)
     return DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100, prediction_type=prediction))
 
 
@@ -138,6 +139,22 @@ def test_an_ordinary_model_is_moved_and_no_flag_says_otherwise(whole: Path) -> N
     assert moved == pytest.approx(body["details"]["per_image"], rel=0.02)
     per_pixel = value(body, "generated spread per pixel")
     assert value(body, "moved per pixel") == pytest.approx(value(body, "displacement") * per_pixel, rel=1e-6)
+
+
+def test_a_class_conditional_model_is_attacked_class_by_class(tmp_path: Path) -> None:
+    pipeline = small_pipeline(classes=2)
+    with torch.no_grad():
+        pipeline.unet.class_embedding.weight.mul_(20)  # so that an image of the wrong class is far from its own
+    pipeline.save_pretrained(tmp_path / "classes")
+    body = attack(tmp_path / "classes", tmp_path / "out", "--workers", "2")
+    drawn = sample(pipeline, 3, seed=0, scheduler="ddim", steps=2, class_labels=[0, 1, 0])
+    kept = np.load(next((tmp_path / "out").glob("*-undisturbed.npy")))
+    assert np.abs(kept - to_uint8(drawn)[:, 0].numpy().astype(float)).max() <= 1
+    other = sample(pipeline, 3, seed=0, scheduler="ddim", steps=2, class_labels=[1, 0, 1])
+    assert (other - drawn).abs().mean() > 0.02
+    (mismatch,) = (flag["value"] for flag in body["details"]["flags"] if flag["name"] == "sampler-mismatch")
+    assert mismatch < 1e-5
+    assert value(body, "displacement") > value(body, "displacement, random")
 
 
 def test_the_default_radius_has_the_same_energy_in_both_norms() -> None:
