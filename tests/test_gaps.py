@@ -79,6 +79,20 @@ def test_flat_areas_and_drawings_have_no_holes() -> None:
     assert not gaps.holes(digits, of(suspected(digits))).any()
 
 
+def test_a_background_that_was_lifted_here_and_there_is_content() -> None:
+    """Every pixel 16 levels up or down, clipped: half of the black background becomes a spike that lies scattered."""
+    digits = load_images("digits").x0(slice(0, 600))
+    signs = 2.0 * torch.randint(0, 2, digits.shape, generator=seeded(5)) - 1
+    lifted = rounded((digits + signs * 32 / 255).clamp(-1, 1))
+    assert any(abs(value + 223 / 255) < 1e-6 for value in suspected(lifted))
+    assert found(lifted)[0] == ()
+    assert not found(lifted)[1].any()
+    lost = torch.where(torch.rand(digits.shape, generator=seeded(6)) < 0.2, torch.tensor(0.0), digits)
+    gap, holed = found(lost)
+    assert gap == (Gap(0.0),)
+    assert holed.double().mean() > 0.99
+
+
 def test_black_and_white_pixels_that_stand_alone_are_impulses() -> None:
     pictures = rounded(0.6 * natural(200))
     noisy = dirty(pictures, "impulse:amount=0.05")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import avg_pool2d, pad
 
 from robustdiff import groups
 from robustdiff.spectrum import Load, batches
@@ -32,6 +32,11 @@ HOLED, LONE, APART = 0.02, 0.01, 0.3
 WHOLE, MOST_BLOCKS, PLACED = 0.9, 0.9, 0.8
 """Share of an image's pixels of the value that lie in whole cells; of the images of small whole cells that have larger
 ones too, if those are the blocks; how often a cell of the grid is lost at most: more is a mark at its place."""
+
+
+FARTHEST, AS_OFTEN = 0.75, 0.5
+"""Where surroundings are least like the value: around the farthest quarter of the pixels; how often it is there at
+least, of how often it would be if pixels were lost whatever they show."""
 
 
 class Gap(NamedTuple):
@@ -209,11 +214,35 @@ def find(load: Load, count: int) -> tuple[tuple[Gap, ...], Tensor]:
     of = {gap.value: gap for gap in single} | {gap.value: gap for gap in blocks}
     found, holed = [], nothing
     for gap in of.values():
+        if gap.block == 1 and abs(gap.value) < 1 and not _anywhere(load, count, gap):
+            continue
         here = torch.cat([holes(load(places), [gap]).flatten(1).any(1) for places in batches(count)])
         if int(here.sum()) >= groups.FEWEST:
             found.append(gap)
             holed = holed | here
     return tuple(found), holed
+
+
+def _anywhere(load: Load, count: int, gap: Gap) -> bool:
+    """Whether pixels of the value lie in surroundings of any kind, as those that were lost do.
+
+    A value that some content has here and there, such as a black background that noise of one size lifted and clipped,
+    lies scattered, but not where the surroundings are far from it.
+    """
+    there = usual = 0.0
+    for places in batches(count):
+        images = load(places)
+        lost = holes(images, [gap])
+        images, lost = (x[lost.flatten(1).any(1)] for x in (images, lost))
+        known = (~lost[:, None]).double()
+        grey = images.double().mean(1, keepdim=True) * known
+        around, mass = (9 * avg_pool2d(x, 3, 1, 1)[:, 0] - x[:, 0] for x in (grey, known))
+        for away, enough, one in zip((around / mass - gap.value).abs(), mass > 0.5, lost, strict=True):
+            if bool(enough.any()):
+                far = enough & (away >= away[enough].quantile(FARTHEST))
+                there += float(one[far].sum())
+                usual += float(one[enough].double().mean() * far.sum())
+    return there >= AS_OFTEN * usual
 
 
 def _blocks(load: Load, count: int, value: float) -> Gap | None:
