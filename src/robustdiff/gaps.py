@@ -239,7 +239,8 @@ def _anywhere(load: Load, count: int, gap: Gap) -> bool:
         around, mass = (9 * avg_pool2d(x, 3, 1, 1)[:, 0] - x[:, 0] for x in (grey, known))
         for away, enough, one in zip((around / mass - gap.value).abs(), mass > 0.5, lost, strict=True):
             if bool(enough.any()):
-                far = enough & (away >= away[enough].quantile(FARTHEST))
+                ranked = away[enough].sort().values
+                far = enough & (away >= ranked[int(FARTHEST * len(ranked))])
                 there += float(one[far].sum())
                 usual += float(one[enough].double().mean() * far.sum())
     return there >= AS_OFTEN * usual
