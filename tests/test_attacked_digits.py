@@ -78,3 +78,5 @@ def test_the_readme_shows_the_committed_rows() -> None:
     results = ROOT / "experiments" / "results" / "attacked_digits"
     text = (ROOT / "experiments" / "README.md").read_text()
     assert module.table(results, "digits", list(module.ROWS), "plain") in text
+    strong = module.table(results.with_name("attacked_digits_strong"), "digits", list(module.ROWS), "plain", "apgd")
+    assert strong in text

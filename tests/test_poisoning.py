@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import normal, seeded
+from helpers import experiment, normal, seeded
 from PIL import Image
 from test_attack_command import small_pipeline
 from test_cli import fails, grey, here, photos, tree  # noqa: F401 - fixtures
@@ -234,9 +234,10 @@ def test_the_notes_show_the_committed_result() -> None:
     root = Path(__file__).parents[1]
     found = json.loads((root / "experiments" / "results" / "poisoning.json").read_text())
     notes = (root / "docs" / "lab-notes.md").read_text()
-    assert len(found["rows"]) == 9
+    cell = experiment("poisoning").cell
+    assert len(found["rows"]) == 15
     for row in found["rows"]:
-        assert f"| {row['row']} | {row['frechet']:.3f} | {row['noise']:.3f} | {row['spread']:.3f} |" in notes
+        assert f"| {row['row']} | {cell(row['frechet'])} | {cell(row['noise'])} | {cell(row['spread'])} |" in notes
     for losses in found["denoising_loss"].values():
         assert all(f"{loss:.3f}".removeprefix("0") in notes for loss in losses.values())
 
