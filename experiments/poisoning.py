@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -66,10 +67,8 @@ def train(work: Path, name: str, data: Path, images: str, seed: int, own: Sequen
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds (None of one), and all of them."""
-    mean = sum(values) / len(values)
-    squares = sum((value - mean) ** 2 for value in values)
-    deviation = (squares / (len(values) - 1)) ** 0.5 if len(values) > 1 else None
-    return {"mean": mean, "deviation": deviation, "seeds": list(values)}
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "deviation": deviation, "seeds": list(values)}
 
 
 def cell(value: float | dict[str, Any]) -> str:

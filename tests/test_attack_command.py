@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,21 @@ def attack(pipeline: Path, output: Path, *more: str) -> dict[str, Any]:
     usual = FAST[:6] + FAST[8:] if "one-step" in more else FAST
     assert cli.main(["attack", str(pipeline), "-o", str(output), *usual, *more]) == 0
     return result(output)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, when: Callable[[list[str]], int | None]) -> list[str]:
+    """Names of finished parts, as they come; the signal that ``when`` makes of them is sent to this process."""
+    saves: list[str] = []
+    save = Outcome.save
+
+    def save_and_stop(self: Outcome, path: Path) -> None:
+        save(self, path)
+        saves.append(path.name)
+        if (number := when(saves)) is not None:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Outcome, "save", save_and_stop)
+    return saves
 
 
 def value(body: dict[str, Any], name: str) -> float:
@@ -315,17 +331,9 @@ def test_the_document_of_flags_is_about_these_flags() -> None:
 def test_a_stopped_attack_goes_on_and_ends_as_a_whole_one(
     pipeline: Path, whole: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    saves: list[str] = []
-    save, command = Outcome.save, ["attack", str(pipeline), "-o", str(tmp_path / "out"), *FAST]
+    command = ["attack", str(pipeline), "-o", str(tmp_path / "out"), *FAST]
     stops = {3: signal.SIGINT, 7: signal.SIGTERM}
-
-    def save_and_stop(self: Outcome, path: Path) -> None:
-        save(self, path)
-        saves.append(path.name)
-        if len(saves) in stops:
-            os.kill(os.getpid(), stops[len(saves)])
-
-    monkeypatch.setattr(Outcome, "save", save_and_stop)
+    saves = stop_at(monkeypatch, lambda saves: stops.get(len(saves)))
     for done, status in ((3, 130), (7, 143)):
         assert cli.main(command) == status
         assert f"stopped; {done} of 17 parts are finished, the same command goes on" in capsys.readouterr().err
@@ -355,16 +363,7 @@ def test_workers_and_checkpoints_change_nothing_beyond_rounding(pipeline, whole:
 def test_workers_that_are_stopped_go_on_and_end_as_a_whole_one(
     pipeline: Path, whole: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    saves: list[str] = []
-    save = Outcome.save
-
-    def save_and_stop(self: Outcome, path: Path) -> None:
-        save(self, path)
-        saves.append(path.name)
-        if len(saves) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Outcome, "save", save_and_stop)
+    saves = stop_at(monkeypatch, lambda saves: signal.SIGINT if len(saves) == 5 else None)
     command = ["attack", str(pipeline), "-o", str(tmp_path / "out"), *FAST, "--workers", "2"]
     assert cli.main(command) == 130
     assert "parts are finished, the same command goes on" in capsys.readouterr().err
@@ -373,6 +372,47 @@ def test_workers_that_are_stopped_go_on_and_end_as_a_whole_one(
     assert len(saves) == len(set(saves)) == 17
     for name, one in result(whole)["values"].items():
         assert value(result(tmp_path / "out"), name) == pytest.approx(one["value"], rel=1e-4)
+
+
+def test_checkpoints_call_the_network_again(pipeline: Path, tmp_path: Path, monkeypatch) -> None:
+    calls, forward = [0, 0], UNet2DModel.forward
+
+    def counted(self: UNet2DModel, *arguments: Any, **settings: Any) -> Any:
+        calls[-1] += 1
+        return forward(self, *arguments, **settings)
+
+    monkeypatch.setattr(UNet2DModel, "forward", counted)
+    attack(pipeline, tmp_path / "always", "--gradient-checkpointing", "always")
+    calls.append(0)
+    attack(pipeline, tmp_path / "never", "--gradient-checkpointing", "never")
+    gradients = 2 * (4 + 1) + 10 + 4 + 1 + 5 + 2 * 1 + 4 * 1 + 1  # of all images in two batches, then of few in one
+    gradients_of_both = 2 * gradients  # of each of the two sampler steps
+    assert calls[1] - calls[2] >= gradients_of_both
+
+
+def test_all_attacks_start_at_the_same_points(pipeline: Path, whole: Path) -> None:
+    """One step of PGD, under three names: on all images in two batches, on few, and the first of five starts on few."""
+    (cells,) = (whole / "attack-cells").iterdir()
+    names = ("one-step-000000-000001", "pgd-1-000000-000001", "pgd-1_starts_5-000000-000001")
+    one, few, starts = (Outcome.load(cells / f"{name}.safetensors", 2) for name in names)
+    assert one is not None and few is not None and starts is not None  # noqa: PT018
+    assert torch.allclose(one.moved, few.moved, rtol=1e-6)
+    assert torch.allclose(starts.restarts[0], few.restarts[0], rtol=1e-6)
+    assert (starts.restarts[-1] > few.restarts[0]).any()
+
+
+def test_an_attack_that_ends_thaws_nothing_that_others_use(pipeline: Path, tmp_path: Path, monkeypatch) -> None:
+    run, thawed = attacking.Batch.run, []
+
+    def looked_at(self: attacking.Batch, *arguments: Any) -> Outcome:
+        outcome = run(self, *arguments)
+        (network,) = self.trajectory.modules
+        thawed.append(network.training or any(weight.requires_grad for weight in network.parameters()))
+        return outcome
+
+    monkeypatch.setattr(attacking.Batch, "run", looked_at)
+    attack(pipeline, tmp_path / "out", "--workers", "2")
+    assert thawed == [False] * 17
 
 
 def test_checkpoints_are_kept_where_memory_is_short(pipeline: Path, tmp_path: Path, monkeypatch) -> None:
@@ -449,6 +489,11 @@ def test_a_finished_attack_is_not_done_again_unless_told_and_damage_is_noticed(
         (["--step-size", "0"], "--step-size 0.0 must be"),
         (["--seed", "-1"], "--seed must be"),
         (["--title", ""], "--title is empty"),
+        (["--workers", "0"], "--workers 0 must be at least 1"),
+        (
+            ["--objective", "residual", "--gradient-checkpointing", "never"],
+            "--gradient-checkpointing does nothing with --objective residual",
+        ),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_flag(pipeline: Path, tmp_path: Path, capsys, arguments, words) -> None:

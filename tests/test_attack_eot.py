@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_attack_command import FAST, attack, few_for_the_spread, pipeline, raised, result, value  # noqa: F401
+from test_attack_command import FAST, attack, few_for_the_spread, pipeline, raised, result, stop_at, value  # noqa: F401
 from torch import Tensor
 
 from robustdiff import cli
@@ -17,7 +16,7 @@ from robustdiff.attack import PGD
 from robustdiff.config import AttackConfig
 from robustdiff.corruption import derive_seed
 from robustdiff.evaluation.attack_plan import Cell, eot_draws, plan
-from robustdiff.evaluation.attacking import Batch, Outcome
+from robustdiff.evaluation.attacking import Batch
 from robustdiff.evaluation.validity import check_gain
 from robustdiff.process import NoiseProcess
 from robustdiff.report import collect, render
@@ -123,20 +122,11 @@ def test_stopped_in_the_middle_of_the_curve_it_goes_on_and_ends_as_a_whole_one(
     tmp_path: Path,
     monkeypatch,
 ) -> None:
-    saves: list[str] = []
-    save = Outcome.save
-
-    def save_and_stop(self: Outcome, path: Path) -> None:
-        save(self, path)
-        saves.append(path.name)
-        if "eot_4" in path.name:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Outcome, "save", save_and_stop)
+    stops = [signal.SIGINT]
+    saves = stop_at(monkeypatch, lambda saves: stops.pop() if stops and "eot_4" in saves[-1] else None)
     assert cli.main(["attack", str(pipeline), "-o", str(tmp_path / "out"), *FAST, *BLIND]) == 130
     before = len(saves)
     assert not list((tmp_path / "out").glob("attack-*.json"))
-    monkeypatch.setattr(Outcome, "save", lambda self, path: (saves.append(path.name), save(self, path)))
     body: dict[str, Any] = attack(pipeline, tmp_path / "out", *BLIND)
     assert len(saves) == len(set(saves)) > before
     for part in ("values", "details", "warnings"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ from scipy.optimize import brentq
 from sklearn.metrics.pairwise import polynomial_kernel
 from test_after_attack import command, run_folder
 from test_attack import PROCESS, VARIANCES, linear_trajectory, points, random_network
-from test_attack_command import few_for_the_spread, pipeline, raised, result, value  # noqa: F401
+from test_attack_command import few_for_the_spread, pipeline, raised, result, stop_at, value  # noqa: F401
 from torch import Tensor, nn
 
 from robustdiff import cli, linear
 from robustdiff.attack import APGD, PGD, RandomSearch
 from robustdiff.config import UsageError
 from robustdiff.evaluation import robustness
-from robustdiff.evaluation.attacking import Outcome
 from robustdiff.evaluation.differentiable import differentiable
 from robustdiff.evaluation.extractors import Extractor, open_extractor
 from robustdiff.evaluation.validity import INFORMATIVE, check_gradient
@@ -262,15 +260,7 @@ def test_how_memory_is_cut_changes_nothing_beyond_rounding(together: Path, pipel
 
 
 def test_stopped_it_goes_on_and_ends_as_a_whole_one(together: Path, pipeline, tmp_path, monkeypatch) -> None:  # noqa: F811
-    saves, save = [], Outcome.save
-
-    def save_and_stop(self: Outcome, path: Path) -> None:
-        save(self, path)
-        saves.append(path.name)
-        if len(saves) == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Outcome, "save", save_and_stop)
+    saves = stop_at(monkeypatch, lambda saves: signal.SIGINT if len(saves) == 4 else None)
     assert cli.main(command(pipeline, tmp_path / "out", *TOGETHER)) == 130
     assert not list((tmp_path / "out").glob("attack-*.json"))
     assert cli.main(command(pipeline, tmp_path / "out", *TOGETHER)) == 0

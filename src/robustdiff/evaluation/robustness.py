@@ -196,9 +196,16 @@ class _Run:
             kwargs["class_labels"] = torch.tensor([self.labels[i] for i in images], device=self.device)
         trajectory = dataclasses.replace(self.trajectory, kwargs=kwargs)
         following = [(i + 1) % self.config.n for i in images]
-        targets = lambda: self._batch(following).clean  # noqa: E731
-        about = (self.config, trajectory, images, self.shape, self.device, targets)
-        return Batch(*about, self.measure, self.checkpointed)
+        return Batch(
+            self.config,
+            trajectory,
+            images,
+            self.shape,
+            self.device,
+            lambda: self._batch(following).clean,
+            self.measure,
+            self.checkpointed,
+        )
 
     def _batches(self, count: int) -> list[Batch]:
         """The first images, in batches; as one where they are attacked together."""
