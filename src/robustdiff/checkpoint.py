@@ -13,8 +13,6 @@ a checkpoint to go on from. What a kill leaves beside it has a name that starts 
 The first two count as checkpoints if they have a manifest and nothing better is there of their step. The next save
 gives such a one its name and deletes the rest.
 
-A little over 400 lines: writing and reading hold each other's promises, and are read together.
-
 Longer than most files: writing, finding and reading are three views of the same names on disk.
 """
 
