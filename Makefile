@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	@echo "== demo: diffusion models of dirty digits, plain, auto and robust, and a clean yardstick (about 8 minutes on 2 cores)"
-	$(BIN)/python experiments/digits_demo.py --output demo
+	$(BIN)/python -m experiments.digits_demo --output demo
 
 test: $(STAMP)
 	@echo "== tests"

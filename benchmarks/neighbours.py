@@ -16,7 +16,10 @@ import time
 import torch
 from tqdm import tqdm
 
-from robustdiff.evaluation.neighbours import diversity, precision_recall_density_coverage
+from robustdiff.evaluation.neighbours import (
+    diversity,
+    precision_recall_density_coverage,
+)
 
 
 def peak() -> float:

@@ -18,7 +18,11 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from robustdiff import Gate, NoiseProcess, PlainObjective, RobustObjective, UsageError, build_unet
+from robustdiff.diffusion.networks import build_unet
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.losses.denoising import DenoisingLoss
+from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
+from robustdiff.utils.errors import UsageError
 
 SEED = 0
 
@@ -63,16 +67,16 @@ class Counter:
         self.images += inputs[0].shape[0]
 
 
-def objectives(process: NoiseProcess) -> dict[str, tuple[PlainObjective, float]]:
+def objectives(process: NoiseSchedule) -> dict[str, tuple[DenoisingLoss, float]]:
     """Objectives by name, each with the cost that theory expects relative to plain."""
-    gated = RobustObjective.preset("gated", process)
-    assert isinstance(gated.strength, Gate)
+    gated = EquivarianceLoss.preset("gated", process)
+    assert isinstance(gated.strength, SigmaRange)
     levels = process.noise_to_signal(torch.arange(process.num_timesteps))
     share = (gated.strength(levels) > 0).double().mean().item()
     return {
-        "plain": (PlainObjective(process), 1.0),
-        "random": (RobustObjective.preset("paper", process, perturbation="random"), 2.0),
-        "adversarial (paper)": (RobustObjective.preset("paper", process), 8 / 3),
+        "plain": (DenoisingLoss(process), 1.0),
+        "random": (EquivarianceLoss.preset("paper", process, perturbation="random"), 2.0),
+        "adversarial (paper)": (EquivarianceLoss.preset("paper", process), 8 / 3),
         "gated": (gated, 1 + share),
     }
 
@@ -80,7 +84,7 @@ def objectives(process: NoiseProcess) -> dict[str, tuple[PlainObjective, float]]
 class Step:
     """One training step: forward, backward, AdamW."""
 
-    def __init__(self, objective: PlainObjective, arguments: argparse.Namespace) -> None:
+    def __init__(self, objective: DenoisingLoss, arguments: argparse.Namespace) -> None:
         """Build a network and its optimiser; every objective gets the same initial weights."""
         torch.manual_seed(SEED)
         side, device = arguments.size, arguments.device
@@ -111,7 +115,7 @@ class Step:
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
     """Time every objective in turn, ``repetitions`` times of ``steps`` steps each."""
-    process = NoiseProcess.from_scheduler(DDPMScheduler())
+    process = NoiseSchedule.from_scheduler(DDPMScheduler())
     named = objectives(process)
     steps = {name: Step(objective, arguments) for name, (objective, _) in named.items()}
     for step in steps.values():  # warm-up: allocations, kernels, the optimiser's state

@@ -11,7 +11,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from robustdiff import NoiseProcess, RobustObjective, load_images
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.losses.equivariance import EquivarianceLoss
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", default="digits", help="folder of images, or digits")
@@ -37,7 +39,7 @@ optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
 loader = torch.utils.data.DataLoader(range(len(images)), arguments.batch_size, shuffle=True)
 model, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
 
-objective = RobustObjective.preset("gated", NoiseProcess.from_scheduler(noise_scheduler))  # line 1
+objective = EquivarianceLoss.preset("gated", NoiseSchedule.from_scheduler(noise_scheduler))  # line 1
 
 seen = 0
 while seen < arguments.images:

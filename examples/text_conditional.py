@@ -7,7 +7,8 @@ real trainer they come from yours.
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from robustdiff import NoiseProcess, RobustObjective
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.losses.equivariance import EquivarianceLoss
 
 torch.manual_seed(0)
 unet = UNet2DConditionModel(
@@ -25,7 +26,7 @@ unet = UNet2DConditionModel(
 noise_scheduler = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
 optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
 
-objective = RobustObjective.preset("paper", NoiseProcess.from_scheduler(noise_scheduler))  # line 1
+objective = EquivarianceLoss.preset("paper", NoiseSchedule.from_scheduler(noise_scheduler))  # line 1
 
 latents, text = torch.randn(16, 4, 8, 8), torch.randn(16, 5, 12)
 for step in range(20):

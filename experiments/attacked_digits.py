@@ -1,6 +1,6 @@
 """Is a U-Net that was trained robustly harder to attack end to end? Clean digits, every method, three seeds.
 
-    python experiments/attacked_digits.py --work attacked-digits --results experiments/results/attacked_digits
+    python -m experiments.attacked_digits --work attacked-digits --results experiments/results/attacked_digits
 
 What ``attacked_worlds.py`` asks of worlds whose truth is known, of digits: for every method the quality of its draws,
 and how far the final image moves, in generated spreads, when the start of the trajectory is moved by random noise, by
@@ -16,16 +16,19 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-import digits_demo
 import numpy as np
 import torch
-from attacked_worlds import Attacks, displacements, keep, table
 from diffusers.utils import logging
-from poisoning import train
 
-from robustdiff import RelabelledModel, durable, load_images, load_pipeline, sample
-from robustdiff.corruption import derive_seed, to_uint8
-from robustdiff.sampling import trajectory_of
+from experiments import digits_demo
+from experiments.attacked_worlds import Attacks, displacements, keep, table
+from experiments.poisoning import train
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.pipeline import load_pipeline, sample, trajectory_of
+from robustdiff.diffusion.sigma_floor import SigmaClampedModel
+from robustdiff.utils import atomic_io
+from robustdiff.utils.images import to_uint8
+from robustdiff.utils.seeds import derive_seed
 
 ATTACKS = Attacks(calls=25, points=32, draws=500, radius_all=0.02, steps=20, restarts=1)
 STRONG = dataclasses.replace(ATTACKS, points=16, steps=40, restarts=3, optimiser="apgd")
@@ -44,7 +47,7 @@ class Row:
         flags: Of ``robustdiff train``.
         share: Of the length of training.
         network: The row whose network it uses; its own if empty.
-        relabel: See :class:`robustdiff.RelabelledModel`.
+        relabel: See :class:`robustdiff.SigmaClampedModel`.
         shrink: Of the images towards their mean.
     """
 
@@ -99,7 +102,7 @@ def measure(
         return unshrunk | {"error": error, "spread": row.shrink * unshrunk["spread"]}
     trajectory = trajectory_of(pipeline, "ddim", attacks.calls)
     if row.relabel != 1:
-        model = RelabelledModel(pipeline.unet, trajectory.process, row.relabel)
+        model = SigmaClampedModel(pipeline.unet, trajectory.process, row.relabel)
         trajectory = dataclasses.replace(trajectory, model=model)
     pipeline.unet.eval()
     generator = torch.Generator().manual_seed(derive_seed("attacked digits", seed))
@@ -120,7 +123,7 @@ def bring(name: str, seeds: int, work: Path, results: Path, attacks: Attacks) ->
     def one(seed: int) -> dict[str, float | None]:
         unshrunk = None
         if row.shrink != 1:
-            unshrunk = durable.read_json(results / f"digits-{row.network}.json")["runs"][str(seed)]
+            unshrunk = atomic_io.read_json(results / f"digits-{row.network}.json")["runs"][str(seed)]
         return measure(name, seed, work, work / "clean.npy", held_out, unshrunk, attacks)
 
     about = {

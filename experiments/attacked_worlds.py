@@ -1,6 +1,6 @@
 """Is any training robust end to end, once shrinking is divided out? Samplers of worlds whose truth is known, attacked.
 
-    python experiments/attacked_worlds.py --output attacked --results experiments/results/attacked
+    python -m experiments.attacked_worlds --output attacked --results experiments/results/attacked
 
 For every method: its error on clean data, and how far the final draw moves, in generated spreads, when the start of the
 trajectory is moved: by random noise, by PGD at the start, by PGD at all steps. Beside it the bound of docs/theory.md
@@ -22,13 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from robustdiff import PGD, AdversarialPerturbation, Ball, Displacement, PlainObjective, durable, linear
-from robustdiff.attack import APGD, RandomSearch
-from robustdiff.calling import Model
-from robustdiff.corruption import derive_seed
-from robustdiff.objective import LossTerms, mean_square
-from robustdiff.process import Generators, NoiseProcess, draw_normal
-from robustdiff.reproduce.measuring import (
+from experiments.paper import linear
+from experiments.paper.errors import (
     ImageOptions,
     build_world,
     dimension,
@@ -38,11 +33,21 @@ from robustdiff.reproduce.measuring import (
     training_for,
     training_set,
 )
-from robustdiff.reproduce.rows import FRONTIER, MAIN, METHODS, Method, Row, equivariant
-from robustdiff.reproduce.running import Denoiser, load, process_for, save, train
-from robustdiff.reproduce.working import trained_network
-from robustdiff.trajectory import Trajectory
-from robustdiff.version import __version__
+from experiments.paper.toy_grid import FRONTIER, MAIN, METHODS, Method, Row, equivariant
+from experiments.paper.toy_training import Denoiser, load, process_for, save, train
+from experiments.paper.worker import trained_network
+from robustdiff import __version__
+from robustdiff.attacks.constraints import LpBall
+from robustdiff.attacks.goals import FinalImageShift
+from robustdiff.attacks.optimizers import APGD, PGD, RandomSearch
+from robustdiff.diffusion.model import Model
+from robustdiff.diffusion.samplers import DifferentiableSampler
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.losses.denoising import DenoisingLoss, LossOutput, mean_square
+from robustdiff.losses.perturbation import AdversarialPerturbation
+from robustdiff.utils import atomic_io
+from robustdiff.utils.random import Generators, draw_normal
+from robustdiff.utils.seeds import derive_seed
 
 RHO = 0.1
 """Of the random move x' = sqrt(1 - rho^2) x + rho z, which leaves the law of the start as it is."""
@@ -97,15 +102,15 @@ class Unrolled:
         calls: Steps of the unrolled DDIM.
     """
 
-    process: NoiseProcess
+    process: NoiseSchedule
     strength: float = 1.0
     radius: float = 0.3
     calls: int = 5
 
-    def __call__(self, model: Model, x0: Tensor, generator: Generators = None) -> LossTerms:
+    def __call__(self, model: Model, x0: Tensor, generator: Generators = None) -> LossOutput:
         """Loss terms of a batch, (B, d)."""
-        terms = PlainObjective(self.process)(model, x0, generator=generator)
-        trajectory = Trajectory.of(model, self.process, "ddim", self.calls)
+        terms = DenoisingLoss(self.process)(model, x0, generator=generator)
+        trajectory = DifferentiableSampler.of(model, self.process, "ddim", self.calls)
         x, start = draw_normal(x0, generator), draw_normal(x0, generator)
         end = trajectory.run(x)
         leaf = (self.radius * start.clamp(-1, 1)).requires_grad_()
@@ -194,7 +199,7 @@ def measure(world_name: str, name: str, seed: int, folder: Path) -> dict[str, fl
     if kind[0] is not None:
         denoiser, change = free_choices(kind[0], denoiser)[kind[1]]
     error = judge(world, denoiser, training, seed, change)[MAIN[world_name]]
-    trajectory = Trajectory.of(denoiser.model, denoiser.process, "ddim", ATTACKS.calls)
+    trajectory = DifferentiableSampler.of(denoiser.model, denoiser.process, "ddim", ATTACKS.calls)
     generator = torch.Generator().manual_seed(derive_seed("attacked", seed))
     true = world.sample(50_000, torch.Generator().manual_seed(0)).flatten(1).double().var(0).sum().sqrt()
     # Shrinking scales a displacement and the spread alike: what is divided by the spread is that of the plain network
@@ -203,7 +208,7 @@ def measure(world_name: str, name: str, seed: int, folder: Path) -> dict[str, fl
 
 
 def displacements(
-    trajectory: Trajectory, shape: Sequence[int], attacks: Attacks, generator: torch.Generator, true: float
+    trajectory: DifferentiableSampler, shape: Sequence[int], attacks: Attacks, generator: torch.Generator, true: float
 ) -> dict[str, float | None]:
     """The generated spread over the true one, and how far final draws move: root mean squares in generated spreads.
 
@@ -230,10 +235,10 @@ def displacements(
     }
     everywhere, ascent = tuple(range(attacks.calls)), {"pgd": PGD, "apgd": APGD}[attacks.optimiser]
     for key, attacked, radius in (("start", (0,), attacks.radius), ("all", everywhere, attacks.radius_all)):
-        objective = Displacement(trajectory, x[: attacks.points], attacked, checkpointed=False)
+        objective = FinalImageShift(trajectory, x[: attacks.points], attacked, checkpointed=False)
         optimiser = ascent(attacks.steps, restarts=attacks.restarts)
         for word, attack in (("signs", RandomSearch(1)), (attacks.optimiser, optimiser)):
-            value = attack(objective, Ball("linf", radius), objective.like, generator).value
+            value = attack(objective, LpBall("linf", radius), objective.like, generator).value
             found[f"{word}_{key}"] = float(value.double().mean().sqrt()) / spread
     return found
 
@@ -285,7 +290,7 @@ def keep(
         about: What the row is.
         judged: ``floor`` and ``n`` of the error.
     """
-    runs = durable.read_json(path)["runs"] if path.is_file() else {}
+    runs = atomic_io.read_json(path)["runs"] if path.is_file() else {}
     for seed in map(str, range(seeds)):
         if seed not in runs:
             started = time.perf_counter()
@@ -298,10 +303,10 @@ def keep(
                 "version": __version__,
                 "torch": torch.__version__.split("+")[0],
             }
-            durable.write_json(path, body)
+            atomic_io.write_json(path, body)
             words = json.dumps({key: value and round(value, 4) for key, value in runs[seed].items()})
             print(f"{path.stem}, seed {seed}: {words} ({time.perf_counter() - started:.0f} s)", flush=True)
-    return durable.read_json(path)
+    return atomic_io.read_json(path)
 
 
 COLUMNS = {"error": "error on clean data", "spread": "spread (true = 1)", "random": "moved by noise / bound"}
@@ -331,11 +336,11 @@ def table(
     lines = [f"| {world_name} | seeds | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
     for path in sorted(results.glob(f"{world_name}-*.json"))[:1]:
         empty = " | ".join("-" * (len(heads) - 2))
-        lines.append(f"| floor: as many real draws | 1 | {durable.read_json(path)['floor']:.3g} | 1 | {empty} |")
+        lines.append(f"| floor: as many real draws | 1 | {atomic_io.read_json(path)['floor']:.3g} | 1 | {empty} |")
     for name in [name for name, _ in PLAN[world_name]] if names is None else names:
         path = results / f"{world_name}-{name}.json"
         if path.is_file():
-            found = durable.read_json(path)
+            found = atomic_io.read_json(path)
             runs = list(found["runs"].values())
             cells = []
             for key in columns:
@@ -344,7 +349,7 @@ def table(
                 whole = len(values) == len(runs)
                 cells.append(f"{statistics.fmean(values):.3g}{spread}" if whole else "not finite")
             if against:
-                others, parts = durable.read_json(results / f"{world_name}-{against}.json")["runs"], []
+                others, parts = atomic_io.read_json(results / f"{world_name}-{against}.json")["runs"], []
                 for key in attacked:
                     pairs = [(run[key], others[seed][key]) for seed, run in found["runs"].items()]
                     percent = [100 * (a / b - 1) for a, b in pairs if a is not None and b is not None]

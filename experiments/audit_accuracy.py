@@ -1,6 +1,6 @@
 """How right the audit of a set is: each kind of dirt on known images, nothing told.
 
-    python experiments/audit_accuracy.py --data CIFAR10 --data BUTTERFLIES --extractor FILE.pt \
+    python -m experiments.audit_accuracy --data CIFAR10 --data BUTTERFLIES --extractor FILE.pt \
         --output experiments/results/audit.json
 
 For every set and dirt: how many of the dirty images were called clean, how many of the clean ones dirty, and the level
@@ -24,12 +24,14 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch.nn.functional import interpolate
 
-from robustdiff import Corruption, copies, load_images
-from robustdiff.corruption import corrupt, from_uint8, to_uint8
-from robustdiff.distance import robust_distance
+from robustdiff.audit.detectors import duplicates
+from robustdiff.audit.detectors.feature_outliers import robust_distance
+from robustdiff.audit.run import examine
+from robustdiff.data.corruption import Corruption, corrupt
+from robustdiff.data.dataset import load_images
 from robustdiff.evaluation.extractors import open_extractor
 from robustdiff.evaluation.features import extract
-from robustdiff.examining import examine
+from robustdiff.utils.images import from_uint8, to_uint8
 
 DIRT = {
     "clean": (),
@@ -111,7 +113,7 @@ def copied(name: str, x0: torch.Tensor) -> dict[str, object]:
 
     def groups(images: torch.Tensor) -> list[list[int]]:
         asked = torch.ones(len(images), dtype=torch.bool)
-        return copies.near(lambda places: images[places.start : places.stop], len(images), asked)
+        return duplicates.near(lambda places: images[places.start : places.stop], len(images), asked)
 
     n, count = min(COPIED, len(x0)), len(x0)
     found = {}

@@ -1,6 +1,6 @@
 """The demo: 90 % of the digits are noised; a plain model and one by ``--auto`` are trained on them, side by side.
 
-    python experiments/digits_demo.py --output demo
+    python -m experiments.digits_demo --output demo
 
 Neither is told anything; a third, the regulariser alone, has a gate placed knowing the noise level. Everything is
 drawn, measured and written into one folder: ``figure.png``, ``table.md``, ``results.json`` and four runs, each an
@@ -22,8 +22,11 @@ import torch
 from diffusers.utils import logging
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from robustdiff import Corruption, __version__, load_images, load_pipeline, sample
-from robustdiff.corruption import to_uint8
+from robustdiff import __version__
+from robustdiff.data.corruption import Corruption
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.pipeline import load_pipeline, sample
+from robustdiff.utils.images import to_uint8
 
 DIRT = "gaussian:sigma=0.2,fraction=0.9"
 COMMON = [
@@ -213,7 +216,7 @@ def draw_figure(path: Path, panels: dict[str, torch.Tensor], side: int = 7) -> N
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from robustdiff.images import image_grid
+    from robustdiff.utils.images import image_grid
 
     figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.8), layout="constrained")
     for axis, (title, images) in zip(axes, panels.items(), strict=True):

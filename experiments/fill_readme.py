@@ -1,12 +1,12 @@
 """Put the tables and numbers of ``results`` into ``README.md``; run it again after new results.
 
-python experiments/fill_readme.py [--check]
+python -m experiments.fill_readme [--check]
 """
 
 import sys
 from pathlib import Path
 
-from robustdiff.reproduce.tables import fill, load
+from experiments.paper.tables import fill, load
 
 HERE = Path(__file__).parent
 

@@ -1,8 +1,8 @@
 """Does every metric move the way it should? CIFAR-10 images with known damage, judged as if they were generated.
 
-    python experiments/known_damage.py --data CIFAR10 --extractor pixels --extractor squeezenet10_imagenet.pt \
+    python -m experiments.known_damage --data CIFAR10 --extractor pixels --extractor squeezenet10_imagenet.pt \
         --extractor resnet20_cifar10.pt --output experiments/results/known_damage.json
-    python experiments/known_damage.py --fill docs/protocols.md
+    python -m experiments.known_damage --fill docs/protocols.md
 
 The "generated" images are real test images with one damage. For every seed, all from the test split and disjoint, also
 between seeds: ``-n`` images to be damaged and ``REFERENCE`` to compare with, equally many of each class. For dropped
@@ -30,12 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdiff import Corruption, ImageSet, load_images
-from robustdiff.corruption import derive_seed, from_uint8, to_uint8
+from robustdiff.data.corruption import Corruption
+from robustdiff.data.dataset import ImageDataset, load_images
 from robustdiff.evaluation.extractors import Extractor, open_extractor
 from robustdiff.evaluation.features import default_cache, extract
-from robustdiff.evaluation.judging import judge
 from robustdiff.evaluation.memorisation import memorisation
+from robustdiff.evaluation.metrics import judge
+from robustdiff.utils.images import from_uint8, to_uint8
+from robustdiff.utils.seeds import derive_seed
 
 RESULT = Path(__file__).parent / "results" / "known_damage.json"
 REFERENCE = 1000
@@ -115,7 +117,7 @@ EXCEPTIONS: Mapping[tuple[str, str, str], str] = {
 class Draw:
     """The images of one seed: disjoint parts of the test split and of the training split."""
 
-    def __init__(self, test: ImageSet, train: ImageSet, n: int, seed: int) -> None:
+    def __init__(self, test: ImageDataset, train: ImageDataset, n: int, seed: int) -> None:
         """Cut them out.
 
         Args:

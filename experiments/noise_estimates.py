@@ -1,9 +1,10 @@
 """How well one image tells how noisy it is: clean images against the same with Gaussian noise, clipped to 8 bit.
 
-    python experiments/noise_estimates.py --data CIFAR10-FOLDER:test --data BUTTERFLIES-FOLDER
+    python -m experiments.noise_estimates --data CIFAR10-FOLDER:test --data BUTTERFLIES-FOLDER
 
-For every set: the median blind estimate (`robustdiff.noise`) with its 5 to 95 % range, and the area under the curve of
-telling noisy from clean images by it, one estimate per image, nothing told. Colour sets also as grey, and as 16 x 16.
+For every set: the median blind estimate (`audit.single_image_noise`) with its 5 to 95 % range, and the area under the
+curve of telling noisy from clean images by it, one estimate per image, nothing told.
+Colour sets also as grey, and as 16 x 16.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from robustdiff import Corruption, ImageSet, load_images
-from robustdiff.corruption import to_uint8
-from robustdiff.noise import noise_level
+from robustdiff.audit.single_image_noise import noise_level
+from robustdiff.data.corruption import Corruption
+from robustdiff.data.dataset import ImageDataset, load_images
+from robustdiff.utils.images import to_uint8
 
 LEVELS = (0.05, 0.1, 0.2)
 SEED = 0
 
 
-def estimates(images: ImageSet, count: int, sigma: float) -> np.ndarray:
+def estimates(images: ImageDataset, count: int, sigma: float) -> np.ndarray:
     """Blind noise estimates of the first ``count`` images after noise of level ``sigma``; nan where there is none."""
     dirt = Corruption.parse(f"gaussian:sigma={sigma:g}") if sigma else None
     result = []
@@ -34,7 +36,7 @@ def estimates(images: ImageSet, count: int, sigma: float) -> np.ndarray:
     return np.array(result)
 
 
-def row(name: str, images: ImageSet, count: int) -> dict[str, object]:
+def row(name: str, images: ImageDataset, count: int) -> dict[str, object]:
     """One line of the table."""
     clean = estimates(images, count, 0)
     found: dict[str, object] = {"set": name, "images": len(clean), "clean": summary(clean)}

@@ -1,6 +1,6 @@
 """Poisoned digits: what images pushed to where a denoiser is worst do to the training of others: plain, gated, --auto.
 
-    python experiments/poisoning.py --work poisoning --output experiments/results/poisoning.json
+    python -m experiments.poisoning --work poisoning --output experiments/results/poisoning.json
 
 Every training image is poisoned (``robustdiff corrupt --poison``) by a model of the same clean digits but of another
 seed, which no row uses otherwise; the control moves every pixel by as much in a random direction. Twelve rows: plain
@@ -20,14 +20,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import digits_demo
 import numpy as np
 import torch
 from diffusers.utils import logging
 
-from robustdiff import __version__, load_images, load_pipeline, sample
-from robustdiff.corruption import to_uint8
-from robustdiff.poisoning import Poison
+from experiments import digits_demo
+from robustdiff import __version__
+from robustdiff.attacks.poisoning import Poison
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.pipeline import load_pipeline, sample
+from robustdiff.utils.images import to_uint8
 
 METHODS = {"plain": ("--preset", "plain"), "gated": ("--preset", "gated"), "auto": ("--auto",)}
 FLOOR = 0.1

@@ -1,7 +1,7 @@
 """What is left of a classifier's accuracy behind purification when the attacker differentiates through all of it?
 
     robustdiff train CIFAR10 --output-dir run --preset plain
-    python experiments/purified_cifar10.py --data CIFAR10 --model run --classifier resnet20_cifar10.pt --output out.json
+    python -m experiments.purified_cifar10 --data CIFAR10 --model run --classifier resnet20_cifar10.pt --output out.json
 
 The first n test images, L_inf 8/255, and the accuracy, for every strength of the purification, on: images as they are;
 random signs of that size; an attack on the classifier alone, which does not know of the purification; and PGD through
@@ -26,12 +26,16 @@ import torch
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from robustdiff import PGD, Ball, Function, PurifiedLoss, durable, load_images, load_pipeline
-from robustdiff.attack import RandomSearch
-from robustdiff.corruption import derive_seed, from_uint8
-from robustdiff.purification import accuracy
-from robustdiff.sampling import weights_sha256
-from robustdiff.version import __version__
+from robustdiff import __version__
+from robustdiff.attacks.constraints import LpBall
+from robustdiff.attacks.goals import CallableGoal
+from robustdiff.attacks.optimizers import PGD, RandomSearch
+from robustdiff.attacks.purification import PurifiedLoss, accuracy
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.pipeline import load_pipeline, weights_sha256
+from robustdiff.utils import atomic_io
+from robustdiff.utils.images import from_uint8
+from robustdiff.utils.seeds import derive_seed
 
 RADIUS = 16 / 255
 """Of the perturbation in [-1, 1]: 8/255 of the usual [0, 1]."""
@@ -92,9 +96,9 @@ def alone(classifier: Logits, images: Tensor, labels: Tensor, attacks: Attacks, 
         return nn.functional.cross_entropy(classifier(pushed), labels, reduction="none")
 
     objective, like, ball = (
-        Function(loss, modules=[classifier]),
+        CallableGoal(loss, modules=[classifier]),
         torch.zeros_like(images).unsqueeze(1),
-        Ball("linf", RADIUS),
+        LpBall("linf", RADIUS),
     )
     omegas = {
         "clean": like,
@@ -116,7 +120,7 @@ def purified(chain: PurifiedLoss, attacks: Attacks, first: int, transferred: Ten
         first: Place of the batch's first image in the set.
         transferred: What was found against the classifier alone, (B, 1, 3, H, W).
     """
-    ball = Ball("linf", RADIUS)
+    ball = LpBall("linf", RADIUS)
     fresh = replace(chain, fresh=True)
 
     def generators(what: str) -> list[torch.Generator]:
@@ -187,7 +191,7 @@ def main() -> None:
     classifier = Logits(arguments.classifier).to(arguments.device)
     about = {
         "what": "accuracy of a classifier behind purification",
-        "classifier": {"name": arguments.classifier.name, "sha256": durable.sha256(arguments.classifier)},
+        "classifier": {"name": arguments.classifier.name, "sha256": atomic_io.sha256(arguments.classifier)},
         "model": {"name": Path(arguments.model).name, "weights_sha256": weights_sha256(pipeline)},
         "threat": f"L_inf 8/255 of [0, 1], white box, PGD-{attacks.steps}, mean over {attacks.eot} draws per gradient",
         "settings": {
@@ -203,7 +207,7 @@ def main() -> None:
     }
     record = {**about, "rows": {}}
     if arguments.output.is_file():
-        there = durable.read_json(arguments.output)
+        there = atomic_io.read_json(arguments.output)
         if {key: there.get(key) for key in about} != about:
             sys.exit(f"--output {arguments.output} is of other settings, a model or versions: give another file")
         record = there
@@ -224,7 +228,7 @@ def main() -> None:
                 chain = PurifiedLoss(classifier, pipeline, images, labels, attacks.eot, False, seed, settings)
                 right = purified(chain, attacks, first, transferred)
             parts[str(first)] = {"images": len(places), "right": right}
-            durable.write_json(arguments.output, record)
+            atomic_io.write_json(arguments.output, record)
             print(f"images {first} to {places[-1]}, {name}: {time.perf_counter() - started:.0f} s", flush=True)
     print(table(record))
 

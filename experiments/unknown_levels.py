@@ -1,9 +1,9 @@
 """Images of unknown noise in worlds of known truth: what `--auto` recovers, beside being told, rightly and wrongly.
 
-    python experiments/unknown_levels.py --output experiments/results/unknown_levels.json    # about 3 minutes, one core
+    python -m experiments.unknown_levels --output experiments/results/unknown_levels.json    # about 3 minutes, one core
 
 Worlds: Gaussian images of 8 x 8 pixels, smooth and rough, and draws of the 16-dimensional subspace world of digits.
-Noise is added to shares of the images that nobody is told; the audit of `--auto` (`robustdiff.examining`) looks at
+Noise is added to shares of the images that nobody is told; the audit of `--auto` (`robustdiff.audit.run`) looks at
 the images. What training then makes of its answer is not trained but computed: the best linear denoiser at every level
 (docs/theory.md, T13; T6 for the regulariser) and the variance that DDIM generates with it. So the only chance is in the
 images and the audit. The distance is the squared Frechet distance of the generated covariance to the true one; there is
@@ -24,10 +24,11 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from robustdiff import linear, load_images
-from robustdiff.examining import examine
-from robustdiff.trust import Trust
-from robustdiff.worlds import LinearGaussian, Subspace
+from experiments.paper import linear
+from experiments.paper.worlds import LinearGaussian, Subspace
+from robustdiff.audit.result import AuditResult
+from robustdiff.audit.run import examine
+from robustdiff.data.dataset import load_images
 
 RESULT = Path(__file__).parent / "results" / "unknown_levels.json"
 COUNT, CALLS, SEEDS = 4000, 250, (0, 1, 2)
@@ -89,7 +90,7 @@ def sampler() -> Tensor:
     return torch.cat([scheduler.alphas_cumprod.double()[visited], torch.ones(1).double()])
 
 
-def generated(v: Tensor, noise: Tensor, trust: Trust) -> Tensor:
+def generated(v: Tensor, noise: Tensor, trust: AuditResult) -> Tensor:
     """Variance per direction that the sampler generates, shape (d,), after training on a plan.
 
     Args:
@@ -122,10 +123,10 @@ def frechet(v: Tensor, w: Tensor) -> float:
     return float((v.sqrt() - w.sqrt()).square().sum())
 
 
-def believing(levels: Tensor) -> Trust:
+def believing(levels: Tensor) -> AuditResult:
     """The plan of a run that is told these levels."""
     nothing = torch.zeros(len(levels), dtype=torch.bool)
-    return Trust(levels, levels, torch.ones_like(levels), (), nothing, None, (), levels, torch.zeros_like(levels))
+    return AuditResult(levels, levels, torch.ones_like(levels), (), nothing, None, (), levels, torch.zeros_like(levels))
 
 
 def wrong(levels: Tensor, seed: int) -> dict[str, Tensor]:

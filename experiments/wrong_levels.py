@@ -1,6 +1,6 @@
 """What a wrong audit does to real training: digits of which nine in ten are noised, and noise levels told wrongly.
 
-    python experiments/wrong_levels.py --work wrong --output experiments/results/wrong_levels.json
+    python -m experiments.wrong_levels --work wrong --output experiments/results/wrong_levels.json
 
 Data, dirt, network, length and judging are those of ``digits_demo.py``. Rows: plain training, ``--auto``, and training
 that is told every image's noise level (``--noise-levels``): rightly, half, nine tenths, eleven tenths and twice of it,
@@ -17,13 +17,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import digits_demo
 import numpy as np
 import torch
 from diffusers.utils import logging
 
-from robustdiff import Corruption, __version__, load_images, load_pipeline, sample
-from robustdiff.corruption import to_uint8
+from experiments import digits_demo
+from robustdiff import __version__
+from robustdiff.data.corruption import Corruption
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.pipeline import load_pipeline, sample
+from robustdiff.utils.images import to_uint8
 
 FACTORS = {"told": 1.0, "told half": 0.5, "told 0.9 of it": 0.9, "told 1.1 times": 1.1, "told twice": 2.0}
 FLIPPED = "20 % of the flags flipped"

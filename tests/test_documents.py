@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from diffusers import DiffusionPipeline
 
-from robustdiff.reproduce import tables
-from robustdiff.reproduce.grid import IMAGE_EXPERIMENTS, SCALE, image_rows
-from robustdiff.reproduce.image_rows import settings_of
-from robustdiff.reproduce.measuring import ImageOptions
-from robustdiff.reproduce.rows import rows_of
-from robustdiff.reproduce.working import row_settings
+from experiments.paper import tables
+from experiments.paper.errors import ImageOptions
+from experiments.paper.image_grid_spec import IMAGE_EXPERIMENTS, SCALE, image_rows
+from experiments.paper.image_rows import settings_of
+from experiments.paper.toy_grid import rows_of
+from experiments.paper.worker import row_settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""``robustdiff reproduce NAME``: rows side by side, one JSON each, resumable row by row and seed by seed."""
+"""``python -m experiments.paper NAME``: rows side by side, one JSON each, resumable row by row and seed by seed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from typing import Any
 
 import torch
 
-from robustdiff import __version__, durable
-from robustdiff.config import IMAGE_GRIDS, ReproduceConfig, UsageError
-from robustdiff.machine import cores
-from robustdiff.reproduce import linear_gaussian, tables
-from robustdiff.reproduce.gallery import draw_all
-from robustdiff.reproduce.image_grid import RowFailed, reproduce_images
-from robustdiff.reproduce.measuring import ImageOptions, build_world, training_for
-from robustdiff.reproduce.results import summary
-from robustdiff.reproduce.rows import DIRTS, Row, pick, rows_of
-from robustdiff.reproduce.running import Denoiser, digest
-from robustdiff.reproduce.working import Task, begin, row_settings, trained_network, work
-from robustdiff.stopping import STATUS, Interrupted, stop_signals
+from experiments.paper import linear_gaussian, tables
+from experiments.paper.config import IMAGE_GRIDS, ReproduceConfig
+from experiments.paper.errors import ImageOptions, build_world, training_for
+from experiments.paper.image_grid import RowFailed, reproduce_images
+from experiments.paper.plot_set import draw_all
+from experiments.paper.results import summary
+from experiments.paper.toy_grid import DIRTS, Row, pick, rows_of
+from experiments.paper.toy_training import Denoiser, digest
+from experiments.paper.worker import Task, begin, row_settings, trained_network, work
+from robustdiff import __version__
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.resources import cores
+from robustdiff.utils.signals import STATUS, Interrupted, stop_signals
 
 __all__ = ["RowFailed", "reproduce"]
 
@@ -88,7 +90,7 @@ def _folder(config: ReproduceConfig) -> Path:
     if config.overwrite and folder.exists():
         if any(folder.iterdir()) and not (folder / "experiment.json").is_file():
             raise UsageError(f"--output {folder} holds something else than an experiment: name another folder")
-        durable.remove(folder)
+        atomic_io.remove(folder)
     return folder
 
 
@@ -112,15 +114,15 @@ def _claim(folder: Path, about: dict[str, Any]) -> None:
     if folder.is_dir() and any(path.name != ".experiment.json.tmp" for path in folder.iterdir()):  # left by a kill
         raise UsageError(f"--output {folder} holds something else than an experiment: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    durable.write_json(note, about)  # first: a folder that holds anything but has no note is a stranger's
+    atomic_io.write_json(note, about)  # first: a folder that holds anything but has no note is a stranger's
     (folder / "results").mkdir()
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return durable.read_json(path)
+        return atomic_io.read_json(path)
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read ({durable.one_line(error)}): delete it and run again") from None
+        raise UsageError(f"{path} cannot be read ({atomic_io.one_line(error)}): delete it and run again") from None
 
 
 # -- what comes out --------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ def _finish(folder: Path, config: ReproduceConfig, images: ImageOptions) -> Path
 def _page(folder: Path, config: ReproduceConfig, rows: list[dict[str, Any]], drawn: list[Path]) -> Path:
     notes = ["Quick run: short training, one seed. Its numbers show the mechanism and prove nothing."] * config.quick
     page = folder / "index.html"
-    durable.write_text(page, tables.page(rows, drawn, f"robustdiff reproduce {config.name}", notes))
+    atomic_io.write_text(page, tables.page(rows, drawn, f"python -m experiments.paper {config.name}", notes))
     return page
 
 
@@ -174,7 +176,7 @@ def _closed_forms(config: ReproduceConfig) -> Path | None:
                 print(f"{claim}: done before", flush=True)
                 continue
             row = linear_gaussian.measure(claim, dimension=dimension, spectrum=spectrum, quick=config.quick, seed=0)
-            durable.write_json(path, row)
+            atomic_io.write_json(path, row)
             print(f"{claim}: {row['seconds']:.1f} s", flush=True)
             if stopped():
                 raise Interrupted("stopped; finished rows are kept: the same command goes on", stopped())
@@ -238,7 +240,7 @@ def _record(row: Row, task: Task, runs: Mapping[str, Any]) -> None:
         "hardware": "cpu, 1 thread",
         "runs": runs,
     }
-    durable.write_json(task.folder / "results" / f"{row.name}.json", about)
+    atomic_io.write_json(task.folder / "results" / f"{row.name}.json", about)
 
 
 # -- side by side ----------------------------------------------------------------------------------------

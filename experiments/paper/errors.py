@@ -11,13 +11,9 @@ import ot
 import torch
 from torch import Tensor
 
-from robustdiff import linear
-from robustdiff.config import UsageError
-from robustdiff.corruption import Corruption, derive_seed
-from robustdiff.images import load_images
-from robustdiff.process import NoiseProcess
-from robustdiff.reproduce.grid import FLOORS, RELABELS, SHRINKS
-from robustdiff.reproduce.rows import (
+from experiments.paper import linear
+from experiments.paper.image_grid_spec import FLOORS, RELABELS, SHRINKS
+from experiments.paper.toy_grid import (
     DIRTS,
     MAIN,
     MIXTURES,
@@ -25,9 +21,21 @@ from robustdiff.reproduce.rows import (
     Training,
     images_training,
 )
-from robustdiff.reproduce.running import Denoiser, draw
-from robustdiff.sampling import RelabelledModel
-from robustdiff.worlds import LinearGaussian, Mixture, Plane, Subspace, World, make_dirty
+from experiments.paper.toy_training import Denoiser, draw
+from experiments.paper.worlds import (
+    LinearGaussian,
+    Mixture,
+    Plane,
+    Subspace,
+    World,
+    make_dirty,
+)
+from robustdiff.data.corruption import Corruption
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.diffusion.sigma_floor import SigmaClampedModel
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.seeds import derive_seed
 
 CALLS = (1000, 500, 200, 100, 50, 20, 10, 5)
 """Network calls of the few-step curves; all divide the 1000 noise levels."""
@@ -199,7 +207,7 @@ def score_error(world: Mixture, denoiser: Denoiser, training: Training, seed: in
     return float(torch.stack(squares).mean().sqrt())
 
 
-def ideal(world: World, process: NoiseProcess) -> Denoiser:
+def ideal(world: World, process: NoiseSchedule) -> Denoiser:
     """The network that predicts the noise exactly: ``-sigma`` times the score of the clean law.
 
     Raises:
@@ -257,7 +265,7 @@ def free_choices(kind: str, plain: Denoiser) -> dict[float, tuple[Denoiser, Call
     """
 
     def asked(**change: float) -> Denoiser:
-        return Denoiser(RelabelledModel(plain.model, plain.process, **change), plain.process)
+        return Denoiser(SigmaClampedModel(plain.model, plain.process, **change), plain.process)
 
     if kind == "relabel":
         return {f: (asked(relabel=f), lambda x: x) for f in RELABELS}
@@ -325,7 +333,7 @@ def jacobian(
     return {"jacobian_levels": levels, "jacobian": norms}
 
 
-def _visited(process: NoiseProcess, calls: int) -> Tensor:
+def _visited(process: NoiseSchedule, calls: int) -> Tensor:
     """Those timesteps of a trailing sampler that lie nearest to ``LEVELS``."""
     steps = torch.arange(process.num_timesteps, 0, -process.num_timesteps // calls) - 1
     at = process.noise_to_signal(steps).log()
@@ -333,7 +341,7 @@ def _visited(process: NoiseProcess, calls: int) -> Tensor:
     return steps[sorted(set(nearest.tolist()))]
 
 
-def predicted_variance(v: Tensor, method: str, m: float, process: NoiseProcess, calls: int) -> Tensor:
+def predicted_variance(v: Tensor, method: str, m: float, process: NoiseSchedule, calls: int) -> Tensor:
     """Closed form (T3, T5): the variance that the sampler generates from the ideal linear epsilon-predictor.
 
     Args:

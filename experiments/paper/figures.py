@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from robustdiff.reproduce import drawing
-from robustdiff.reproduce.drawing import COLOURS, DASHES, FLOOR, GREY, MARKERS, array
+from experiments.paper import plots
+from experiments.paper.plots import COLOURS, DASHES, FLOOR, GREY, MARKERS, array
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +91,7 @@ def draw_fields(
     points = None if data is None else array(data, "data", (None, 2))
     home = None if support is None else array(support, "support", (None, 2))
     low, high = where.min(0), where.max(0)
-    with drawing.sheet(path, list(scores), title) as (figure, panels):
+    with plots.sheet(path, list(scores), title) as (figure, panels):
         from matplotlib.colors import PowerNorm
 
         lengths = {name: np.maximum(np.hypot(*score.T), 1e-12) for name, score in scores.items()}
@@ -102,7 +102,7 @@ def draw_fields(
             if points is not None:
                 axes.plot(*points.T, ".", color="#B0B0B0", markersize=2.5, label="training data", zorder=1)
             if home is not None:
-                axes.plot(*home.T, **drawing.home_style(len(home)), zorder=4)
+                axes.plot(*home.T, **plots.home_style(len(home)), zorder=4)
             drawn = (
                 score / lengths[name][:, None] * np.sqrt(np.minimum(lengths[name] / longest, 1))[:, None] * cell * 1.25
             )
@@ -110,7 +110,7 @@ def draw_fields(
                 *where.T, *drawn.T, lengths[name], cmap="viridis_r", norm=PowerNorm(0.5, 0, longest), pivot="mid",
                 angles="xy", scale_units="xy", scale=1, width=0.0055, headwidth=3.6, headlength=4, minlength=0.4,
             )  # fmt: skip
-            drawing.frame(axes, low - cell / 2, high + cell / 2)
+            plots.frame(axes, low - cell / 2, high + cell / 2)
         figure.colorbar(
             arrows, ax=panels, label="score length (1 / data unit)", extend="max", shrink=0.85, aspect=26, pad=0.01
         )
@@ -146,9 +146,9 @@ def draw_trajectories(
     centre = (home.min(0) + home.max(0)) / 2
     size = float(np.abs(home - centre).max())
     # Data, most starts, and the ends of the tamest panel; starts of a sampler with large noise need not fit.
-    starts = min(max(drawing.reach(track[0], centre) for track in tracks.values()), 2.5 * size)
-    half = max(1.2 * size, starts, min(1.1 * drawing.reach(track[-1], centre) for track in tracks.values()))
-    with drawing.sheet(path, list(tracks), title) as (_, panels):
+    starts = min(max(plots.reach(track[0], centre) for track in tracks.values()), 2.5 * size)
+    half = max(1.2 * size, starts, min(1.1 * plots.reach(track[-1], centre) for track in tracks.values()))
+    with plots.sheet(path, list(tracks), title) as (_, panels):
         from matplotlib.collections import LineCollection
         from matplotlib.colors import to_rgb
 
@@ -159,15 +159,15 @@ def draw_trajectories(
             shown = np.isfinite(segments).all((1, 2)) & (np.abs(segments - centre) < 20 * half).all((1, 2))
             colours = np.column_stack([np.tile(to_rgb(COLOURS[0]), (len(alpha), 1)), alpha])[shown]
             panel.add_collection(LineCollection(list(segments[shown]), colors=colours, linewidths=0.9))
-            panel.plot(*home.T, **drawing.home_style(len(home)), zorder=3)
+            panel.plot(*home.T, **plots.home_style(len(home)), zorder=3)
             panel.plot(*track[0].T, "o", color=GREY, alpha=0.35, markersize=2.5, label="start")
             panel.plot(
                 *track[-1].T, "o", color=COLOURS[1], markersize=4.5, markeredgecolor="white", markeredgewidth=0.5,
                 label="end", zorder=4,
             )  # fmt: skip
-            drawing.frame(panel, centre - half, centre + half, axes)
+            plots.frame(panel, centre - half, centre + half, axes)
             outside = int((~(np.abs(track[-1] - centre) <= half).all(1)).sum())
-            drawing.note(panel, f"{outside} of {count} ends outside" if outside else "")
+            plots.note(panel, f"{outside} of {count} ends outside" if outside else "")
     return path
 
 
@@ -196,7 +196,7 @@ def draw_densities(path: Path, samples: Mapping[str, Tensor], limit: float) -> P
         shares[name] = np.histogram2d(inside[:, 0], inside[:, 1], bins=(edges, edges))[0] / len(x)
     # The highest peak may be one cell of a collapsed panel: it saturates, the others stay visible.
     top = max(float(np.median([share.max() for share in shares.values()])), 1e-9)
-    with drawing.sheet(path, list(clouds)) as (figure, panels):
+    with plots.sheet(path, list(clouds)) as (figure, panels):
         from matplotlib.colors import PowerNorm
 
         picture: Any = None
@@ -206,9 +206,9 @@ def draw_densities(path: Path, samples: Mapping[str, Tensor], limit: float) -> P
                 share.T * 1000, origin="lower", extent=(-limit, limit, -limit, limit), cmap="Blues",
                 norm=PowerNorm(0.5, 0, top * 1000), interpolation="nearest",
             )  # fmt: skip
-            drawing.frame(axes, np.full(2, -limit), np.full(2, limit))
+            plots.frame(axes, np.full(2, -limit), np.full(2, limit))
             outside = 1 - share.sum()
-            drawing.note(axes, f"{100 * outside:.2g} % outside" if outside > 5e-5 else "")
+            plots.note(axes, f"{100 * outside:.2g} % outside" if outside > 5e-5 else "")
         saturated = any(share.max() > top for share in shares.values())
         figure.colorbar(
             picture, ax=panels, label="share of the samples per cell (1/1000)", shrink=0.85, aspect=26, pad=0.01,
@@ -244,7 +244,7 @@ def draw_frontier(
     marks = list(dict.fromkeys(mark for panel in panels.values() for mark in panel.marks))
     # Two panels side by side, unless there is much to label: then one above the other.
     crowded = any(sum(map(len, panel.families.values())) > 10 for panel in panels.values())
-    with drawing.sheet(path, list(panels), title, height=4.3, columns=1 if crowded else 2) as (figure, all_axes):
+    with plots.sheet(path, list(panels), title, height=4.3, columns=1 if crowded else 2) as (figure, all_axes):
         for axes, panel in zip(all_axes, panels.values(), strict=True):
             for name, members in panel.families.items():
                 look = families.index(name)
@@ -263,15 +263,15 @@ def draw_frontier(
                     line(floor, **FLOOR, label=FLOOR_NAME)
         for axes, panel in zip(all_axes, panels.values(), strict=True):
             group = list(panels.values()) if share else [panel]
-            drawing.scale(
+            plots.scale(
                 axes, "x", [v for p in group for v in (*(q.price for q in p.points), p.floor_clean or math.nan)]
             )
-            drawing.scale(
+            plots.scale(
                 axes, "y", [v for p in group for v in (*(q.error for q in p.points), p.floor_dirty or math.nan)]
             )
             axes.set_xlabel(f"{measure},\ntrained on clean data")
             axes.set_ylabel(f"{measure},\ntrained on dirty data")
-        drawing.legend(figure, all_axes)
+        plots.legend(figure, all_axes)
         figure.draw_without_rendering()  # the layout is known from here on; labels are placed in pixels
         figure.set_layout_engine("none")
         for axes, panel in zip(all_axes, panels.values(), strict=True):
@@ -281,7 +281,7 @@ def draw_frontier(
                 for p in members
             ]
             joined = [np.array([(p.price, p.error) for p in members]) for members in panel.families.values()]
-            drawing.label_points(axes, labels, np.array([(p.price, p.error) for p in panel.points]), joined)
+            plots.label_points(axes, labels, np.array([(p.price, p.error) for p in panel.points]), joined)
     return path
 
 
@@ -307,19 +307,19 @@ def draw_few_step(
     Raises:
         ValueError: If lengths do not match, or calls are not positive.
     """
-    series = drawing.lines(curves, "calls")
-    with drawing.sheet(path, [title], height=3.9, columns=1) as (_, (axes,)):
-        drawing.draw_lines(axes, series)
+    series = plots.lines(curves, "calls")
+    with plots.sheet(path, [title], height=3.9, columns=1) as (_, (axes,)):
+        plots.draw_lines(axes, series)
         if floor is not None:
             axes.axhline(floor, **FLOOR, label=FLOOR_NAME)
         calls = sorted({float(x) for line in series.values() for x in line[0]})
-        drawing.scale(axes, "x", calls, log=True)
+        plots.scale(axes, "x", calls, log=True)
         # Ticks at the calls that were made, unless they would overlap.
         apart = [x for before, x in zip([0.0, *calls], calls, strict=False) if x > 1.25 * before]
         axes.set_xticks(apart, [f"{x:g}" for x in apart])
-        drawing.scale(axes, "y", [y for line in series.values() for y in line[1]] + ([] if floor is None else [floor]))
+        plots.scale(axes, "y", [y for line in series.values() for y in line[1]] + ([] if floor is None else [floor]))
         axes.set_xlabel("network calls per sample")
-        drawing.label_error(axes, measure)
+        plots.label_error(axes, measure)
     return path
 
 
@@ -343,16 +343,16 @@ def draw_jacobian(
     Raises:
         ValueError: If lengths do not match, or levels are not positive.
     """
-    series = drawing.lines(curves, "levels")
-    with drawing.sheet(path, [title], height=3.9, columns=1) as (_, (axes,)):
-        drawing.draw_lines(axes, series)
+    series = plots.lines(curves, "levels")
+    with plots.sheet(path, [title], height=3.9, columns=1) as (_, (axes,)):
+        plots.draw_lines(axes, series)
         for number, (name, level) in enumerate((marks or {}).items()):
             axes.axvline(
                 level, color=GREY, linestyle=DASHES[(number + 1) % 4], linewidth=1.4, label=f"{name}: {level:g}"
             )
         levels = [x for line in series.values() for x in line[0]]
-        drawing.scale(axes, "x", [*levels, *(marks or {}).values()], log=True)
-        drawing.scale(axes, "y", [y for line in series.values() for y in line[1]], log=False)
+        plots.scale(axes, "x", [*levels, *(marks or {}).values()], log=True)
+        plots.scale(axes, "y", [y for line in series.values() for y in line[1]], log=False)
         axes.set_xlabel("noise level sigma / alpha")
         axes.set_ylabel("norm of the Jacobian of x0_hat")
     return path
@@ -382,7 +382,7 @@ def draw_spectrum(
     if not all((x > 0).all() and np.isfinite(x).all() for x in [true, *series[0].values(), *series[1].values()]):
         raise ValueError("variances must be positive and finite")
     order, names = np.argsort(true), list(dict.fromkeys([*predicted, *measured]))
-    with drawing.sheet(path, [title], height=4.3, columns=1) as (_, (axes,)):
+    with plots.sheet(path, [title], height=4.3, columns=1) as (_, (axes,)):
         ends = [true.min(), true.max()]
         axes.plot(ends, ends, **FLOOR, label="as the data")
         for group, kind in zip(series, ("predicted", "measured"), strict=True):
@@ -393,8 +393,8 @@ def draw_spectrum(
                     true[order], x[order], color=COLOURS[look % len(COLOURS)], label=f"{name}, {kind}",
                     marker="" if kind == "predicted" else MARKERS[look % 4], **style,
                 )  # fmt: skip
-        drawing.scale(axes, "x", true.tolist(), log=True)
-        drawing.scale(axes, "y", [y for group in series for x in group.values() for y in x.tolist()] + ends, log=True)
+        plots.scale(axes, "x", true.tolist(), log=True)
+        plots.scale(axes, "y", [y for group in series for x in group.values() for y in x.tolist()] + ends, log=True)
         axes.set_xlabel("variance of the data along a direction (squared data units)")
         axes.set_ylabel("generated variance")
     return path

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robustdiff.corruption import Corruption, corrupt, from_uint8, to_uint8
-from robustdiff.images import image_grid
-from robustdiff.reproduce import drawing
-from robustdiff.reproduce.figures import draw_few_step
-from robustdiff.reproduce.image_rows import REFERENCE, TRAINING, drawn_images, read_array
-from robustdiff.reproduce.results import Row, main_of, measure
+from experiments.paper import plots
+from experiments.paper.figures import draw_few_step
+from experiments.paper.image_rows import REFERENCE, TRAINING, drawn_images, read_array
+from experiments.paper.results import Row, main_of, measure
+from robustdiff.data.corruption import Corruption, corrupt
+from robustdiff.utils.images import from_uint8, image_grid, to_uint8
 
 SHOWN, COLUMNS = 24, 6
 """Images of each panel, and how many stand in a line."""
@@ -73,7 +73,7 @@ def draw_samples(path: Path, panels: dict[str, Tensor]) -> Path:
     Returns:
         ``path``.
     """
-    with drawing.sheet(path, list(panels), height=2.4, columns=3) as (_, axes):
+    with plots.sheet(path, list(panels), height=2.4, columns=3) as (_, axes):
         for one, images in zip(axes, panels.values(), strict=True):
             grid = image_grid(images, COLUMNS).permute(1, 2, 0).numpy()
             one.imshow(grid[..., 0] if grid.shape[2] == 1 else grid, cmap="gray", vmin=0, vmax=255)

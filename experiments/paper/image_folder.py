@@ -10,11 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from robustdiff import durable
-from robustdiff.config import ReproduceConfig, UsageError
-from robustdiff.images import DataError, ImageSet, load_images
-from robustdiff.reproduce.grid import IMAGE_EXPERIMENTS, ImageRow, Scale
-from robustdiff.reproduce.image_rows import (
+from experiments.paper.config import ReproduceConfig
+from experiments.paper.image_grid_spec import IMAGE_EXPERIMENTS, ImageRow, Scale
+from experiments.paper.image_rows import (
     REFERENCE,
     TRAINING,
     VALIDATION,
@@ -23,6 +21,9 @@ from robustdiff.reproduce.image_rows import (
     save_array,
     settings_of,
 )
+from robustdiff.data.dataset import DataError, ImageDataset, load_images
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
 
 FORMAT = 1
 LOCK, DATA = ".lock", "data/data.json"
@@ -116,7 +117,7 @@ def read_images(config: ReproduceConfig, scale: Scale) -> tuple[dict[str, Tensor
     return parts, about
 
 
-def _load(config: ReproduceConfig, scale: Scale, split: str | None) -> ImageSet:
+def _load(config: ReproduceConfig, scale: Scale, split: str | None) -> ImageDataset:
     assert config.data is not None
     try:
         return load_images(config.data, split=split, resolution=scale.resolution, channels=scale.channels)
@@ -126,7 +127,7 @@ def _load(config: ReproduceConfig, scale: Scale, split: str | None) -> ImageSet:
         raise UsageError(f"--data {error}") from None
 
 
-def _other(config: ReproduceConfig, scale: Scale, split: str | None, count: int) -> ImageSet | None:
+def _other(config: ReproduceConfig, scale: Scale, split: str | None, count: int) -> ImageDataset | None:
     """The split that rows are judged against, or None if there is none or it is too small."""
     try:
         found = load_images(str(config.data), split=split, resolution=scale.resolution, channels=scale.channels)
@@ -177,15 +178,15 @@ def claim(
     if overwrite:
         for path in folder.iterdir():
             if path.name not in (LOCK, "experiment.json"):  # which says that it is ours, should this be cut off
-                durable.remove(path) if path.is_dir() else path.unlink()
-    durable.write_json(folder / "experiment.json", {"format": FORMAT, **about})
+                atomic_io.remove(path) if path.is_dir() else path.unlink()
+    atomic_io.write_json(folder / "experiment.json", {"format": FORMAT, **about})
     for name in ("data", "results", "logs"):
         (folder / name).mkdir(exist_ok=True)
     if images is not None:
         parts, counts = images
         for name, part in parts.items():
             save_array(part, folder / name)
-        durable.write_json(folder / DATA, counts)
+        atomic_io.write_json(folder / DATA, counts)
     else:
         print(f"with the images in {folder / 'data'}, read from {about['data']} before", flush=True)
     return read_json(folder / DATA)

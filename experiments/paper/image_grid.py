@@ -1,4 +1,4 @@
-"""``robustdiff reproduce cifar10 | celeba | lsun``: the image grid, row by row, each a few commands side by side."""
+"""The image grid (cifar10, celeba, lsun), row by row, each a few commands side by side."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ from typing import IO, Any
 
 import torch
 
-from robustdiff import durable
-from robustdiff.config import ReproduceConfig, UsageError
-from robustdiff.evaluation.extractors import open_extractor
-from robustdiff.machine import cores
-from robustdiff.reproduce import tables
-from robustdiff.reproduce.grid import KEY_DIRTS, SCALE, ImageRow, Scale, image_rows
-from robustdiff.reproduce.image_figures import draw_images
-from robustdiff.reproduce.image_folder import (
+from experiments.paper import tables
+from experiments.paper.config import ReproduceConfig
+from experiments.paper.image_figures import draw_images
+from experiments.paper.image_folder import (
     check_claim,
     claim,
     done,
@@ -33,9 +29,26 @@ from robustdiff.reproduce.image_folder import (
     prepared,
     read_images,
 )
-from robustdiff.reproduce.image_rows import Command, ImageTask, commands, record, trained_by
-from robustdiff.reproduce.rows import pick
-from robustdiff.stopping import Interrupted, stop_signals
+from experiments.paper.image_grid_spec import (
+    KEY_DIRTS,
+    SCALE,
+    ImageRow,
+    Scale,
+    image_rows,
+)
+from experiments.paper.image_rows import (
+    Command,
+    ImageTask,
+    commands,
+    record,
+    trained_by,
+)
+from experiments.paper.toy_grid import pick
+from robustdiff.evaluation.extractors import open_extractor
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.resources import cores
+from robustdiff.utils.signals import Interrupted, stop_signals
 
 POLL = 0.2
 """Seconds between looks at the running commands."""
@@ -187,12 +200,12 @@ class _Grid:
                 row, result = step
                 runs = {**done(row, one.task.scale, one.task.folder), str(one.task.seed): result}
                 body = record(row, one.task, self.experiment, self.about, runs)
-                durable.write_json(one.task.folder / "results" / f"{row.name}.json", body)
+                atomic_io.write_json(one.task.folder / "results" / f"{row.name}.json", body)
                 one.left.remove(row)
                 main = result["main"]
                 print(f"{row.name}, seed {one.task.seed}: {main} {result['values'][main]:.5g}", flush=True)
         except (ValueError, KeyError) as error:  # what a command wrote cannot be read, or does not hold what it should
-            self._give_up(one, durable.one_line(error))
+            self._give_up(one, atomic_io.one_line(error))
             return
         self.running.remove(one)
 
@@ -270,5 +283,5 @@ def finish(folder: Path, config: ReproduceConfig) -> Path:
     drawn = draw_images(folder, rows, KEY_DIRTS)
     notes = ["Quick run: a tiny network and a few images. Its numbers prove nothing."] * config.quick
     page = folder / "index.html"
-    durable.write_text(page, tables.page(rows, drawn, f"robustdiff reproduce {config.name}", notes))
+    atomic_io.write_text(page, tables.page(rows, drawn, f"python -m experiments.paper {config.name}", notes))
     return page

@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustdiff import durable
-from robustdiff.checkpoint import list_checkpoints
-from robustdiff.config import UsageError
-from robustdiff.corruption import from_uint8
-from robustdiff.noise import noise_level
-from robustdiff.reproduce.grid import IMAGE_DIRTS, ImageRow, Scale
-from robustdiff.reproduce.results import summary
-from robustdiff.reproduce.running import digest
-from robustdiff.sampling import to_uint8
-from robustdiff.version import __version__
+from experiments.paper.image_grid_spec import IMAGE_DIRTS, ImageRow, Scale
+from experiments.paper.results import summary
+from experiments.paper.toy_training import digest
+from robustdiff import __version__
+from robustdiff.audit.single_image_noise import noise_level
+from robustdiff.diffusion.pipeline import to_uint8
+from robustdiff.training.checkpoint import list_checkpoints
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.images import from_uint8
 
 FORMAT = 1
 TRAINING, REFERENCE, VALIDATION = "data/training.npy", "data/reference.npy", "data/validation.npy"
@@ -203,7 +203,7 @@ def _train(task: ImageTask, row: ImageRow, method: str) -> Iterator[Command]:
     else:
         again = ("--overwrite",) if folder.exists() else ()
         yield Command((*flags, *again), f"training {method} on {row.dirt}, seed {task.seed}")
-    durable.write_json(note, {"arguments": list(flags)})
+    atomic_io.write_json(note, {"arguments": list(flags)})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -213,9 +213,9 @@ def read_json(path: Path) -> dict[str, Any]:
         UsageError: If it cannot be read.
     """
     try:
-        return durable.read_json(path)
+        return atomic_io.read_json(path)
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read ({durable.one_line(error)}): delete it and run again") from None
+        raise UsageError(f"{path} cannot be read ({atomic_io.one_line(error)}): delete it and run again") from None
 
 
 def _choose(task: ImageTask, row: ImageRow, source: str) -> Generator[Command, None, float]:
@@ -255,7 +255,7 @@ def save_array(images: Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}")
     np.save(part, np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy()))
-    durable.fsync_file(part)
+    atomic_io.fsync_file(part)
     part.replace(path)
 
 

@@ -339,22 +339,6 @@ def largest_displacement(gains: Tensor, bounds: Tensor) -> float:
 # -- what metrics say about samples of the true law --------------------------------------------------
 
 
-def frechet_floor(v: Tensor, n: int) -> float:
-    """Expected Frechet distance between a Gaussian and n samples of it, to leading order in 1/n.
-
-    ``tr(Sigma) / n + 1/2 sum_ij v_i v_j (1 + [i = j]) / ((n - 1) (v_i + v_j))``; the first term is due to the mean.
-
-    Args:
-        v: Eigenvalues of the covariance, >= 0, shape (d,); zeros add nothing.
-        n: Samples; the formula is good where n is several times d.
-
-    Source: derived for this project; docs/theory.md T11.
-    """
-    v = _double(v)
-    pairs = v[:, None] * v / (v[:, None] + v).clamp(min=torch.finfo(torch.float64).tiny)
-    return float(v.sum() / n + (pairs.sum() + pairs.diagonal().sum()) / (2 * (n - 1)))
-
-
 def coverage_of_one_law(n: int, neighbours: int = 5) -> float:
     """Expected coverage between two sets of n samples of one law, of any continuous density.
 

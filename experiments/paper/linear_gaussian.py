@@ -2,7 +2,7 @@
 
 The network is one matrix per timestep. Its minimiser is solved for from gradients of the package's own objective, with
 omega drawn by the package's own perturbations; samples come from diffusers' stock schedulers, attacks from the package.
-Predictions come from :mod:`robustdiff.linear`, which none of these use.
+Predictions come from :mod:`experiments.paper.linear`, which none of these use.
 
 A little over 400 lines: one claim after the other.
 """
@@ -18,14 +18,23 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from robustdiff import __version__, linear
-from robustdiff.baselines import InvarianceObjective
-from robustdiff.calling import Model
-from robustdiff.config import UsageError
-from robustdiff.objective import Gate, PlainObjective, RobustObjective
-from robustdiff.perturbation import AdversarialPerturbation, Perturbation, Radius, RandomPerturbation, Response
-from robustdiff.process import NoiseProcess
-from robustdiff.sampling import RelabelledModel, make_scheduler
+from experiments.paper import linear
+from robustdiff import __version__
+from robustdiff.diffusion.model import Model
+from robustdiff.diffusion.pipeline import make_scheduler
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.diffusion.sigma_floor import SigmaClampedModel
+from robustdiff.losses.baselines import InvarianceLoss
+from robustdiff.losses.denoising import DenoisingLoss
+from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
+from robustdiff.losses.perturbation import (
+    AdversarialPerturbation,
+    Perturbation,
+    Radius,
+    RandomPerturbation,
+    Response,
+)
+from robustdiff.utils.errors import UsageError
 
 SPECTRA = ("powerlaw", "flat", "two-level")
 UNIT = Radius(exponent=0.0, scale=1.0, floor=0.0, random=False)
@@ -101,7 +110,7 @@ class Data:
         return torch.Generator().manual_seed(self.seed * 10_000 + offset)
 
 
-def solve(objective: PlainObjective, data: Data, timesteps: Sequence[int], diagonal: bool = False) -> LinearDenoiser:
+def solve(objective: DenoisingLoss, data: Data, timesteps: Sequence[int], diagonal: bool = False) -> LinearDenoiser:
     """The linear network at which the objective's gradient vanishes.
 
     The gradient of a loss that is quadratic in the network is ``W C - B``: its values at 0 and at the identity give the
@@ -182,13 +191,13 @@ class Finding:
             self.curves[f"{case}: continuum"] = continuum / v
 
 
-def robust(process: NoiseProcess, m: float, **changes: Any) -> RobustObjective:  # noqa: ANN401
+def robust(process: NoiseSchedule, m: float, **changes: Any) -> EquivarianceLoss:  # noqa: ANN401
     """The objective with omega uniform on [-1, 1] and ``lambda kappa = m``."""
-    return RobustObjective(process, RandomPerturbation(), **{"strength": m / KAPPA, "radius": UNIT, **changes})
+    return EquivarianceLoss(process, RandomPerturbation(), **{"strength": m / KAPPA, "radius": UNIT, **changes})
 
 
 def _T3(finding: Finding) -> None:
-    data, process = finding.data, NoiseProcess.from_scheduler(ddpm())
+    data, process = finding.data, NoiseSchedule.from_scheduler(ddpm())
     finding.settings["m"] = [1.0, 0.3, 3.0]
     samplers = {name: make_scheduler(name, ddpm(), finding.steps) for name in ("ddim", "ddpm")}
     alpha_bar = visited(samplers["ddim"])[:-1]
@@ -200,7 +209,7 @@ def _T3(finding: Finding) -> None:
 
 
 def _T4(finding: Finding) -> None:
-    data, process = finding.data, NoiseProcess.from_scheduler(ddpm())
+    data, process = finding.data, NoiseSchedule.from_scheduler(ddpm())
     m = finding.settings["m"] = 1.0
     scheduler = make_scheduler("ddim", ddpm(), finding.steps)
     for case, effective, changes in (
@@ -223,7 +232,7 @@ def _T5(finding: Finding) -> None:
         cases[f"largest noise {largest:g}"] = ddpm(levels), linear.invariance_variance(data.v, m, largest)
     cases["default process"] = ddpm(), None
     for case, (base, continuum) in cases.items():
-        objective = InvarianceObjective(NoiseProcess.from_scheduler(base), RandomPerturbation(), m / KAPPA, UNIT)
+        objective = InvarianceLoss(NoiseSchedule.from_scheduler(base), RandomPerturbation(), m / KAPPA, UNIT)
         scheduler = make_scheduler("ddim", base, steps)
         model = solve(objective, data, scheduler.timesteps.tolist())
         w = linear.invariance_optimum(visited(scheduler)[:-1], data.v, m)
@@ -231,13 +240,13 @@ def _T5(finding: Finding) -> None:
 
 
 def _T6(finding: Finding) -> None:
-    data, process = finding.data, NoiseProcess.from_scheduler(ddpm())
+    data, process = finding.data, NoiseSchedule.from_scheduler(ddpm())
     finding.settings["gates"] = gates = [[0.0, 0.17, 1.7], [0.0, 0.115, 5.9], [0.5, 3.0, 2.0]]
     samplers = {name: make_scheduler(name, ddpm(), finding.steps) for name in ("ddim", "ddpm")}
     alpha_bar = visited(samplers["ddim"])[:-1]
     level = (1 / alpha_bar - 1).sqrt()
     for low, high, m in gates:
-        objective = robust(process, m, strength=Gate(low, high, m / KAPPA))
+        objective = robust(process, m, strength=SigmaRange(low, high, m / KAPPA))
         model = solve(objective, data, samplers["ddim"].timesteps.tolist())
         w = linear.optimum(alpha_bar, data.v, m * ((low <= level) & (level <= high)).double())
         for name, scheduler in samplers.items():
@@ -247,14 +256,14 @@ def _T6(finding: Finding) -> None:
 
 
 def _T7(finding: Finding) -> None:
-    data, process = finding.data, NoiseProcess.from_scheduler(ddpm())
+    data, process = finding.data, NoiseSchedule.from_scheduler(ddpm())
     m = finding.settings["m"] = 1.0
     relabel = finding.settings["relabel"] = (1 + m) ** 0.5
     scheduler = make_scheduler("ddim", ddpm(), finding.steps)
     asked = process.timestep_at(relabel * process.noise_to_signal(scheduler.timesteps))
-    plain = solve(PlainObjective(process), data, sorted({*scheduler.timesteps.tolist(), *asked.tolist()}))
+    plain = solve(DenoisingLoss(process), data, sorted({*scheduler.timesteps.tolist(), *asked.tolist()}))
     w = linear.optimum(visited(scheduler)[:-1], data.v, m)
-    finding.sample("relabelled", scheduler, RelabelledModel(plain, process, relabel), w, data.v / (1 + m))
+    finding.sample("relabelled", scheduler, SigmaClampedModel(plain, process, relabel), w, data.v / (1 + m))
 
 
 def waves(d: int) -> Tensor:
@@ -266,7 +275,7 @@ def waves(d: int) -> Tensor:
 
 
 def _T9(finding: Finding) -> None:
-    data, process = finding.data, NoiseProcess.from_scheduler(ddpm())
+    data, process = finding.data, NoiseSchedule.from_scheduler(ddpm())
     d, column = len(data.v), torch.arange(len(data.v))
     finding.settings.update(sigma_over_alpha=1.0, attack_steps=20)
     t = process.timestep_at(torch.tensor(1.0))
@@ -279,7 +288,7 @@ def _T9(finding: Finding) -> None:
         "random signs": RandomPerturbation("signs"),
     }
     for name, world in worlds.items():
-        model, x_t = solve(PlainObjective(process), world, [int(t)]), process.add_noise(world.x0, world.eps, times)
+        model, x_t = solve(DenoisingLoss(process), world, [int(t)]), process.add_noise(world.x0, world.eps, times)
         low, high = linear.linf_bounds(alpha_bar, linear.optimum(alpha_bar, world.v), 1.0)
         finding.curves[f"{name}: bounds"] = torch.tensor([low, high])
 
@@ -300,7 +309,7 @@ def _T9(finding: Finding) -> None:
 
 
 def _T10(finding: Finding) -> None:
-    v, process, steps = finding.data.v, NoiseProcess.from_scheduler(ddpm()), 10
+    v, process, steps = finding.data.v, NoiseSchedule.from_scheduler(ddpm()), 10
     finding.settings.update(m=[2.0, 0.0], push=0.1, sampler_steps=steps, attack_steps=20, restarts=8)
     data = Data.draw(v, torch.eye(len(v), dtype=torch.float64), len(finding.data.x0), finding.data.seed)
     scheduler = make_scheduler("ddim", ddpm(), steps)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdiff.images import image_grid
-from robustdiff.reproduce import figures
-from robustdiff.reproduce.drawing import sheet
-from robustdiff.reproduce.figures import Frontier, Point
-from robustdiff.reproduce.measuring import dimension, free_choices, training_for, training_set
-from robustdiff.reproduce.rows import DIRTS, FRONTIER, MAIN, METHODS
-from robustdiff.reproduce.running import Denoiser, draw
-from robustdiff.worlds import LinearGaussian, Mixture, Plane, Subspace, World
+from experiments.paper import figures
+from experiments.paper.errors import dimension, free_choices, training_for, training_set
+from experiments.paper.figures import Frontier, Point
+from experiments.paper.plots import sheet
+from experiments.paper.toy_grid import DIRTS, FRONTIER, MAIN, METHODS
+from experiments.paper.toy_training import Denoiser, draw
+from experiments.paper.worlds import LinearGaussian, Mixture, Plane, Subspace, World
+from robustdiff.utils.images import image_grid
 
 Rows = Mapping[str, Mapping[str, Any]]
 """Results by the name of the row, ``world-dirt-method``."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustdiff.config import UsageError
+from robustdiff.utils.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

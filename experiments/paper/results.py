@@ -6,16 +6,15 @@ Rows are grouped by place: their world, or ``invariance-WORLD`` for the experime
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from robustdiff.config import UsageError
-from robustdiff.durable import one_line, read_json
-from robustdiff.reproduce.grid import IMAGE_DIRTS, IMAGE_METHODS, IMAGE_WORLDS
-from robustdiff.reproduce.rows import DIRTS, FRONTIER, INVARIANCE, MAIN, METHODS
+from experiments.paper.image_grid_spec import IMAGE_DIRTS, IMAGE_METHODS, IMAGE_WORLDS
+from experiments.paper.toy_grid import DIRTS, FRONTIER, INVARIANCE, MAIN, METHODS
+from robustdiff.utils.atomic_io import one_line, read_json
+from robustdiff.utils.errors import UsageError
 
 Row = dict[str, Any]
 """One results file, and its name under ``file``."""
@@ -110,7 +109,7 @@ def load(folder: Path) -> list[Row]:
         names[key_of(row)] = path.name
         rows.append({**row, "file": path.name})
     if not rows:
-        raise UsageError(f"{folder} holds no results: run `robustdiff reproduce NAME` first")
+        raise UsageError(f"{folder} holds no results: run `python -m experiments.paper NAME` first")
     places = {
         place: i for i, place in enumerate([*MAIN, *(f"invariance-{world}" for world in MAIN), *IMAGE_WORLDS, LINEAR])
     }
@@ -212,29 +211,6 @@ def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 # -- numbers ---------------------------------------------------------------------------------------------
-
-
-def number(x: float) -> str:
-    """Three significant digits, positional between 0.0001 and a million."""
-    if x == 0 or not math.isfinite(x):
-        return f"{x:g}"
-    if not 1e-4 <= abs(x) < 1e6:
-        return f"{x:.2e}"
-    rounded = float(f"{x:.2e}")
-    return f"{rounded:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
-
-
-def spread(value: Mapping[str, Any]) -> str:
-    """Mean ± standard deviation, with the decimals that give the larger three digits; the mean alone for one seed."""
-    mean, sd = value["mean"], value.get("sd")
-    if sd is None:
-        return number(mean)
-    larger = max(abs(mean), sd)
-    if larger == 0 or not 1e-4 <= larger < 1e6:
-        return f"{number(mean)} ± {number(sd)}"
-    decimals = max(0, 2 - math.floor(math.log10(larger)))
-    small = f"{sd:.{decimals}f}" if sd == 0 or round(sd, decimals) else f"{sd:.1g}"
-    return f"{number(mean) if mean and abs(mean) >= sd else f'{mean:.{decimals}f}'} ± {small}"
 
 
 def marks(values: Sequence[Mapping[str, Any] | None], better: bool | Literal["one"] | None) -> list[str]:

@@ -14,8 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from robustdiff.reproduce.grid import IMAGE_WORLDS
-from robustdiff.reproduce.results import (
+from experiments.paper.image_grid_spec import IMAGE_WORLDS
+from experiments.paper.results import (
     LINEAR,
     MEASURES,
     YARDSTICKS,
@@ -27,11 +27,10 @@ from robustdiff.reproduce.results import (
     marks,
     measure,
     method_rank,
-    number,
     place_of,
-    spread,
 )
-from robustdiff.reproduce.rows import MAIN
+from experiments.paper.toy_grid import MAIN
+from robustdiff.report.numbers import number, spread
 
 __all__ = ["MAIN", "MEASURES", "Row", "detail", "fill", "frontier_table", "load", "page", "table"]
 
@@ -356,7 +355,7 @@ def page(
     """
     from jinja2 import Environment, StrictUndefined
 
-    source = resources.files("robustdiff.reproduce").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    source = resources.files("experiments.paper").joinpath("page.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pictures = [(path.stem.replace("-", " "), base64.b64encode(path.read_bytes()).decode("ascii")) for path in figures]
     places = [_section(rows, place) for place in dict.fromkeys(map(place_of, rows))]

@@ -10,14 +10,23 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from robustdiff.baselines import InputPerturbationObjective, InvarianceObjective, PseudoHuberObjective
-from robustdiff.config import UsageError
-from robustdiff.objective import PRESETS, Gate, PlainObjective, RobustObjective
-from robustdiff.perturbation import AdversarialPerturbation, Radius, RandomPerturbation
-from robustdiff.process import NoiseProcess, Prediction
-from robustdiff.reproduce.grid import FLOORS, RELABELS, SHRINKS
+from experiments.paper.image_grid_spec import FLOORS, RELABELS, SHRINKS
+from robustdiff.diffusion.schedule import NoiseSchedule, Prediction
+from robustdiff.losses.baselines import (
+    InputPerturbationLoss,
+    InvarianceLoss,
+    PseudoHuberLoss,
+)
+from robustdiff.losses.denoising import DenoisingLoss
+from robustdiff.losses.equivariance import PRESETS, EquivarianceLoss, SigmaRange
+from robustdiff.losses.perturbation import (
+    AdversarialPerturbation,
+    Radius,
+    RandomPerturbation,
+)
+from robustdiff.utils.errors import UsageError
 
-Objective = Callable[[NoiseProcess], PlainObjective]
+Objective = Callable[[NoiseSchedule], DenoisingLoss]
 
 DIRTS: Mapping[str, tuple[str, ...]] = {
     "clean": (),
@@ -93,7 +102,7 @@ class Method:
 
     title: str
     what: str
-    objective: Objective = PlainObjective
+    objective: Objective = DenoisingLoss
     told: str = "nothing"
     settings: Mapping[str, Any] = field(default_factory=dict)
     free: Literal["relabel", "label_floor", "shrink"] | None = None
@@ -109,9 +118,9 @@ UNIT = Radius(exponent=0.0, scale=1.0, floor=0.0, random=False)
 """Random signs of radius 1: kappa = E[omega^2] = 1, so that the strength is m of docs/theory.md."""
 
 
-def equivariant(strength: float | Gate, perturbation: Any = SIGNS) -> Objective:  # noqa: ANN401 - either kind
+def equivariant(strength: float | SigmaRange, perturbation: Any = SIGNS) -> Objective:  # noqa: ANN401 - either kind
     """The robust objective with perturbations of radius 1: with signs the strength is m."""
-    return lambda process: RobustObjective(process, perturbation=perturbation, strength=strength, radius=UNIT)
+    return lambda process: EquivarianceLoss(process, perturbation=perturbation, strength=strength, radius=UNIT)
 
 
 def _strength(low: float, high: float, m: float) -> dict[str, Any]:
@@ -120,7 +129,7 @@ def _strength(low: float, high: float, m: float) -> dict[str, Any]:
 
 
 def _paper(perturbation: Any) -> Objective:  # noqa: ANN401 - either kind
-    return lambda process: RobustObjective.preset("paper", process, perturbation=perturbation)
+    return lambda process: EquivarianceLoss.preset("paper", process, perturbation=perturbation)
 
 
 PAPER = {"strength": 0.3, "radius": "s^2 U(0, 1) + 8/255"}
@@ -135,9 +144,7 @@ METHODS: dict[str, Method] = {
     "invariance": Method(
         "invariance (paper)",
         "classifier-style adversarial training: the predicted noise must not move",
-        lambda process: InvarianceObjective(
-            process, perturbation=AdversarialPerturbation(), strength=0.3, radius=Radius()
-        ),
+        lambda process: InvarianceLoss(process, perturbation=AdversarialPerturbation(), strength=0.3, radius=Radius()),
         settings={"perturbation": "adversarial, one step, shift", **PAPER},
         prediction="epsilon",
     ),
@@ -162,7 +169,7 @@ METHODS: dict[str, Method] = {
     "preset": Method(
         "gated, as shipped",
         "the package's default preset: random uniform noise of radius 1 at sigma/alpha <= 0.2, m = 1.25",
-        lambda process: RobustObjective.preset("gated", process),
+        lambda process: EquivarianceLoss.preset("gated", process),
         told="nothing of these data; chosen on the frontiers of these worlds",
         settings={
             "perturbation": "random uniform, r = 1",
@@ -174,21 +181,21 @@ METHODS: dict[str, Method] = {
     "gated-strong": Method(
         "gated, c = 0.15, m = 5",
         "stronger than the preset: random uniform noise of radius 1 at sigma/alpha <= 0.15, m = 5",
-        lambda process: RobustObjective.preset("gated", process, strength=Gate(0.0, 0.15, 15.0)),
+        lambda process: EquivarianceLoss.preset("gated", process, strength=SigmaRange(0.0, 0.15, 15.0)),
         settings={"perturbation": "random uniform, r = 1", "low": 0.0, "high": 0.15, "strength": 15.0},
     ),
     "gated-low": Method(
         "gated, low noise",
         "random signs at sigma/alpha <= 0.1 only, m = 10: by T6 a soft Wiener filter whose edge sqrt(m) c = 0.32 lies "
         "between the deviation of the dirt, 0.2, and that of the data, 0.46 on the plane",
-        equivariant(Gate(0.0, 0.1, 10.0)),
+        equivariant(SigmaRange(0.0, 0.1, 10.0)),
         told="kind and size of the dirt (to place the gate)",
         settings=_strength(0.0, 0.1, 10.0),
     ),
     "gated-mid": Method(
         "gated, middle band",
         "random signs at 0.5 <= sigma/alpha <= 3 only, m = 3 (T6: the band for outliers)",
-        equivariant(Gate(0.5, 3.0, 3.0)),
+        equivariant(SigmaRange(0.5, 3.0, 3.0)),
         told="kind of the dirt (to place the band)",
         settings=_strength(0.5, 3.0, 3.0),
     ),
@@ -203,13 +210,13 @@ METHODS: dict[str, Method] = {
     "pseudo-huber": Method(
         "pseudo-Huber",
         "denoising loss that large errors pull less at",
-        PseudoHuberObjective,
+        PseudoHuberLoss,
         settings={"loss_width": "level"},
     ),
     "input-perturbation": Method(
         "input perturbation",
         "more noise in the input than the target says, gamma = 0.1",
-        InputPerturbationObjective,
+        InputPerturbationLoss,
         settings={"gamma": 0.1},
     ),
     "relabelled": Method(
@@ -251,7 +258,7 @@ def _family(family: str, low: float, high: float, m: float, perturbation: Any = 
     return Method(
         f"{family}: [{low:g}, {high:g}], m = {m:g}",
         f"equivariance, {kind}, strength {m:g} for sigma/alpha in [{low:g}, {high:g}]",
-        equivariant(Gate(low, high, m), perturbation),
+        equivariant(SigmaRange(low, high, m), perturbation),
         settings=settings,
         family=family,
     )
@@ -282,8 +289,8 @@ INVARIANCE: dict[str, Method] = {
             prediction="epsilon",
         )
         for name, kind, what in (
-            ("equivariance", RobustObjective, "the predicted noise must move with the noise"),
-            ("invariance", InvarianceObjective, "the predicted noise must not move"),
+            ("equivariance", EquivarianceLoss, "the predicted noise must move with the noise"),
+            ("invariance", InvarianceLoss, "the predicted noise must not move"),
         )
         for m in STRENGTHS
     },

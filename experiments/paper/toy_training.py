@@ -17,20 +17,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from robustdiff import durable
-from robustdiff.config import UsageError
-from robustdiff.corruption import derive_seed
-from robustdiff.networks import PointDenoiser
-from robustdiff.objective import Model, PlainObjective
-from robustdiff.process import NoiseProcess, Prediction, draw_normal
-from robustdiff.reproduce.rows import Training
+from experiments.paper.point_denoiser import PointDenoiser
+from experiments.paper.toy_grid import Training
+from robustdiff.diffusion.schedule import NoiseSchedule, Prediction
+from robustdiff.losses.denoising import DenoisingLoss
+from robustdiff.losses.equivariance import Model
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.random import draw_normal
+from robustdiff.utils.seeds import derive_seed
 
 WARMUP = 200
 
 
-def process_for(prediction: Prediction) -> NoiseProcess:
+def process_for(prediction: Prediction) -> NoiseSchedule:
     """1000 linear betas (Ho et al. 2020)."""
-    return NoiseProcess.from_scheduler(DDPMScheduler(prediction_type=prediction))
+    return NoiseSchedule.from_scheduler(DDPMScheduler(prediction_type=prediction))
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Denoiser:
     """
 
     model: Model
-    process: NoiseProcess
+    process: NoiseSchedule
     seconds: float = 0.0
 
     def eps_hat(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ class Stopped(Exception):
 
 
 def train(
-    objective: PlainObjective, x0: Tensor, training: Training, seed: int, stop: Callable[[], bool] = lambda: False
+    objective: DenoisingLoss, x0: Tensor, training: Training, seed: int, stop: Callable[[], bool] = lambda: False
 ) -> PointDenoiser:
     """Train a ``PointDenoiser`` and return its moving average.
 
@@ -118,7 +120,7 @@ def save(model: PointDenoiser, path: Path, settings: object, seconds: float) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(model.state_dict(), part, {"settings": digest(settings), "seconds": f"{seconds:.2f}"})
-    durable.fsync_file(part)
+    atomic_io.fsync_file(part)
     os.replace(part, path)
 
 
@@ -139,7 +141,7 @@ def load(path: Path, dimension: int, training: Training, settings: object) -> tu
         model.load_state_dict(load_file(path))
         seconds = float(about.get("seconds", 0))
     except Exception as error:  # safetensors and torch raise types of their own
-        raise UsageError(f"{path} cannot be read ({durable.one_line(error)}): delete it and run again") from None
+        raise UsageError(f"{path} cannot be read ({atomic_io.one_line(error)}): delete it and run again") from None
     return model.eval().requires_grad_(False), seconds
 
 

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-from robustdiff import linear
-from robustdiff.corruption import derive_seed
-from robustdiff.process import draw_normal
-from robustdiff.reproduce.measuring import (
+from experiments.paper import linear
+from experiments.paper.errors import (
     ImageOptions,
     build_world,
     choose,
@@ -33,9 +31,20 @@ from robustdiff.reproduce.measuring import (
     training_for,
     training_set,
 )
-from robustdiff.reproduce.rows import Row, Training, training_data
-from robustdiff.reproduce.running import Denoiser, Stopped, draw, load, process_for, save, settings_of, train
-from robustdiff.worlds import LinearGaussian, Plane, World
+from experiments.paper.toy_grid import Row, Training, training_data
+from experiments.paper.toy_training import (
+    Denoiser,
+    Stopped,
+    draw,
+    load,
+    process_for,
+    save,
+    settings_of,
+    train,
+)
+from experiments.paper.worlds import LinearGaussian, Plane, World
+from robustdiff.utils.random import draw_normal
+from robustdiff.utils.seeds import derive_seed
 
 CURVES = ("ideal", "plain", "adversarial-shift", "gated-low", "gated-mid", "label-floor", "clean-subset")
 """Rows whose error is also measured against the number of network calls, with their Jacobians (first seed)."""

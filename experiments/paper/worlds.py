@@ -22,7 +22,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from robustdiff.corruption import Corruption, corrupt
+from robustdiff.data.corruption import Corruption, corrupt
 
 NEIGHBOURLESS = ("gaussian", "impulse", "missing", "outlier")
 """Dirt that has a meaning for points, whose coordinates are no neighbours of one another."""

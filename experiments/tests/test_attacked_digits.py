@@ -7,12 +7,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from helpers import experiment
-from test_attack_command import small_pipeline
+from robustdiff.commands.main import parse
+from tests.commands.test_attack import small_pipeline
 
-from robustdiff.cli import parse
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import experiment
 from torch import Tensor
 
-from robustdiff import linear
-from robustdiff.reproduce.running import process_for
+from experiments.paper import linear
+from experiments.paper.toy_training import process_for
+from helpers import experiment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from helpers import experiment
+from robustdiff.data.dataset import load_images
 
-from robustdiff import load_images
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMITTED: dict[str, Any] = json.loads((ROOT / "experiments" / "results" / "audit.json").read_text())
 
 

@@ -1,4 +1,4 @@
-"""``robustdiff reproduce``: what it writes, what it does again, what it refuses, and what survives kills.
+"""``python -m experiments.paper``: what it writes, what it does again, what it refuses, and what survives kills.
 
 Long, because one command is followed through all its ends, with one launcher for the tests of real processes.
 """
@@ -26,17 +26,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from robustdiff import cli
-from robustdiff.config import EXPERIMENTS
-from robustdiff.reproduce import command, linear_gaussian, measuring, rows
-from robustdiff.reproduce.linear_gaussian import CLAIMS
-from robustdiff.reproduce.measuring import build_world, floor_of, judge, predicted_variance
-from robustdiff.reproduce.rows import METHODS, rows_of
-from robustdiff.reproduce.running import Denoiser, load, process_for
+from experiments.paper import command, errors, linear_gaussian, toy_grid
+from experiments.paper.__main__ import reproduce
+from experiments.paper.config import EXPERIMENTS
+from experiments.paper.errors import build_world, floor_of, judge, predicted_variance
+from experiments.paper.linear_gaussian import CLAIMS
+from experiments.paper.toy_grid import METHODS, rows_of
+from experiments.paper.toy_training import Denoiser, load, process_for
 
 TINY = {"points": 300, "steps": 60, "samples": 100, "calls": 20, "width": 16, "depth": 1}
 CALLS = (20, 5)
-SMALL = dataclasses.replace(rows.POINTS, **TINY)
+SMALL = dataclasses.replace(toy_grid.POINTS, **TINY)
 CONTRACT = {
     "format", "experiment", "world", "dirt", "dirt_spec", "method", "title", "family", "what", "told", "settings",
     "seeds", "n", "values", "floor", "curves", "seconds", "version", "hardware", "torch",
@@ -44,23 +44,23 @@ CONTRACT = {
 PLAIN, FREE, BAND = "plane-clean-plain", "plane-clean-shrunk", "plane-clean-gated-mid"
 LAUNCHER = f"""
 import dataclasses, os, pathlib, sys, time
-from robustdiff.reproduce import measuring, rows, working
+from experiments.paper import errors, toy_grid, worker
 
-measuring.POINTS, measuring.CALLS = dataclasses.replace(rows.POINTS, **{TINY}), {CALLS}
-whole, hold = working.train, pathlib.Path(os.environ["HOLD"])
+errors.POINTS, errors.CALLS = dataclasses.replace(toy_grid.POINTS, **{TINY}), {CALLS}
+whole, hold = worker.train, pathlib.Path(os.environ["HOLD"])
 
 def train(objective, x0, training, seed, stop):  # first seeds as ever; later ones wait as long as the folder is there
     while seed and hold.exists():
         (hold / str(os.getpid())).touch()
         if stop():
-            raise working.Stopped
+            raise worker.Stopped
         time.sleep(0.02)
     return whole(objective, x0, training, seed, stop)
 
-working.train = train
+worker.train = train
 if __name__ == "__main__":
-    from robustdiff import cli
-    sys.exit(cli.main())
+    from experiments.paper.__main__ import reproduce
+    sys.exit(reproduce())
 """
 """The command with tiny networks, in its workers too, which import it again."""
 
@@ -97,8 +97,8 @@ class Here:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny networks, trained in this process; no figures, which take longer."""
     monkeypatch.setattr(command, "draw_all", lambda *_: [])
-    monkeypatch.setattr(measuring, "POINTS", SMALL)
-    monkeypatch.setattr(measuring, "CALLS", CALLS)
+    monkeypatch.setattr(errors, "POINTS", SMALL)
+    monkeypatch.setattr(errors, "CALLS", CALLS)
     monkeypatch.setattr(command, "ProcessPoolExecutor", Here)
 
 
@@ -112,13 +112,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*arguments: str | Path) -> None:
-    assert cli.main(["reproduce", *map(str, arguments)]) == 0
+    assert reproduce([*map(str, arguments)]) == 0
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path, status: int = 2) -> str:
     """The one line that goes wrong ends with."""
     capsys.readouterr()
-    assert cli.main(["reproduce", *map(str, arguments)]) == status
+    assert reproduce([*map(str, arguments)]) == status
     error = capsys.readouterr().err
     assert error.startswith("robustdiff: ")
     assert error.count("\n") == 1
@@ -205,7 +205,7 @@ def test_a_row_ends_with_its_result_its_network_and_a_page(small: None, tmp_path
             value = row["runs"]["0"][part][key]
             assert summary == {"mean": value, "sd": None, "per_seed": [value]}
     page = (folder / "index.html").read_text()
-    assert "robustdiff reproduce plane" in page
+    assert "python -m experiments.paper plane" in page
     assert "Quick run" in page
 
 
@@ -252,7 +252,7 @@ def test_free_rows_ask_the_network_of_plain(small: None, tmp_path: Path, capsys)
     assert "3 results, 0 of them done, 1 networks to go" in capsys.readouterr().out
     (network,) = (folder / "networks").iterdir()
     assert network.name == f"{PLAIN}-seed0.safetensors"
-    for name, tried in ((FREE, rows.SHRINKS), ("plane-clean-relabelled", rows.RELABELS)):
+    for name, tried in ((FREE, toy_grid.SHRINKS), ("plane-clean-relabelled", toy_grid.RELABELS)):
         row = result(folder, name)
         assert row["runs"]["0"]["chosen"] in tried
         assert row["settings"]["tried"] == list(tried)
@@ -324,7 +324,7 @@ def test_the_list_names_every_row_and_writes_nothing(here: Path, capsys) -> None
     assert [line.split("  ")[0] for line in lines] == [row.name for row in every]
     assert all(f"({row.seeds} seed" in line and row.what.what in line for row, line in zip(every, lines, strict=True))
     run("mixture", "--list", "--quick", *some("*-inlier-*"), "--overwrite")
-    assert len(capsys.readouterr().out.splitlines()) == len(rows.QUICK["inlier"])
+    assert len(capsys.readouterr().out.splitlines()) == len(toy_grid.QUICK["inlier"])
     run("linear-gaussian", "--list")
     assert capsys.readouterr().out.split() == list(CLAIMS)
     assert not list(here.iterdir())
@@ -429,7 +429,7 @@ def test_results_of_other_settings_are_named(small: None, tmp_path: Path, capsys
     arguments = ("plane", "--quick", *some(PLAIN), "-o", folder)
     run(*arguments)
     before = tree(folder)
-    monkeypatch.setattr(measuring, "POINTS", dataclasses.replace(SMALL, learning_rate=1e-3))
+    monkeypatch.setattr(errors, "POINTS", dataclasses.replace(SMALL, learning_rate=1e-3))
     error = fails(capsys, *arguments)
     assert f"{folder / 'results' / PLAIN}.json holds results of other settings" in error
     assert tree(folder) == before
@@ -475,14 +475,14 @@ def pictures(folder: Path, seed: int) -> Path:
 def test_other_pictures_of_the_same_name_are_another_experiment(
     small: None, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr(measuring, "images_training", lambda values: SMALL)
+    monkeypatch.setattr(errors, "images_training", lambda values: SMALL)
     folder, name = tmp_path / "out", "subspace-clean-plain"
     first, second = pictures(tmp_path / "a" / "photos", 0), pictures(tmp_path / "b" / "photos", 1)
     more = ["--quick", "--components", "3", *some(name), "-o", folder]
     run("subspace", "--data", first, *more)
     about = json.loads((folder / "experiment.json").read_text())["images"]
     assert (about["data"], about["count"], about["components"]) == ("photos", 40, 3)
-    assert about["smoothing"] == measuring.SMOOTHING
+    assert about["smoothing"] == errors.SMOOTHING
     assert str(tmp_path) not in (folder / "experiment.json").read_text()
     assert result(folder, name)["n"] == SMALL.short.samples
     before = tree(folder)
@@ -504,7 +504,7 @@ def test_the_exact_score_of_pictures_is_a_row_with_curves_and_no_network(
     small: None, tmp_path: Path, monkeypatch
 ) -> None:
     training = dataclasses.replace(SMALL, samples=1000, calls=100)
-    monkeypatch.setattr(measuring, "images_training", lambda values: training)
+    monkeypatch.setattr(errors, "images_training", lambda values: training)
     folder, name = tmp_path / "out", "subspace-clean-ideal"
     data = pictures(tmp_path / "photos", 0)
     run("subspace", "--data", data, "--components", "3", "--seeds", "1", *some(name), "-o", folder)
@@ -557,7 +557,7 @@ def test_a_signal_keeps_what_is_finished_and_the_same_command_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(Here, "on_submit", staticmethod(interrupt))
-        assert cli.main(["reproduce", *arguments, "-o", str(folder)]) == status
+        assert reproduce([*arguments, "-o", str(folder)]) == status
     assert "stopped; finished rows are kept: the same command goes on" in capsys.readouterr().err
     assert {len(row["seeds"]) for row in numbers(folder).values()} <= {1, 2}
     assert [row["seeds"][0] for row in numbers(folder).values()] == [0, 0]
@@ -581,7 +581,7 @@ def test_a_signal_stops_closed_forms_after_the_claim(tmp_path: Path, capsys, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(linear_gaussian, "measure", interrupted)
-        assert cli.main(["reproduce", *arguments]) == 130
+        assert reproduce([*arguments]) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert [path.name for path in (folder / "results").iterdir()] == [f"{CLAIMS[0]}.json"]
     run(*arguments)
@@ -618,7 +618,7 @@ def begin(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def start(*arguments: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, str(script), "reproduce", *arguments],
+            [sys.executable, str(script), *arguments],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -730,7 +730,7 @@ def test_a_worker_that_is_killed_ends_the_command(held: subprocess.Popen[str], g
 def test_the_quick_plane_shows_what_the_paper_says(tmp_path: Path) -> None:
     """Short training: bounds are loose, but each of them fails if its mechanism does."""
     done = subprocess.run(
-        [sys.executable, "-m", "robustdiff", "reproduce", "plane", "--quick", "-o", str(tmp_path / "out")],
+        [sys.executable, "-m", "experiments.paper", "plane", "--quick", "-o", str(tmp_path / "out")],
         capture_output=True, text=True, timeout=900, cwd=tmp_path,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")

@@ -14,18 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import normal, seeded
 from PIL import Image
 from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
-from robustdiff import linear
-from robustdiff.config import UsageError
-from robustdiff.process import NoiseProcess, Prediction
-from robustdiff.reproduce import measuring
-from robustdiff.reproduce.measuring import (
+from experiments.paper import errors as measuring
+from experiments.paper import linear as linear
+from experiments.paper.errors import (
     CALLS,
     LEVELS,
     LIMIT,
@@ -51,15 +48,25 @@ from robustdiff.reproduce.measuring import (
     training_set,
     wasserstein,
 )
-from robustdiff.reproduce.rows import FLOORS, POINTS, RELABELS, SHRINKS, Training, images_training
-from robustdiff.reproduce.running import Denoiser, draw, process_for
-from robustdiff.worlds import LinearGaussian, Mixture, Plane, Subspace, World
+from experiments.paper.toy_grid import (
+    FLOORS,
+    POINTS,
+    RELABELS,
+    SHRINKS,
+    Training,
+    images_training,
+)
+from experiments.paper.toy_training import Denoiser, draw, process_for
+from experiments.paper.worlds import LinearGaussian, Mixture, Plane, Subspace, World
+from helpers import normal, seeded
+from robustdiff.diffusion.schedule import NoiseSchedule, Prediction
+from robustdiff.utils.errors import UsageError
 
 SMALL = Training(points=400, samples=200, calls=20)
 EPSILON = process_for("epsilon")
 
 
-def denoiser(eps_hat: Callable[[Tensor, Tensor], Tensor], process: NoiseProcess = EPSILON) -> Denoiser:
+def denoiser(eps_hat: Callable[[Tensor, Tensor], Tensor], process: NoiseSchedule = EPSILON) -> Denoiser:
     return Denoiser(eps_hat, process)
 
 

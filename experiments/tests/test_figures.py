@@ -10,17 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import normal
 from PIL import Image
 
-from robustdiff.images import image_grid
-from robustdiff.networks import PointDenoiser
-from robustdiff.reproduce import drawing, figures, gallery
-from robustdiff.reproduce.figures import Frontier, Point
-from robustdiff.reproduce.measuring import training_set
-from robustdiff.reproduce.rows import METHODS, Training
-from robustdiff.reproduce.running import Denoiser, process_for
-from robustdiff.worlds import Subspace
+from experiments.paper import figures as figures
+from experiments.paper import plot_set as gallery
+from experiments.paper import plots as drawing
+from experiments.paper.errors import training_set
+from experiments.paper.figures import Frontier, Point
+from experiments.paper.point_denoiser import PointDenoiser
+from experiments.paper.toy_grid import METHODS, Training
+from experiments.paper.toy_training import Denoiser, process_for
+from experiments.paper.worlds import Subspace
+from helpers import normal
+from robustdiff.utils.images import image_grid
 
 ANGLES = torch.arange(8) * math.pi / 4
 RING = torch.stack([ANGLES.cos(), ANGLES.sin()], 1).double()
@@ -220,7 +222,7 @@ def test_drawing_leaves_settings_alone_and_does_not_follow_them(tmp_path: Path) 
 
 
 def test_matplotlib_is_imported_only_when_something_is_drawn() -> None:
-    code = "import sys, robustdiff.reproduce.figures; assert 'matplotlib' not in sys.modules"
+    code = "import sys, experiments.paper.figures; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

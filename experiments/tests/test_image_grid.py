@@ -20,15 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from source_files import pixels, save, write_celeba, write_lsun
 
-from robustdiff import cli
-from robustdiff.config import ReproduceConfig, TrainConfig, UsageError
-from robustdiff.corruption import Corruption
-from robustdiff.planning import build_objective
-from robustdiff.process import NoiseProcess
-from robustdiff.reproduce import image_folder, image_grid, image_rows, tables
-from robustdiff.reproduce.grid import (
+from experiments.paper import image_folder, image_grid, image_rows, tables
+from experiments.paper.__main__ import reproduce
+from experiments.paper.config import ReproduceConfig
+from experiments.paper.image_grid_spec import (
     IMAGE_DIRTS,
     IMAGE_EXPERIMENTS,
     IMAGE_METHODS,
@@ -37,11 +33,16 @@ from robustdiff.reproduce.grid import (
     SCALE,
     ImageRow,
 )
-from robustdiff.reproduce.grid import (
-    image_rows as rows_of,
-)
-from robustdiff.reproduce.image_rows import Command, ImageTask, commands
-from robustdiff.stopping import Interrupted
+from experiments.paper.image_grid_spec import image_rows as rows_of
+from experiments.paper.image_rows import Command, ImageTask, commands
+from robustdiff.commands import main
+from robustdiff.data.corruption import Corruption
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.training.config import TrainConfig
+from robustdiff.training.setup import build_objective
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.signals import Interrupted
+from source_files import pixels, save, write_celeba, write_lsun
 
 WORLD = "cifar10-cpu"
 DIRT = "gaussian-p0.9-s0.2"
@@ -54,12 +55,12 @@ TINY = dataclasses.replace(SCALE["cpu"].quick, samples=20, choosing=14)
 @pytest.mark.parametrize("scale", SCALE)
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_training_of_the_grid_is_a_command_line_that_is_accepted(scale: str, quick: bool) -> None:
-    process = NoiseProcess(torch.linspace(0.999, 0.001, 10))
+    process = NoiseSchedule(torch.linspace(0.999, 0.001, 10))
     for row in rows_of("cifar10", scale, quick=quick):
         methods = {image_rows.trained_by(row)} | ({row.method} if row.what.tuned else set())
         for method in methods:
             size = SCALE[scale].quick if quick else SCALE[scale]
-            config = cli.parse(list(image_rows.train_flags(row, method, size, 3)))
+            config = main.parse(list(image_rows.train_flags(row, method, size, 3)))
             assert isinstance(config, TrainConfig)
             config.validate()
             build_objective(config, process)
@@ -108,7 +109,7 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(image_rows, "list_checkpoints", lambda folder: sorted(folder.glob("step-*")))
 
     def perform(command: Command) -> None:
-        config: Any = cli.parse(list(command.arguments))
+        config: Any = main.parse(list(command.arguments))
         if isinstance(config, TrainConfig):
             run = tmp_path / config.output_dir
             run.mkdir(parents=True, exist_ok=True)
@@ -167,7 +168,7 @@ def test_free_baselines_share_the_plain_run_and_take_the_best_setting(tmp_path: 
     done, results = run(task(tmp_path, "plain", "relabelled", "label-floor"), pretend)
     assert sum(command.arguments[0] == "train" for command in done) == 1
     assert (results["relabelled"]["chosen"], results["label-floor"]["chosen"]) == (1.2, 0.15)
-    judged = [cli.parse(list(c.arguments)) for c in done if c.arguments[0] == "evaluate"]
+    judged = [main.parse(list(c.arguments)) for c in done if c.arguments[0] == "evaluate"]
     choosing = [c for c in judged if "choosing" in c.output]
     assert {c.reference for c in choosing} == {image_rows.VALIDATION}
     assert {c.reference for c in judged if c not in choosing} == {image_rows.REFERENCE}
@@ -339,7 +340,7 @@ def test_what_a_user_gets_wrong_is_one_line(
     arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["reproduce", *arguments]) == 2
+    assert reproduce([*arguments]) == 2
     message = capsys.readouterr().err.strip()
     assert "\n" not in message
     for word in words:
@@ -348,18 +349,18 @@ def test_what_a_user_gets_wrong_is_one_line(
 
 def test_a_slip_claims_and_deletes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "grid"
-    line = ["reproduce", "cifar10", "--quick", "--output", str(folder)]
-    assert cli.main([*line, "--data", "digitz"]) == 2
-    assert cli.main([*line, "--data", "digits", "--extractor", "no.pt"]) == 2
+    line = ["cifar10", "--quick", "--output", str(folder)]
+    assert reproduce([*line, "--data", "digitz"]) == 2
+    assert reproduce([*line, "--data", "digits", "--extractor", "no.pt"]) == 2
     assert "no.pt" in capsys.readouterr().err
     assert not folder.exists()
     image_folder.claim(folder, {"experiment": "cifar10"}, ({}, {"training": 1}))
     (folder / "runs").mkdir()
-    assert cli.main([*line, "--data", "digitz", "--overwrite"]) == 2
+    assert reproduce([*line, "--data", "digitz", "--overwrite"]) == 2
     assert (folder / "runs").is_dir()
     (folder / "experiment.json").write_text("{")
     capsys.readouterr()
-    assert cli.main([*line, "--data", "digits"]) == 2
+    assert reproduce([*line, "--data", "digits"]) == 2
     assert "experiment.json cannot be read" in capsys.readouterr().err
 
 
@@ -370,11 +371,11 @@ def test_extractors_in_another_order_are_another_experiment(
         torch.jit.script(torch.nn.Flatten()).save(str(tmp_path / f"{name}.pt"))
     monkeypatch.setattr(image_grid._Grid, "run", lambda grid: None)
     monkeypatch.setattr(image_grid, "finish", lambda folder, config: folder)
-    line = ["reproduce", "cifar10", "--quick", "--data", "digits", "--output", str(tmp_path / "grid")]
+    line = ["cifar10", "--quick", "--data", "digits", "--output", str(tmp_path / "grid")]
     first, second = (["--extractor", str(tmp_path / f"{name}.pt")] for name in ("a", "b"))
-    assert cli.main([*line, *first, *second]) == 0
-    assert cli.main([*line, *first, *second]) == 0
-    assert cli.main([*line, *second, *first]) == 2
+    assert reproduce([*line, *first, *second]) == 0
+    assert reproduce([*line, *first, *second]) == 0
+    assert reproduce([*line, *second, *first]) == 2
     assert "another extractors" in capsys.readouterr().err
 
 
@@ -421,7 +422,7 @@ def test_the_rows_are_listed_without_images(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["reproduce", "celeba", "--list"]) == 0
+    assert reproduce(["celeba", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(rows_of("celeba", "cpu"))
     assert any("(2 seeds)" in line for line in lines)
@@ -429,7 +430,7 @@ def test_the_rows_are_listed_without_images(
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "robustdiff", "reproduce", "cifar10", "--quick", "--data", "digits", *arguments]
+    line = [sys.executable, "-m", "experiments.paper", "cifar10", "--quick", "--data", "digits", *arguments]
     return subprocess.Popen(
         [*line, "--output", str(folder), "--workers", "1"],
         stdout=subprocess.PIPE,

@@ -7,12 +7,12 @@ from types import ModuleType
 
 import pytest
 import torch
+
 from helpers import experiment
-
+from robustdiff.data.dataset import ImageDataset
 from robustdiff.evaluation.extractors import open_extractor
-from robustdiff.images import ImageSet
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "protocols.md").read_text()
 
 
@@ -89,13 +89,13 @@ def test_what_counts_as_a_direction(damage, steps, is_) -> None:
     assert damage.direction(steps) == is_
 
 
-def labelled(count: int, seed: int) -> ImageSet:
+def labelled(count: int, seed: int) -> ImageDataset:
     """``count`` different 8 x 8 images of each of ten classes, whose brightness tells the class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(10).repeat(count)
     pixels = 20 * labels[:, None, None, None] + torch.randint(0, 40, (10 * count, 3, 8, 8), generator=generator)
     names = tuple(str(i) for i in range(10 * count))
-    return ImageSet("made", pixels.to(torch.uint8), names, (), {}, tuple("0123456789"), labels)
+    return ImageDataset("made", pixels.to(torch.uint8), names, (), {}, tuple("0123456789"), labels)
 
 
 def test_draws_are_disjoint_and_the_damage_is_what_it_is_called(damage, monkeypatch) -> None:

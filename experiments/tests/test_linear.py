@@ -17,18 +17,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from helpers import Given, ddpm_process, normal, process_at, seeded, uncorrelated
 from scipy.integrate import solve_ivp
 from scipy.linalg import hadamard
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from robustdiff import linear
-from robustdiff.baselines import InvarianceObjective
-from robustdiff.objective import Gate, RobustObjective
-from robustdiff.perturbation import AdversarialPerturbation, Response
-from robustdiff.process import NoiseProcess
-from robustdiff.sampling import RelabelledModel
+from experiments.paper import linear
+from helpers import Given, ddpm_process, normal, process_at, seeded, uncorrelated
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.diffusion.sigma_floor import SigmaClampedModel
+from robustdiff.losses.baselines import InvarianceLoss
+from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
+from robustdiff.losses.perturbation import AdversarialPerturbation, Response
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 V = torch.tensor([2.0, 0.7, 0.2, 0.03, 0.004], dtype=torch.float64)
@@ -48,7 +48,7 @@ class Diagonal(nn.Module):
         return self.weight[torch.searchsorted(LEVELS, t)] * x
 
 
-def minimiser(objective: type[RobustObjective], process: NoiseProcess, kappa: float, **settings: Any) -> Tensor:
+def minimiser(objective: type[EquivarianceLoss], process: NoiseSchedule, kappa: float, **settings: Any) -> Tensor:
     """The weights, shape (5, 5), that minimise the expected loss, by LBFGS from arbitrary ones."""
     x0, eps, omega = uncorrelated(64, 5, 5, 5, seed=1)
     x0, eps, omega = (x.repeat(len(LEVELS), 1) for x in (x0 * V.sqrt(), eps, kappa**0.5 * omega))
@@ -76,15 +76,15 @@ near = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-8)
 @pytest.mark.parametrize("m", [0.0, 0.4, 6.0])
 def test_T3_optimum_is_where_the_objective_is_least(m: float) -> None:
     process = ddpm_process()
-    found = minimiser(RobustObjective, process, kappa=0.3, strength=m / 0.3)
+    found = minimiser(EquivarianceLoss, process, kappa=0.3, strength=m / 0.3)
     near(found, linear.optimum(process.alphas_cumprod[LEVELS], V, m))
 
 
 def test_T6_optimum_takes_a_strength_per_level() -> None:
     process = ddpm_process()
     level = process.noise_to_signal(LEVELS)
-    gate = Gate(float(level[1]) - 1e-6, float(level[3]) + 1e-6, 5.0)
-    found = minimiser(RobustObjective, process, kappa=0.3, strength=gate)
+    gate = SigmaRange(float(level[1]) - 1e-6, float(level[3]) + 1e-6, 5.0)
+    found = minimiser(EquivarianceLoss, process, kappa=0.3, strength=gate)
     m = 0.3 * gate(level)
     assert m.tolist() == [0, 1.5, 1.5, 1.5, 0]
     near(found, linear.optimum(process.alphas_cumprod[LEVELS], V, m))
@@ -94,14 +94,14 @@ def test_T6_optimum_takes_a_strength_per_level() -> None:
 @pytest.mark.parametrize("m", [0.4, 6.0])
 def test_T5_invariance_optimum_is_where_that_objective_is_least(m: float) -> None:
     process = ddpm_process()
-    found = minimiser(InvarianceObjective, process, kappa=0.3, strength=m / 0.3)
+    found = minimiser(InvarianceLoss, process, kappa=0.3, strength=m / 0.3)
     near(found, linear.invariance_optimum(process.alphas_cumprod[LEVELS], V, m))
 
 
 @pytest.mark.parametrize("strength", [0.5, 20.0])
 def test_T4_noise_target_strength(strength: float) -> None:
     process, m = ddpm_process(), linear.noise_target_strength(strength, 0.3)
-    found = minimiser(RobustObjective, process, kappa=0.3, strength=strength, target="noise")
+    found = minimiser(EquivarianceLoss, process, kappa=0.3, strength=strength, target="noise")
     near(found, linear.optimum(process.alphas_cumprod[LEVELS], V, m))
 
 
@@ -116,7 +116,7 @@ def test_T7_relabelled_is_the_plain_denoiser_in_its_wrapper(steps: int, floor: f
         s2 = 1 - process.alphas_cumprod[t]
         return x * (s2.sqrt() / (process.alphas_cumprod[t] * V[:, None] + s2))
 
-    model = RelabelledModel(lambda x, t: plain(x.T, t).T, process, factor, floor)
+    model = SigmaClampedModel(lambda x, t: plain(x.T, t).T, process, factor, floor)
     t = torch.arange(0, 360, 7)
     answer = model(torch.ones(len(t), 5, dtype=torch.float64), t)
     close(linear.relabelled(process.alphas_cumprod[t], V, factor, floor), answer, rtol=1e-9)
@@ -259,7 +259,7 @@ def test_T9_spectral_clipping_is_where_the_worst_case_objective_is_least(
     def loss(w: np.ndarray) -> float:
         worst = np.zeros((64, 5))
         worst[:, np.abs(1 - s * w).argmax()] = radius
-        objective = RobustObjective(process, perturbation=Given(torch.tensor(worst)), strength=strength)
+        objective = EquivarianceLoss(process, perturbation=Given(torch.tensor(worst)), strength=strength)
         return float(objective(lambda x, t: torch.tensor(w) * x, x0, t=t, eps=eps).total.mean())
 
     found = linear.spectral_clipping(float(process.alphas_cumprod[index]), V, strength, radius).numpy()
@@ -272,7 +272,7 @@ def test_T9_spectral_clipping_is_where_the_worst_case_objective_is_least(
     assert zero == pytest.approx(float((1 / s**2) * (process.alphas_cumprod[index] * V + s**2).mean() - 1))
 
     def smooth(z: np.ndarray) -> float:
-        none = RobustObjective(process, strength=0)(lambda x, t: torch.tensor(z[:5]) * x, x0, t=t, eps=eps)
+        none = EquivarianceLoss(process, strength=0)(lambda x, t: torch.tensor(z[:5]) * x, x0, t=t, eps=eps)
         return float(none.total.mean()) + strength * radius**2 * z[5] ** 2 / 5
 
     inside = [

@@ -7,14 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Given, uncorrelated
 
-from robustdiff import linear
-from robustdiff.baselines import InvarianceObjective
-from robustdiff.config import UsageError
-from robustdiff.objective import RobustObjective
-from robustdiff.process import NoiseProcess
-from robustdiff.reproduce.linear_gaussian import (
+from experiments.paper import linear
+from experiments.paper.linear_gaussian import (
     CLAIMS,
     SPECTRA,
     UNIT,
@@ -28,7 +23,12 @@ from robustdiff.reproduce.linear_gaussian import (
     solve,
     waves,
 )
-from robustdiff.sampling import make_scheduler
+from helpers import Given, uncorrelated
+from robustdiff.diffusion.pipeline import make_scheduler
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.losses.baselines import InvarianceLoss
+from robustdiff.losses.equivariance import EquivarianceLoss
+from robustdiff.utils.errors import UsageError
 
 Rows = dict[str, dict[str, Any]]
 
@@ -151,10 +151,10 @@ def test_T10_the_displacement_falls_and_relative_to_the_spread_it_rises(rows: Ro
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("kind", ["robust", "invariance", "clean"])
 def test_the_gradient_vanishes_at_the_solution(kind: str, diagonal: bool) -> None:
-    data, process = Data.draw(eigenvalues("powerlaw", 3), None, 256, seed=2), NoiseProcess.from_scheduler(ddpm())
+    data, process = Data.draw(eigenvalues("powerlaw", 3), None, 256, seed=2), NoiseSchedule.from_scheduler(ddpm())
     objective = robust(process, 1.5, gradient="clean" if kind == "clean" else "both")
     if kind == "invariance":
-        objective = InvarianceObjective(process, objective.perturbation, objective.strength, UNIT)
+        objective = InvarianceLoss(process, objective.perturbation, objective.strength, UNIT)
     model = solve(objective, data, [60, 400], diagonal)
     for t in (60, 400):
         terms = objective(
@@ -169,10 +169,10 @@ def test_the_gradient_vanishes_at_the_solution(kind: str, diagonal: bool) -> Non
 
 def test_with_an_omega_of_exact_moments_the_solution_is_the_closed_form() -> None:
     v, m = eigenvalues("powerlaw", 4), 2.0
-    data, process = Data.draw(v, None, 128, seed=5), NoiseProcess.from_scheduler(ddpm())
+    data, process = Data.draw(v, None, 128, seed=5), NoiseSchedule.from_scheduler(ddpm())
     omega = Given(uncorrelated(128, 4, seed=6)[0] / 3**0.5)
     scheduler = make_scheduler("ddim", ddpm(), 20)
-    model = solve(RobustObjective(process, omega, 3 * m, UNIT), data, scheduler.timesteps.tolist())
+    model = solve(EquivarianceLoss(process, omega, 3 * m, UNIT), data, scheduler.timesteps.tolist())
     along = (data.basis.T @ model.weight.detach() @ data.basis).diagonal(dim1=1, dim2=2)
     alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps]
     torch.testing.assert_close(along, linear.optimum(alpha_bar, v, m), rtol=1e-5, atol=1e-6)
@@ -203,7 +203,7 @@ def test_a_scheduler_can_be_given_its_noise_levels() -> None:
     levels = torch.logspace(-2, 1.9, 25, dtype=torch.float64)
     scheduler = make_scheduler("ddim", ddpm(levels), 25)
     assert scheduler.timesteps.tolist() == list(range(24, -1, -1))
-    found = NoiseProcess.from_scheduler(scheduler).noise_to_signal(torch.arange(25))
+    found = NoiseSchedule.from_scheduler(scheduler).noise_to_signal(torch.arange(25))
     torch.testing.assert_close(found.double(), levels, rtol=1e-3, atol=0)
 
 

@@ -10,11 +10,11 @@ from types import ModuleType
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from helpers import experiment
-from test_attack_command import SMALL
 from torch import Tensor
 
-from robustdiff.images import ImageSet
+from helpers import experiment
+from robustdiff.data.dataset import ImageDataset
+from tests.commands.test_attack import SMALL
 
 
 class Thirds(torch.nn.Module):
@@ -39,7 +39,7 @@ def purified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     images = torch.randint(90, 166, (6, 3, 8, 8), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     labels = Thirds().logits(images / 255).argmax(1)
     labels[0] = (labels[0] + 1) % 3
-    found = ImageSet("here", images, [str(i) for i in range(6)], (), {}, ("top", "middle", "bottom"), labels)
+    found = ImageDataset("here", images, [str(i) for i in range(6)], (), {}, ("top", "middle", "bottom"), labels)
     monkeypatch.setattr(module, "load_images", lambda *_, **__: found)
     return module
 

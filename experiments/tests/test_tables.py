@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from robustdiff.config import UsageError
-from robustdiff.reproduce import tables
-from robustdiff.reproduce.results import MEASURES, marks, number, spread
-from robustdiff.reproduce.rows import MAIN
+from experiments.paper import tables
+from experiments.paper.results import MEASURES, marks
+from experiments.paper.toy_grid import MAIN
+from robustdiff.report.numbers import number, spread
+from robustdiff.utils.errors import UsageError
 
 
 def value(mean: float, sd: float | None = 0.001) -> dict:
@@ -369,7 +370,7 @@ def picture(tmp_path: Path) -> Path:
 
 
 def test_the_page_contains_every_row_and_asks_for_nothing(picture: Path) -> None:
-    text = tables.page(ALL, [picture], "robustdiff reproduce plane", ["Quick run."])
+    text = tables.page(ALL, [picture], "python -m experiments.paper plane", ["Quick run."])
     page = Reader(text)
     links = [
         attributes["href"] for tag, attributes in page.tags if tag == "a" and not attributes["href"].startswith("#")

@@ -10,15 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import normal, seeded
 
-from robustdiff.baselines import InputPerturbationObjective, InvarianceObjective, PseudoHuberObjective
-from robustdiff.config import UsageError
-from robustdiff.corruption import Corruption
-from robustdiff.networks import PointDenoiser
-from robustdiff.objective import Gate, PlainObjective, RobustObjective
-from robustdiff.perturbation import AdversarialPerturbation, Radius, RandomPerturbation
-from robustdiff.reproduce.rows import (
+from experiments.paper.point_denoiser import PointDenoiser
+from experiments.paper.toy_grid import (
     DIRTS,
     FLOORS,
     FRONTIER,
@@ -37,7 +31,22 @@ from robustdiff.reproduce.rows import (
     rows_of,
     training_data,
 )
-from robustdiff.reproduce.running import process_for, settings_of
+from experiments.paper.toy_training import process_for, settings_of
+from helpers import normal, seeded
+from robustdiff.data.corruption import Corruption
+from robustdiff.losses.baselines import (
+    InputPerturbationLoss,
+    InvarianceLoss,
+    PseudoHuberLoss,
+)
+from robustdiff.losses.denoising import DenoisingLoss
+from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
+from robustdiff.losses.perturbation import (
+    AdversarialPerturbation,
+    Radius,
+    RandomPerturbation,
+)
+from robustdiff.utils.errors import UsageError
 
 EVERY = {
     **METHODS, **FRONTIER, **{f"{name} (invariance)": method for name, method in INVARIANCE.items()},
@@ -62,11 +71,11 @@ BESIDE = ["ideal", "plain-epsilon", "gated-low-floor"]
 """Not among them: the best there can be, the control of invariance, and two of the twelve together."""
 
 
-def objective(method: Method) -> PlainObjective:
+def objective(method: Method) -> DenoisingLoss:
     return method.objective(process_for(method.prediction))
 
 
-def second_moment(robust: RobustObjective) -> float:
+def second_moment(robust: EquivarianceLoss) -> float:
     """kappa = E[omega_i^2] at radius 1, from the objective's own perturbation, drawn."""
     assert isinstance(robust.perturbation, RandomPerturbation)
     like = torch.zeros(2000, 50)
@@ -107,8 +116,8 @@ def test_every_method_gives_finite_losses_of_the_right_sign(name: str) -> None:
 def test_the_settings_of_a_strength_are_those_of_its_objective(name: str) -> None:
     method, settings = EVERY[name], EVERY[name].settings
     robust = objective(method)
-    assert isinstance(robust, RobustObjective)
-    assert type(robust) is (InvarianceObjective if name.startswith("invariance-") else RobustObjective)
+    assert isinstance(robust, EquivarianceLoss)
+    assert type(robust) is (InvarianceLoss if name.startswith("invariance-") else EquivarianceLoss)
     assert robust.radius == Radius(exponent=0.0, scale=1.0, floor=0.0, random=False)
     assert settings["perturbation"].endswith("r = 1")
     if settings["perturbation"].startswith("random signs"):
@@ -121,7 +130,7 @@ def test_the_settings_of_a_strength_are_those_of_its_objective(name: str) -> Non
     if callable(robust.strength):
         wanted = m * (LEVELS.ge(low) & LEVELS.le(high)).double()
         torch.testing.assert_close(robust.strength(LEVELS), wanted, rtol=0, atol=0)
-        assert robust.strength == Gate(low, high, m)
+        assert robust.strength == SigmaRange(low, high, m)
     else:
         assert (robust.strength, low, high) == (m, 0, math.inf)
     assert (robust.gradient, robust.target) == ("both", "output")
@@ -141,8 +150,8 @@ def test_the_settings_of_a_strength_are_those_of_its_objective(name: str) -> Non
 )
 def test_the_methods_of_the_paper_have_its_strength_and_radius(name: str, perturbation: Any) -> None:
     robust, settings = objective(METHODS[name]), METHODS[name].settings
-    assert isinstance(robust, RobustObjective)
-    assert isinstance(robust, InvarianceObjective) == (name == "invariance")
+    assert isinstance(robust, EquivarianceLoss)
+    assert isinstance(robust, InvarianceLoss) == (name == "invariance")
     assert robust.perturbation == perturbation
     assert robust.strength == settings["strength"] == 0.3
     assert robust.radius == Radius(exponent=2.0, scale=1.0, floor=8 / 255, random=True)
@@ -153,20 +162,20 @@ def test_the_methods_of_the_paper_have_its_strength_and_radius(name: str, pertur
 
 def test_the_settings_of_the_other_objectives_are_theirs() -> None:
     for name in ("ideal", "plain", "plain-epsilon", "relabelled", "label-floor", "shrunk", "clean-subset"):
-        assert type(objective(METHODS[name])) is PlainObjective
+        assert type(objective(METHODS[name])) is DenoisingLoss
     shipped = objective(METHODS["preset"])
-    assert shipped == RobustObjective.preset("gated", shipped.process)
-    assert isinstance(shipped, RobustObjective)
+    assert shipped == EquivarianceLoss.preset("gated", shipped.process)
+    assert isinstance(shipped, EquivarianceLoss)
     said = METHODS["preset"].settings
-    assert shipped.strength == Gate(said["low"], said["high"], said["strength"])
+    assert shipped.strength == SigmaRange(said["low"], said["high"], said["strength"])
     assert shipped.radius == Radius(exponent=0.0, scale=1.0, floor=0.0, random=False)
     assert second_moment(shipped) == pytest.approx(1 / 3, abs=0.005)
     assert said["perturbation"] == "random uniform, r = 1"
     noisy = objective(METHODS["input-perturbation"])
-    assert isinstance(noisy, InputPerturbationObjective)
+    assert isinstance(noisy, InputPerturbationLoss)
     assert noisy.gamma == METHODS["input-perturbation"].settings["gamma"] == 0.1
     huber = objective(METHODS["pseudo-huber"])
-    assert isinstance(huber, PseudoHuberObjective)
+    assert isinstance(huber, PseudoHuberLoss)
     assert huber.width is None  # falls with the noise level
     assert "level" in METHODS["pseudo-huber"].settings.values()
 
@@ -324,7 +333,7 @@ def test_the_invariance_experiment_has_both_kinds_at_equal_strengths_on_clean_da
         assert row.what is INVARIANCE[row.method]
         assert row.trained == row.method
         if row.method != "plain":
-            kind = InvarianceObjective if row.method.startswith("invariance") else RobustObjective
+            kind = InvarianceLoss if row.method.startswith("invariance") else EquivarianceLoss
             assert type(objective(row.what)) is kind
 
 

@@ -14,18 +14,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from helpers import normal, seeded
 from safetensors.torch import save_file
 from torch import Tensor
 
-from robustdiff import linear
-from robustdiff.config import UsageError
-from robustdiff.corruption import derive_seed
-from robustdiff.networks import PointDenoiser
-from robustdiff.objective import PlainObjective, RobustObjective
-from robustdiff.process import NoiseProcess, Prediction
-from robustdiff.reproduce.rows import Training
-from robustdiff.reproduce.running import (
+from experiments.paper import linear
+from experiments.paper.point_denoiser import PointDenoiser
+from experiments.paper.toy_grid import Training
+from experiments.paper.toy_training import (
     WARMUP,
     Denoiser,
     Stopped,
@@ -37,7 +32,13 @@ from robustdiff.reproduce.running import (
     settings_of,
     train,
 )
-from robustdiff.worlds import LinearGaussian
+from experiments.paper.worlds import LinearGaussian
+from helpers import normal, seeded
+from robustdiff.diffusion.schedule import NoiseSchedule, Prediction
+from robustdiff.losses.denoising import DenoisingLoss
+from robustdiff.losses.equivariance import EquivarianceLoss
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.seeds import derive_seed
 
 TINY = Training(points=64, steps=60, batch_size=16, learning_rate=4e-3, width=8, depth=2, samples=50, calls=20)
 MODULATED = dataclasses.replace(TINY, modulated=True)
@@ -45,8 +46,8 @@ X0 = 0.5 * normal(64, 3, seed=3, dtype=torch.float32)
 VARIANCES = torch.tensor([0.2, 0.05, 0.01], dtype=torch.float64)
 
 
-def plain(prediction: Prediction = "v_prediction") -> PlainObjective:
-    return PlainObjective(process_for(prediction))
+def plain(prediction: Prediction = "v_prediction") -> DenoisingLoss:
+    return DenoisingLoss(process_for(prediction))
 
 
 def weights(model: PointDenoiser) -> Tensor:
@@ -56,7 +57,7 @@ def weights(model: PointDenoiser) -> Tensor:
 class Ideal(torch.nn.Module):
     """The optimum of the regulariser on a Gaussian, ``eps_hat = W x_t``, as a network of either prediction."""
 
-    def __init__(self, process: NoiseProcess, variances: Tensor, m: float = 0.0) -> None:
+    def __init__(self, process: NoiseSchedule, variances: Tensor, m: float = 0.0) -> None:
         super().__init__()
         self.process = process
         self.w = linear.optimum(process.alphas_cumprod.double(), variances, m).float()
@@ -113,7 +114,7 @@ def test_training_is_a_function_of_its_seed_bit_for_bit() -> None:
     assert torch.equal(first, weights(train(plain(), X0, TINY, 0)))
     assert not torch.equal(first, weights(train(plain(), X0, TINY, 1)))
     assert not torch.equal(first, weights(train(plain(), X0 + 0.1, TINY, 0)))
-    robust = RobustObjective(process_for("v_prediction"), perturbation="random", strength=1.0)
+    robust = EquivarianceLoss(process_for("v_prediction"), perturbation="random", strength=1.0)
     assert torch.equal(weights(train(robust, X0, TINY, 0)), weights(train(robust, X0, TINY, 0)))
     assert not torch.equal(first, weights(train(robust, X0, TINY, 0)))
 
@@ -309,7 +310,7 @@ def test_settings_hold_the_whole_training_and_the_process() -> None:
 def test_the_input_scale_is_that_of_the_first_layer_before_training() -> None:
     x0, still = normal(50, 2, dtype=torch.float32), dataclasses.replace(TINY, steps=1, learning_rate=1e-12)
     one, four = (
-        train(PlainObjective(process_for("epsilon")), x0, dataclasses.replace(still, input_scale=scale), 0)
+        train(DenoisingLoss(process_for("epsilon")), x0, dataclasses.replace(still, input_scale=scale), 0)
         for scale in (1.0, 4.0)
     )
     torch.testing.assert_close(four.first.weight, 4 * one.first.weight)

@@ -8,11 +8,11 @@ from types import ModuleType
 
 import pytest
 import torch
+
+from experiments.paper import linear
 from helpers import experiment
 
-from robustdiff import linear
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

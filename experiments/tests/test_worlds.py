@@ -8,13 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import normal, seeded
 from scipy import integrate, linalg, special, stats
 from torch import Tensor
 
-from robustdiff import Corruption
-from robustdiff.corruption import corrupt
-from robustdiff.worlds import LinearGaussian, Mixture, Plane, Subspace, World, make_dirty
+from experiments.paper.worlds import (
+    LinearGaussian,
+    Mixture,
+    Plane,
+    Subspace,
+    World,
+    make_dirty,
+)
+from helpers import normal, seeded
+from robustdiff.data.corruption import Corruption, corrupt
 
 GAUSSIAN = LinearGaussian(torch.tensor([1.0, 0.3, 0.02], dtype=torch.float64), torch.linalg.qr(normal(3, 3, seed=4)).Q)
 UNEVEN = Mixture(

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+
 from helpers import experiment
+from robustdiff.data.corruption import Corruption
 
-from robustdiff import Corruption
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMITTED: dict[str, Any] = json.loads((ROOT / "experiments" / "results" / "wrong_levels.json").read_text())
 DIRT = Corruption.parse("gaussian:sigma=0.2,fraction=0.9")
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from robustdiff.cli import main
+from robustdiff.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

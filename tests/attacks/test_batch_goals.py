@@ -10,25 +10,39 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import normal, seeded
 from scipy.optimize import brentq
 from sklearn.metrics.pairwise import polynomial_kernel
-from test_after_attack import command, run_folder
-from test_attack import PROCESS, VARIANCES, linear_trajectory, points, random_network
-from test_attack_command import few_for_the_spread, pipeline, raised, result, stop_at, value  # noqa: F401
 from torch import Tensor, nn
 
-from robustdiff import cli, linear
-from robustdiff.attack import APGD, PGD, RandomSearch
-from robustdiff.config import UsageError
-from robustdiff.evaluation import robustness
-from robustdiff.evaluation.differentiable import differentiable
+from experiments.paper import linear
+from helpers import normal, seeded
+from robustdiff.attacks.batch_goals import BatchDistance, FeatureDistance
+from robustdiff.attacks.benchmark import run
+from robustdiff.attacks.benchmark.sanity_checks import INFORMATIVE, check_gradient
+from robustdiff.attacks.constraints import LpBall
+from robustdiff.attacks.goals import (
+    AttackGoal,
+    FinalImageShift,
+    evaluate,
+    value_and_gradient,
+)
+from robustdiff.attacks.optimizers import APGD, PGD, RandomSearch
+from robustdiff.commands import main
+from robustdiff.diffusion.samplers import DifferentiableSampler
+from robustdiff.evaluation.differentiable_extractors import differentiable
 from robustdiff.evaluation.extractors import Extractor, open_extractor
-from robustdiff.evaluation.validity import INFORMATIVE, check_gradient
-from robustdiff.joint import BatchDistance, FeatureDistance
-from robustdiff.sampling import image_generators
-from robustdiff.threat import Ball, Displacement, Objective, evaluate, value_and_gradient
-from robustdiff.trajectory import Trajectory
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.random import image_generators
+from tests.attacks.test_benchmark_quality import command, run_folder
+from tests.attacks.test_optimizers import PROCESS, VARIANCES, linear_trajectory, points, random_network
+from tests.commands.test_attack import (  # noqa: F401
+    few_for_the_spread,
+    pipeline,
+    raised,
+    result,
+    stop_at,
+    value,
+)
 
 IMAGES = 6
 
@@ -46,7 +60,7 @@ def gains() -> tuple[Tensor, Tensor]:
 
 def linear_batch(attacked: list[int], away: Tensor, **settings: Any) -> tuple[BatchDistance, Tensor]:
     """Pixels of a linear sampler against a reference whose mean is ``away`` from the undisturbed one's."""
-    batch = Displacement(linear_trajectory(), points(IMAGES), attacked)
+    batch = FinalImageShift(linear_trajectory(), points(IMAGES), attacked)
     with torch.no_grad():
         centre = batch.images(None, ()).mean(0)
     reference = centre - away + torch.tensor([[-1.0], [1.0]]).double()
@@ -61,10 +75,10 @@ def test_in_a_box_every_image_is_pushed_away_from_the_mean_in_every_element(atta
     reach = 0.1 * (sigma[:, None] * step.abs().flip(0).cumprod(0).flip(0))[attacked].sum(0)
     # farther than the pushes reach: there is one best way in every element
     objective, away = linear_batch(attacked, 1.5 * reach * torch.tensor([1, -1, 1, 1, -1]))
-    found = attack(objective, Ball("linf", 0.1), objective.like, seeded())
+    found = attack(objective, LpBall("linf", 0.1), objective.like, seeded())
     truth = float((away.abs() + reach).square().sum())
     assert found.value.tolist() == pytest.approx([truth] * IMAGES, rel=1e-4)
-    assert Ball("linf", 0.1).length(found.omega).max() <= 0.1 * (1 + 1e-9)
+    assert LpBall("linf", 0.1).length(found.omega).max() <= 0.1 * (1 + 1e-9)
 
 
 def test_in_the_euclidean_ball_it_is_the_farthest_point_of_an_ellipsoid() -> None:
@@ -80,10 +94,10 @@ def test_in_the_euclidean_ball_it_is_the_farthest_point_of_an_ellipsoid() -> Non
     low = float(reach.max()) ** 2
     push = pull / (brentq(too_long, low * (1 + 1e-9), low * 1e6, xtol=1e-14) - reach.numpy() ** 2)
     truth = float(np.square(away.numpy() + reach.numpy() * push).sum())
-    found = PGD(100, step_size=1.0)(objective, Ball("l2", radius), objective.like, seeded())
+    found = PGD(100, step_size=1.0)(objective, LpBall("l2", radius), objective.like, seeded())
     assert found.value.tolist() == pytest.approx([truth] * IMAGES, rel=1e-4)
     assert (found.value <= truth * (1 + 1e-6)).all()
-    assert Ball("l2", radius).excess(found.omega) <= 1 + 1e-9
+    assert LpBall("l2", radius).excess(found.omega) <= 1 + 1e-9
 
 
 def test_the_kernel_distance_is_that_of_scikit_learns_kernel() -> None:
@@ -98,11 +112,11 @@ def test_the_kernel_distance_is_that_of_scikit_learns_kernel() -> None:
 
 def network_batch(kind: str, sampler: str = "ddim", terms: int = 1, **settings: Any) -> BatchDistance:
     """A nonlinear sampler and nonlinear features of five images."""
-    trajectory = Trajectory.of(random_network().double(), PROCESS, sampler, 8)  # type: ignore[arg-type]
+    trajectory = DifferentiableSampler.of(random_network().double(), PROCESS, sampler, 8)  # type: ignore[arg-type]
     x = normal(5, 3, seed=1)
     noises = [trajectory.draw_noise(x, seeded(i)) for i in range(terms)]
     checkpointed = settings.pop("checkpointed", True)
-    batch = Displacement(trajectory, x, [1, 4], noises.__getitem__, terms, checkpointed=checkpointed)
+    batch = FinalImageShift(trajectory, x, [1, 4], noises.__getitem__, terms, checkpointed=checkpointed)
     weights = normal(3, 6, seed=5)
     distance = FeatureDistance(lambda images: (images.asinh() @ weights / 10).tanh(), normal(20, 6, seed=6), kind)  # type: ignore[arg-type]
     return BatchDistance(batch, distance, **settings)
@@ -139,18 +153,18 @@ def test_a_cut_batch_keeps_the_graph_of_nothing_but_the_pushes() -> None:
 @pytest.mark.parametrize("attack", [PGD(5, restarts=2, momentum=0.9), APGD(8), RandomSearch(3)])
 def test_the_best_iterate_is_kept_of_all_images_together(attack) -> None:
     objective = network_batch("kernel")
-    found = attack(objective, Ball("linf", 0.2), objective.like, image_generators(0, range(5)))
+    found = attack(objective, LpBall("linf", 0.2), objective.like, image_generators(0, range(5)))
     assert (found.value == found.value[0]).all()
     assert evaluate(objective, found.omega).tolist() == pytest.approx(found.value.tolist(), rel=1e-9)
-    assert Ball("linf", 0.2).excess(found.omega) <= 1 + 1e-9
+    assert LpBall("linf", 0.2).excess(found.omega) <= 1 + 1e-9
     cut = network_batch("kernel", at_once=2)
-    again = attack(cut, Ball("linf", 0.2), cut.like, image_generators(0, range(5)))
+    again = attack(cut, LpBall("linf", 0.2), cut.like, image_generators(0, range(5)))
     assert torch.allclose(again.omega, found.omega, atol=1e-9)
 
 
 def test_the_flags_about_gradients_know_that_images_move_together() -> None:
-    def flags(objective: Objective) -> dict[str, bool]:
-        found = check_gradient(objective, Ball("linf", 0.1), objective.like, seeded())  # type: ignore[attr-defined]
+    def flags(objective: AttackGoal) -> dict[str, bool]:
+        found = check_gradient(objective, LpBall("linf", 0.1), objective.like, seeded())  # type: ignore[attr-defined]
         return {flag.name: flag.raised for flag in found}
 
     assert not any(flags(network_batch("mean")).values())
@@ -227,7 +241,7 @@ TOGETHER = ("--objective", "batch-mean", "--reference", "digits", "--cache", "no
 @pytest.fixture(scope="module")
 def together(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     output = tmp_path_factory.mktemp("together") / "evaluation"
-    assert cli.main(command(pipeline, output, *TOGETHER)) == 0
+    assert main.main(command(pipeline, output, *TOGETHER)) == 0
     return output
 
 
@@ -252,7 +266,7 @@ def test_the_command_pushes_the_batch_away_and_says_from_what(together: Path) ->
 
 
 def test_how_memory_is_cut_changes_nothing_beyond_rounding(together: Path, pipeline: Path, tmp_path: Path) -> None:  # noqa: F811
-    assert cli.main(command(pipeline, tmp_path / "out", *TOGETHER, "--batch-size", "1")) == 0
+    assert main.main(command(pipeline, tmp_path / "out", *TOGETHER, "--batch-size", "1")) == 0
     found, whole = result(tmp_path / "out"), result(together)
     assert found["details"]["per_image"] == pytest.approx(whole["details"]["per_image"], rel=1e-3)
     name = "distance of the batch from the reference, attacked"
@@ -261,9 +275,9 @@ def test_how_memory_is_cut_changes_nothing_beyond_rounding(together: Path, pipel
 
 def test_stopped_it_goes_on_and_ends_as_a_whole_one(together: Path, pipeline, tmp_path, monkeypatch) -> None:  # noqa: F811
     saves = stop_at(monkeypatch, lambda saves: signal.SIGINT if len(saves) == 4 else None)
-    assert cli.main(command(pipeline, tmp_path / "out", *TOGETHER)) == 130
+    assert main.main(command(pipeline, tmp_path / "out", *TOGETHER)) == 130
     assert not list((tmp_path / "out").glob("attack-*.json"))
-    assert cli.main(command(pipeline, tmp_path / "out", *TOGETHER)) == 0
+    assert main.main(command(pipeline, tmp_path / "out", *TOGETHER)) == 0
     assert len(saves) == len(set(saves))
     for part in ("values", "details", "warnings", "protocol"):
         assert result(tmp_path / "out")[part] == result(together)[part]
@@ -280,7 +294,7 @@ def test_stopped_it_goes_on_and_ends_as_a_whole_one(together: Path, pipeline, tm
 )
 def test_every_optimiser_and_sampler_does_it(more, tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run", {"data": "digits", "split": None})
-    assert cli.main(command(run, tmp_path / "out", *more, "--cache", "none")) == 0
+    assert main.main(command(run, tmp_path / "out", *more, "--cache", "none")) == 0
     body = result(tmp_path / "out")
     assert value(body, "displacement") > 0
     wrong = {flag["name"] for flag in body["details"]["flags"] if flag["invalid"]}
@@ -291,7 +305,7 @@ def test_every_optimiser_and_sampler_does_it(more, tmp_path: Path) -> None:
 
 def test_without_real_images_gradients_or_room_it_is_one_line(pipeline, tmp_path, capsys, monkeypatch) -> None:  # noqa: F811
     blind = Extractor("blind", "torchscript", None, lambda x: x.float().detach().flatten(1), "none", {})
-    monkeypatch.setattr("robustdiff.evaluation.after_attack.open_extractor", lambda *_: blind)
+    monkeypatch.setattr("robustdiff.attacks.benchmark.quality.open_extractor", lambda *_: blind)
     for more, words in (
         (("--objective", "batch-mean"), "--objective batch-mean: the run does not say what it was trained on"),
         (("--objective", "batch-mean", "--reference", "none"), "--objective batch-mean needs real images"),
@@ -299,8 +313,8 @@ def test_without_real_images_gradients_or_room_it_is_one_line(pipeline, tmp_path
         (TOGETHER, "holds the pushes of all 3 images at once, 0.0 GiB, and 0.0 GiB are free: lower -n"),
     ):
         if "0.0 GiB" in words:
-            monkeypatch.setattr(robustness, "free_memory", lambda: 100)
-        assert cli.main(command(pipeline, tmp_path / "out", *more)) == 2
+            monkeypatch.setattr(run, "free_memory", lambda: 100)
+        assert main.main(command(pipeline, tmp_path / "out", *more)) == 2
         error = capsys.readouterr().err
         assert words in error
         assert error.count("\n") == 1

@@ -15,12 +15,20 @@ import prdc
 import pytest
 from scipy import linalg
 from sklearn.metrics.pairwise import polynomial_kernel
-from test_attack_command import FAST, attack, few_for_the_spread, pipeline, result, small_pipeline, value  # noqa: F401
 
-from robustdiff import cli
-from robustdiff.evaluation import after_attack, robustness
-from robustdiff.images import load_images
+from robustdiff.attacks.benchmark import quality, run
+from robustdiff.commands import main
+from robustdiff.data.dataset import load_images
 from robustdiff.report import collect, render
+from tests.commands.test_attack import (  # noqa: F401
+    FAST,
+    attack,
+    few_for_the_spread,
+    pipeline,
+    result,
+    small_pipeline,
+    value,
+)
 
 MANY = ("-n", "16", "--batch-size", "16", "--reference", "digits", "--cache", "none")
 
@@ -40,7 +48,7 @@ def arrays(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def judged(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     output = tmp_path_factory.mktemp("judged") / "run" / "evaluation"
-    assert cli.main(command(pipeline, output, *MANY)) == 0
+    assert main.main(command(pipeline, output, *MANY)) == 0
     return output
 
 
@@ -73,7 +81,7 @@ def test_they_are_those_of_evaluate_on_the_files_beside(judged: Path, tmp_path: 
     for which in ("undisturbed", "attacked"):
         (images,) = judged.glob(f"*-{which}.npy")
         arguments = ["evaluate", str(images), "--reference", "digits", "-o", str(tmp_path / which)]
-        assert cli.main([*arguments, "--training", "none", "--cache", "none"]) == 0
+        assert main.main([*arguments, "--training", "none", "--cache", "none"]) == 0
         (path,) = (tmp_path / which).glob("quality-*.json")
         own = json.loads(path.read_text())["values"]
         for name, theirs in (
@@ -92,7 +100,7 @@ def test_what_they_rest_on_is_in_the_file_on_the_terminal_and_on_the_page(judged
     assert about["extractors"][0]["name"] == "pixels"
     assert "16 images of the reference against the other 1781" in about["floors"]["pixels"]
     assert any("small-sample bias" in text for text in result(judged)["warnings"])
-    assert cli.main(command(pipeline, judged, *MANY)) == 0
+    assert main.main(command(pipeline, judged, *MANY)) == 0
     assert re.search(r"FD-pixels, attacked .* floor ", capsys.readouterr().out)
     page = render(collect([judged.parent]))
     for words in ("16 images against 1,797 of digits", "tiny: undisturbed", "tiny: attacked", "KID-pixels ↓"):
@@ -102,11 +110,11 @@ def test_what_they_rest_on_is_in_the_file_on_the_terminal_and_on_the_page(judged
 
 def test_a_reference_named_later_finds_the_attacks_done(judged: Path, pipeline, tmp_path, monkeypatch) -> None:  # noqa: F811
     shutil.copytree(judged, tmp_path / "out")
-    monkeypatch.setattr(robustness.Batch, "run", lambda *_: pytest.fail("done again"))
+    monkeypatch.setattr(run.Batch, "run", lambda *_: pytest.fail("done again"))
     (tmp_path / "real").mkdir()
     np.save(tmp_path / "real" / "images.npy", load_images("digits").images[:100, 0].numpy())
     more = ("-n", "16", "--batch-size", "16", "--reference", str(tmp_path / "real" / "images.npy"), "--cache", "none")
-    assert cli.main(command(pipeline, tmp_path / "out", *more)) == 0
+    assert main.main(command(pipeline, tmp_path / "out", *more)) == 0
     assert result(tmp_path / "out")["protocol"]["quality"]["n_real"] == 100
 
 
@@ -117,19 +125,19 @@ def test_stopped_while_it_judges_it_goes_on_and_ends_as_a_whole_one(
     monkeypatch,
     capsys,
 ) -> None:
-    judge = after_attack.judge
+    judge = quality.judge
 
     def judge_and_stop(*arguments: Any, **settings: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return judge(*arguments, **settings)
 
-    monkeypatch.setattr(after_attack, "judge", judge_and_stop)
-    assert cli.main(command(pipeline, tmp_path / "out", *MANY)) == 143
+    monkeypatch.setattr(quality, "judge", judge_and_stop)
+    assert main.main(command(pipeline, tmp_path / "out", *MANY)) == 143
     assert "stopped; all parts are finished" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("attack-*.json"))
-    monkeypatch.setattr(after_attack, "judge", judge)
-    monkeypatch.setattr(robustness.Batch, "run", lambda *_: pytest.fail("done again"))
-    assert cli.main(command(pipeline, tmp_path / "out", *MANY)) == 0
+    monkeypatch.setattr(quality, "judge", judge)
+    monkeypatch.setattr(run.Batch, "run", lambda *_: pytest.fail("done again"))
+    assert main.main(command(pipeline, tmp_path / "out", *MANY)) == 0
     for part in ("values", "details", "warnings"):
         assert result(tmp_path / "out")[part] == result(judged)[part]
 
@@ -142,9 +150,9 @@ def run_folder(folder: Path, settings: dict[str, Any]) -> Path:
 
 
 def test_without_a_reference_it_is_the_data_that_the_run_names(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(after_attack, "REAL", 50)
+    monkeypatch.setattr(quality, "REAL", 50)
     run = run_folder(tmp_path / "run", {"data": "digits", "split": None})
-    assert cli.main(command(run, tmp_path / "out", "-n", "16", "--cache", "none")) == 0
+    assert main.main(command(run, tmp_path / "out", "-n", "16", "--cache", "none")) == 0
     body = result(tmp_path / "out")
     assert body["protocol"]["quality"]["reference"]["used"] == body["protocol"]["quality"]["n_real"] == 50
     assert any("the images that the run was trained on" in text for text in body["warnings"])
@@ -162,7 +170,7 @@ def test_without_a_reference_it_is_the_data_that_the_run_names(tmp_path: Path, m
 )
 def test_what_cannot_be_judged_is_left_out_and_told(settings, more, words, pipeline, tmp_path) -> None:  # noqa: F811
     run = pipeline if settings is None else run_folder(tmp_path / "run", settings)
-    assert cli.main(command(run, tmp_path / "out", *(more or ("-n", "16")))) == 0
+    assert main.main(command(run, tmp_path / "out", *(more or ("-n", "16")))) == 0
     body = result(tmp_path / "out")
     assert any(words in text for text in body["warnings"])
     assert body["protocol"]["quality"] is None
@@ -184,7 +192,7 @@ def test_what_cannot_be_judged_is_left_out_and_told(settings, more, words, pipel
     ],
 )
 def test_a_reference_that_cannot_be_used_is_one_line(more, words, pipeline, tmp_path, capsys) -> None:  # noqa: F811
-    assert cli.main(command(pipeline, tmp_path / "out", *more)) == 2
+    assert main.main(command(pipeline, tmp_path / "out", *more)) == 2
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1

@@ -8,19 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from test_attack_command import FAST, attack, few_for_the_spread, pipeline, raised, result, stop_at, value  # noqa: F401
 from torch import Tensor
 
-from robustdiff import cli
-from robustdiff.attack import PGD
-from robustdiff.config import AttackConfig
-from robustdiff.corruption import derive_seed
-from robustdiff.evaluation.attack_plan import Cell, eot_draws, plan
-from robustdiff.evaluation.attacking import Batch
-from robustdiff.evaluation.validity import check_gain
-from robustdiff.process import NoiseProcess
+from robustdiff.attacks.benchmark.grid import Cell, eot_draws, plan
+from robustdiff.attacks.benchmark.runner import Batch
+from robustdiff.attacks.benchmark.sanity_checks import check_gain
+from robustdiff.attacks.config import AttackConfig
+from robustdiff.attacks.optimizers import PGD
+from robustdiff.commands import main
+from robustdiff.diffusion.samplers import DifferentiableSampler
+from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.report import collect, render
-from robustdiff.trajectory import Trajectory
+from robustdiff.utils.seeds import derive_seed
+from tests.commands.test_attack import (  # noqa: F401
+    FAST,
+    attack,
+    few_for_the_spread,
+    pipeline,
+    raised,
+    result,
+    stop_at,
+    value,
+)
 
 BLIND = ("--scheduler", "ddpm", "--noise", "fixed", "--eot", "2", "--verdicts", "3")
 IMAGES, RADIUS = 40, 1.0
@@ -33,8 +42,8 @@ def bent(x_t: Tensor, t: Tensor) -> Tensor:
 
 def bent_batch(eot: int) -> Batch:
     """Two ancestral steps of images with one value each; the first is pushed, and then noise is added."""
-    process = NoiseProcess(torch.tensor([0.5, 0.3]).double(), "sample")
-    trajectory = Trajectory.of(bent, process, "ddpm", [1, 0])
+    process = NoiseSchedule(torch.tensor([0.5, 0.3]).double(), "sample")
+    trajectory = DifferentiableSampler.of(bent, process, "ddpm", [1, 0])
     config = AttackConfig(
         "run", scheduler="ddpm", steps=2, at="0", noise="fixed", eot=eot, verdicts=7, n=IMAGES, radius=RADIUS
     )
@@ -124,7 +133,7 @@ def test_stopped_in_the_middle_of_the_curve_it_goes_on_and_ends_as_a_whole_one(
 ) -> None:
     stops = [signal.SIGINT]
     saves = stop_at(monkeypatch, lambda saves: stops.pop() if stops and "eot_4" in saves[-1] else None)
-    assert cli.main(["attack", str(pipeline), "-o", str(tmp_path / "out"), *FAST, *BLIND]) == 130
+    assert main.main(["attack", str(pipeline), "-o", str(tmp_path / "out"), *FAST, *BLIND]) == 130
     before = len(saves)
     assert not list((tmp_path / "out").glob("attack-*.json"))
     body: dict[str, Any] = attack(pipeline, tmp_path / "out", *BLIND)

@@ -11,25 +11,34 @@ from collections.abc import Sequence
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from helpers import TINY_UNET, normal, seeded
 from torch import Tensor, nn
 
-from robustdiff import linear
-from robustdiff.attack import APGD, PGD, RandomSearch
-from robustdiff.networks import PointDenoiser
-from robustdiff.process import NoiseProcess
-from robustdiff.sampling import SamplerStep, image_generators, sample, trajectory_of
-from robustdiff.threat import Ball, Displacement, Function, NoGradient, OneStep, evaluate, value_and_gradient
-from robustdiff.trajectory import Trajectory, frozen, trailing
+from experiments.paper import linear
+from experiments.paper.point_denoiser import PointDenoiser
+from helpers import TINY_UNET, normal, seeded
+from robustdiff.attacks.constraints import LpBall
+from robustdiff.attacks.goals import (
+    CallableGoal,
+    FinalImageShift,
+    NoGradient,
+    NoisePredictionShift,
+    evaluate,
+    value_and_gradient,
+)
+from robustdiff.attacks.optimizers import APGD, PGD, RandomSearch
+from robustdiff.diffusion.pipeline import SamplerStep, sample, trajectory_of
+from robustdiff.diffusion.samplers import DifferentiableSampler, frozen, trailing
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.utils.random import image_generators
 
 VARIANCES = torch.tensor([1.5, 0.4, 0.1, 0.02, 0.003], dtype=torch.float64)
-PROCESS = NoiseProcess.from_scheduler(DDPMScheduler())
+PROCESS = NoiseSchedule.from_scheduler(DDPMScheduler())
 
 
 class Linear(nn.Module):
     """The exact network of a diagonal Gaussian, in any parametrisation, with a strength m of the regulariser (T3)."""
 
-    def __init__(self, process: NoiseProcess = PROCESS, m: float = 0.0) -> None:
+    def __init__(self, process: NoiseSchedule = PROCESS, m: float = 0.0) -> None:
         super().__init__()
         self.process = process
         table = linear.optimum(process.alphas_cumprod.double(), VARIANCES, m)
@@ -42,8 +51,8 @@ class Linear(nn.Module):
 
 
 def linear_trajectory(steps: int = 20, prediction: str = "epsilon", m: float = 0.0, sampler: str = "ddim"):
-    process = NoiseProcess(PROCESS.alphas_cumprod, prediction)  # type: ignore[arg-type]
-    return Trajectory.of(Linear(process, m), process, sampler, steps)  # type: ignore[arg-type]
+    process = NoiseSchedule(PROCESS.alphas_cumprod, prediction)  # type: ignore[arg-type]
+    return DifferentiableSampler.of(Linear(process, m), process, sampler, steps)  # type: ignore[arg-type]
 
 
 def points(n: int = 3, seed: int = 0) -> Tensor:
@@ -58,9 +67,9 @@ def random_network(seed: int = 0, dimension: int = 3) -> PointDenoiser:
     return model
 
 
-def network_objective(steps: int = 10, attacked: Sequence[int] = (0, 5), n: int = 6, **settings) -> Displacement:
-    trajectory = Trajectory.of(random_network().double(), PROCESS, "ddim", steps)
-    return Displacement(trajectory, normal(n, 3, seed=1).double(), attacked, **settings)
+def network_objective(steps: int = 10, attacked: Sequence[int] = (0, 5), n: int = 6, **settings) -> FinalImageShift:
+    trajectory = DifferentiableSampler.of(random_network().double(), PROCESS, "ddim", steps)
+    return FinalImageShift(trajectory, normal(n, 3, seed=1).double(), attacked, **settings)
 
 
 def tiny_pipeline(prediction: str = "epsilon", **scheduler) -> DDPMPipeline:
@@ -134,7 +143,7 @@ def test_noise_is_drawn_per_image_and_must_be_given() -> None:
 )
 def test_samplers_that_do_not_exist_are_refused(arguments, words) -> None:
     with pytest.raises(ValueError, match=words):
-        Trajectory.of(Linear(), PROCESS, *arguments)
+        DifferentiableSampler.of(Linear(), PROCESS, *arguments)
 
 
 def test_steps_that_are_not_run_cannot_be_attacked() -> None:
@@ -150,9 +159,9 @@ def test_weights_are_left_as_they_were() -> None:
     model.train()
     model.hidden.eval()
     before = [(p.requires_grad, p.clone()) for p in model.parameters()]
-    trajectory = Trajectory.of(model, PROCESS, "ddim", 5)
-    objective = Displacement(trajectory, normal(2, 3).float(), [0, 1])
-    PGD(3)(objective, Ball("linf", 0.1), objective.like, seeded())
+    trajectory = DifferentiableSampler.of(model, PROCESS, "ddim", 5)
+    objective = FinalImageShift(trajectory, normal(2, 3).float(), [0, 1])
+    PGD(3)(objective, LpBall("linf", 0.1), objective.like, seeded())
     assert all(
         p.requires_grad == flag and torch.equal(p, old)
         for p, (flag, old) in zip(model.parameters(), before, strict=True)
@@ -193,8 +202,8 @@ def test_T10_the_attack_reaches_the_largest_displacement_of_a_linear_sampler(att
     bounds = torch.zeros(20).double()
     bounds[attacked] = torch.tensor(radii).double() * (1 - alpha_bar[attacked]).sqrt()
     truth = linear.largest_displacement(gains, bounds)
-    objective = Displacement(trajectory, points(), attacked)
-    found = attack(objective, Ball("linf", torch.tensor(radii).double()), objective.like, seeded())
+    objective = FinalImageShift(trajectory, points(), attacked)
+    found = attack(objective, LpBall("linf", torch.tensor(radii).double()), objective.like, seeded())
     assert found.value.sqrt() == pytest.approx(truth, rel=1e-4)
     assert (found.value.sqrt() <= truth * (1 + 1e-6)).all()
 
@@ -207,8 +216,8 @@ def test_in_the_euclidean_ball_it_is_the_largest_gain(attack) -> None:
     alpha_bar = torch.cat([PROCESS.alphas_cumprod.double()[times], torch.ones(1).double()])
     gains = linear.ddim_gains(alpha_bar, linear.optimum(alpha_bar[:-1], VARIANCES))
     truth = 0.3 * float((1 - alpha_bar[4]).sqrt()) * float(gains[4:].prod(0).abs().max())
-    objective = Displacement(trajectory, points(), [4])
-    found = attack(objective, Ball("l2", 0.3), objective.like, seeded())
+    objective = FinalImageShift(trajectory, points(), [4])
+    found = attack(objective, LpBall("l2", 0.3), objective.like, seeded())
     assert found.value.sqrt() == pytest.approx(truth, rel=1e-4)
 
 
@@ -216,8 +225,8 @@ def test_T10_shrinking_looks_like_robustness_until_it_is_normalised() -> None:
     absolute, relative = [], []
     for m in (0.0, 2.0):
         trajectory = linear_trajectory(steps=50, m=m)
-        objective = Displacement(trajectory, points(1), [10])
-        moved = PGD(5)(objective, Ball("linf", 0.5), objective.like, seeded()).value.sqrt()
+        objective = FinalImageShift(trajectory, points(1), [10])
+        moved = PGD(5)(objective, LpBall("linf", 0.5), objective.like, seeded()).value.sqrt()
         with torch.no_grad():
             spread = trajectory.run(torch.eye(5).double()).diagonal().norm()
         absolute.append(float(moved))
@@ -231,23 +240,23 @@ def test_the_expectation_over_noise_of_a_linear_sampler_is_that_of_one_draw() ->
     trajectory, x = linear_trajectory(10, sampler="ddpm"), points()
     fixed = [trajectory.draw_noise(x, seeded(i), first=3) for i in range(5)]
     generator = seeded(9)
-    fresh = Displacement(
+    fresh = FinalImageShift(
         trajectory, x, [3, 8], lambda term: trajectory.draw_noise(x, generator, first=3), 2, fresh=True
     )
-    objectives = [Displacement(trajectory, x, [3, 8], fixed.__getitem__, terms) for terms in (1, 5)]
-    values = [PGD(6)(o, Ball("linf", 0.1), o.like, seeded()).value for o in (*objectives, fresh)]
+    objectives = [FinalImageShift(trajectory, x, [3, 8], fixed.__getitem__, terms) for terms in (1, 5)]
+    values = [PGD(6)(o, LpBall("linf", 0.1), o.like, seeded()).value for o in (*objectives, fresh)]
     assert values[1] == pytest.approx(values[0], rel=1e-6)
     assert values[2] == pytest.approx(values[0], rel=1e-6)
 
 
 def test_towards_a_target_within_reach_the_image_gets_there() -> None:
     trajectory, x = linear_trajectory(10), points()
-    secret = Ball("linf", 0.2).draw(Displacement(trajectory, x, [0, 6]).like, seeded(5)) / 2
+    secret = LpBall("linf", 0.2).draw(FinalImageShift(trajectory, x, [0, 6]).like, seeded(5)) / 2
     with torch.no_grad():
         target = trajectory.run(x, secret, [0, 6])
         away = (trajectory.run(x) - target).square().sum(1)
-    objective = Displacement(trajectory, x, [0, 6], target=target)
-    found = APGD(60)(objective, Ball("linf", 0.2), objective.like, seeded())
+    objective = FinalImageShift(trajectory, x, [0, 6], target=target)
+    found = APGD(60)(objective, LpBall("linf", 0.2), objective.like, seeded())
     assert (-found.value < 0.01 * away).all()
 
 
@@ -257,8 +266,8 @@ def test_one_step_objectives_reach_their_closed_form(inner) -> None:
     trajectory, x, attacked = linear_trajectory(), points(), [2, 11]
     with torch.no_grad():
         states = [trajectory.run(x, last=k) for k in attacked]
-    objective = OneStep(trajectory, states, attacked, inner)
-    found = PGD(20)(objective, Ball("linf", 0.3), objective.like, seeded())
+    objective = NoisePredictionShift(trajectory, states, attacked, inner)
+    found = PGD(20)(objective, LpBall("linf", 0.3), objective.like, seeded())
     truth = 0.0
     for k in attacked:
         t = torch.tensor(trajectory.steps[k].t)
@@ -273,11 +282,11 @@ def test_one_step_objectives_reach_their_closed_form(inner) -> None:
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 @pytest.mark.parametrize("terms", [1, 3])
 def test_checkpointed_gradients_are_plain_ones(sampler, terms) -> None:
-    trajectory, x = Trajectory.of(random_network().double(), PROCESS, sampler, 8), normal(4, 3).double()
+    trajectory, x = DifferentiableSampler.of(random_network().double(), PROCESS, sampler, 8), normal(4, 3).double()
     noises = [trajectory.draw_noise(x, seeded(i)) for i in range(terms)]
     omega = 0.1 * normal(4, 2, 3, seed=2).double()
     plain, cheap = (
-        Displacement(trajectory, x, [1, 4], noises.__getitem__, terms, checkpointed=flag) for flag in (False, True)
+        FinalImageShift(trajectory, x, [1, 4], noises.__getitem__, terms, checkpointed=flag) for flag in (False, True)
     )
     (a, b), (c, d) = (value_and_gradient(one, omega) for one in (plain, cheap))
     assert torch.allclose(a, c, rtol=1e-12)
@@ -303,8 +312,11 @@ def test_checkpointing_keeps_the_graph_of_one_network_call_only() -> None:
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_the_memory_of_a_step_is_what_the_whole_graph_keeps_of_it(sampler: str) -> None:
-    def kept(steps: int) -> tuple[int, Trajectory]:
-        trajectory, x = Trajectory.of(random_network().double(), PROCESS, sampler, steps), normal(6, 3).double()
+    def kept(steps: int) -> tuple[int, DifferentiableSampler]:
+        trajectory, x = (
+            DifferentiableSampler.of(random_network().double(), PROCESS, sampler, steps),
+            normal(6, 3).double(),
+        )
         weights = {p.untyped_storage().data_ptr() for model in trajectory.modules for p in model.parameters()}
         held: dict[int, Tensor] = {}  # alive, so that no address is used twice
         with (
@@ -336,14 +348,14 @@ def test_gradients_are_those_of_finite_differences(target) -> None:
 
 
 def test_no_image_depends_on_its_neighbours() -> None:
-    trajectory = Trajectory.of(random_network().double(), PROCESS, "ddim", 6)
+    trajectory = DifferentiableSampler.of(random_network().double(), PROCESS, "ddim", 6)
     x = normal(4, 3, seed=1).double()
     for attack in (PGD(5, restarts=2, momentum=0.9), APGD(8), RandomSearch(3)):
         together, alone = (
-            attack(objective, Ball("l2", 0.2), objective.like, generators).omega
+            attack(objective, LpBall("l2", 0.2), objective.like, generators).omega
             for objective, generators in (
-                (Displacement(trajectory, x, [0, 3]), image_generators(0, range(4))),
-                (Displacement(trajectory, x[2:3], [0, 3]), image_generators(2, range(1))),
+                (FinalImageShift(trajectory, x, [0, 3]), image_generators(0, range(4))),
+                (FinalImageShift(trajectory, x[2:3], [0, 3]), image_generators(2, range(1))),
             )
         )
         assert torch.allclose(together[2:3], alone, rtol=1e-9, atol=1e-12)
@@ -358,8 +370,10 @@ def test_a_model_without_gradients_is_refused() -> None:
 
     x = normal(2, 3).double()
     states = [x]
-    objective = OneStep(Trajectory.of(blind, NoiseProcess(PROCESS.alphas_cumprod, "sample"), "ddim", 4), states, [1])
-    function = Function(lambda omega: omega.detach().flatten(1).sum(1))
+    objective = NoisePredictionShift(
+        DifferentiableSampler.of(blind, NoiseSchedule(PROCESS.alphas_cumprod, "sample"), "ddim", 4), states, [1]
+    )
+    function = CallableGoal(lambda omega: omega.detach().flatten(1).sum(1))
     for one in (dataclasses.replace(objective, inner="residual"), function):
         with pytest.raises(NoGradient, match="no gradients"):
             value_and_gradient(one, torch.zeros(2, 1, 3).double())
@@ -371,7 +385,7 @@ def test_a_model_without_gradients_is_refused() -> None:
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("radius", [0.3, torch.tensor([0.1, 2.0])])
 def test_projections_and_draws_stay_in_the_ball(norm, radius) -> None:
-    ball, x = Ball(norm, radius), normal(50, 2, 3, 4)
+    ball, x = LpBall(norm, radius), normal(50, 2, 3, 4)
     assert ball.excess(10 * x) > 1
     for omega in (ball.project(10 * x), ball.draw(x, seeded()), ball.draw(x, seeded(), surface=True)):
         assert ball.excess(omega) <= 1 + 1e-6
@@ -388,7 +402,7 @@ def test_projections_and_draws_stay_in_the_ball(norm, radius) -> None:
 def test_balls_and_attacks_refuse_what_makes_no_sense() -> None:
     for arguments in (("l1", 0.1), ("linf", 0.0), ("l2", torch.tensor([0.1, -1.0])), ("linf", float("nan"))):
         with pytest.raises(ValueError):
-            Ball(*arguments)
+            LpBall(*arguments)
     for wrong in (
         {"steps": 0}, {"restarts": 0}, {"step_size": 0.0}, {"momentum": -1.0},
     ):  # fmt: skip
@@ -398,12 +412,12 @@ def test_balls_and_attacks_refuse_what_makes_no_sense() -> None:
         with pytest.raises(ValueError):
             kind(**wrong)
     with pytest.raises(ValueError, match="not one of shift, residual"):
-        OneStep(linear_trajectory(), [points()], [0], "both")  # type: ignore[arg-type]
+        NoisePredictionShift(linear_trajectory(), [points()], [0], "both")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="2 states for 1"):
-        OneStep(linear_trajectory(), [points()] * 2, [0])
+        NoisePredictionShift(linear_trajectory(), [points()] * 2, [0])
 
 
-class Escaping(Ball):
+class Escaping(LpBall):
     """Forgets to project."""
 
     def project(self, omega: Tensor) -> Tensor:
@@ -418,14 +432,14 @@ def test_the_constraint_is_asserted_on_every_result() -> None:
 
 
 def test_what_is_nowhere_finite_is_an_error() -> None:
-    objective = Function(lambda omega: omega.flatten(1).sum(1) * torch.nan)
+    objective = CallableGoal(lambda omega: omega.flatten(1).sum(1) * torch.nan)
     with pytest.raises(ArithmeticError, match="not finite"):
-        PGD(2)(objective, Ball("linf", 1.0), torch.zeros(2, 1, 3), seeded())
+        PGD(2)(objective, LpBall("linf", 1.0), torch.zeros(2, 1, 3), seeded())
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_random_never_beats_pgd_and_the_best_iterate_only_rises(norm) -> None:
-    objective, ball = network_objective(), Ball(norm, 0.3)
+    objective, ball = network_objective(), LpBall(norm, 0.3)
     random = RandomSearch(20)(objective, ball, objective.like, seeded(1))
     once = PGD(1)(objective, ball, objective.like, seeded(2))
     found = PGD(10, restarts=3)(objective, ball, objective.like, seeded(2))
@@ -448,8 +462,8 @@ def test_momentum_is_the_accumulated_gradient() -> None:
     def function(omega: Tensor) -> Tensor:
         return (3 * omega).sin().flatten(1).sum(1) - omega.square().flatten(1).sum(1)
 
-    start, ball = torch.full((1, 1, 4), 0.1).double(), Ball("l2", 5.0)
-    found = PGD(6, step_size=0.02, momentum=0.9)(Function(function), ball, start, start=start)
+    start, ball = torch.full((1, 1, 4), 0.1).double(), LpBall("l2", 5.0)
+    found = PGD(6, step_size=0.02, momentum=0.9)(CallableGoal(function), ball, start, start=start)
     omega, gathered, best = start, torch.zeros_like(start), []
     for _ in range(7):
         best.append(float(function(omega)))
@@ -462,8 +476,8 @@ def test_momentum_is_the_accumulated_gradient() -> None:
 def test_apgd_halves_its_step_where_it_overshoots_and_not_elsewhere() -> None:
     """A narrow peak inside the ball: plain steps of a fixed size jump over it, adaptive ones come down on it."""
     peak = torch.tensor([[[0.123, -0.271]]]).double()
-    objective = Function(lambda omega: -(omega - peak).abs().flatten(1).sum(1))
-    like, ball = torch.zeros(1, 1, 2).double(), Ball("linf", 1.0)
+    objective = CallableGoal(lambda omega: -(omega - peak).abs().flatten(1).sum(1))
+    like, ball = torch.zeros(1, 1, 2).double(), LpBall("linf", 1.0)
     assert APGD(10).checkpoints() == [3, 5, 6, 7, 8, 9, 10]
     assert APGD(100).checkpoints()[:5] == [22, 41, 57, 70, 80]
     adaptive = APGD(100)(objective, ball, like, seeded())
@@ -484,8 +498,8 @@ def attack_classifier(model: nn.Module, images: Tensor, labels: Tensor, *, eps: 
         return nn.functional.cross_entropy(model(images + omega[:, 0]), labels, reduction="none")
 
     like = torch.zeros_like(images).unsqueeze(1)
-    objective = Function(loss, modules=[model])
-    return PGD(steps, step_size=alpha / eps)(objective, Ball("linf", eps), like, start=like)
+    objective = CallableGoal(loss, modules=[model])
+    return PGD(steps, step_size=alpha / eps)(objective, LpBall("linf", eps), like, start=like)
 
 
 def test_pgd_on_a_classifier_is_the_textbook_loop() -> None:

@@ -8,20 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import experiment, normal, seeded
 from PIL import Image
-from test_attack_command import small_pipeline
-from test_cli import fails, grey, here, photos, tree  # noqa: F401 - fixtures
-from test_purification import GaussianNetwork, gaussian
-from test_purify_command import save_broken
 from torch import Tensor
 
-from robustdiff import Corruption, cli, load_images, load_pipeline
-from robustdiff.attack import PGD
-from robustdiff.config import CorruptConfig
-from robustdiff.corruption import corrupt, from_uint8, to_uint8
-from robustdiff.poisoning import DenoisingLoss, Poison
-from robustdiff.threat import Ball, evaluate, value_and_gradient
+from helpers import experiment, normal, seeded
+from robustdiff.attacks.config import CorruptConfig
+from robustdiff.attacks.constraints import LpBall
+from robustdiff.attacks.goals import evaluate, value_and_gradient
+from robustdiff.attacks.optimizers import PGD
+from robustdiff.attacks.poisoning import Poison
+from robustdiff.commands import main
+from robustdiff.data.corruption import Corruption, corrupt
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.pipeline import load_pipeline
+from robustdiff.utils.images import from_uint8, to_uint8
+from tests.attacks.test_purification import GaussianNetwork, gaussian
+from tests.commands.test_attack import small_pipeline
+from tests.commands.test_main import fails, grey, here, photos, tree  # noqa: F401 - fixtures
+from tests.commands.test_purify import save_broken
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def levels_of(folder: str) -> Tensor:
 
 def poison(photos: Path, model: Path, output: str, *flags: str) -> dict:  # noqa: F811
     command = ["corrupt", str(photos), output, "--poison", str(model), "--poison-steps", "4"]
-    assert cli.main([*command, *flags]) == 0
+    assert main.main([*command, *flags]) == 0
     return json.loads(Path(output, "manifest.json").read_text())
 
 
@@ -111,7 +115,7 @@ def test_gradients_agree_with_finite_differences() -> None:
     attack, images = exact()
     x0, way, h = from_uint8(images).double(), normal(16, 1, 1, 8, 8, seed=3), 1e-5
 
-    def loss() -> DenoisingLoss:
+    def loss() -> DenoisingLossGoal:
         return attack.loss(x0, range(16), 0, "test", 3)
 
     omega = 0.01 * normal(16, 1, 1, 8, 8, seed=4)
@@ -130,7 +134,7 @@ def test_every_part_of_the_noise_levels_is_drawn_from() -> None:
 
     attack, images = exact()
     loss = attack.loss(from_uint8(images).double(), range(16), 0, "test", 4)
-    evaluate(DenoisingLoss(spy, loss.process, loss.images, loss.generators, 4), loss.like)
+    evaluate(DenoisingLossGoal(spy, loss.process, loss.images, loss.generators, 4), loss.like)
     assert [int(t.min()) // 250 for t in seen] == [int(t.max()) // 250 for t in seen] == [0, 1, 2, 3]
     assert all(len(set(t.tolist())) > 8 for t in seen)
 
@@ -138,7 +142,7 @@ def test_every_part_of_the_noise_levels_is_drawn_from() -> None:
 def test_keeping_the_last_iterate_is_of_one_restart() -> None:
     attack, images = exact()
     loss = attack.loss(from_uint8(images).double(), range(16), 0, "test", 1)
-    found = PGD(3, keep="last")(loss, Ball("linf", 0.1), loss.like, seeded(1))
+    found = PGD(3, keep="last")(loss, LpBall("linf", 0.1), loss.like, seeded(1))
     assert torch.equal(found.trace[-1], found.value)  # the last value, not the luckiest so far
     assert (found.trace[:-1].amax(0) > found.value).any()
     with pytest.raises(ValueError, match="the last of one restart"):
@@ -217,7 +221,7 @@ def test_poison_comes_last_upon_other_dirt(photos, model, here) -> None:  # noqa
 
 
 def test_without_poison_the_manifest_is_as_it_was(photos, here) -> None:  # noqa: F811
-    assert cli.main(["corrupt", str(photos), "new", "--corrupt", "blur"]) == 0
+    assert main.main(["corrupt", str(photos), "new", "--corrupt", "blur"]) == 0
     manifest = json.loads(Path("new/manifest.json").read_text())
     assert manifest.keys() == {"format", "seed", "corruptions", "range", "written", "clean", "images"}
     assert manifest["images"][0].keys() == {"index", "source", "file", "corruptions"}
@@ -231,7 +235,7 @@ def test_noise_levels_of_poisoned_images_are_refused(photos, model, here, capsys
 
 
 def test_the_notes_show_the_committed_result() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     found = json.loads((root / "experiments" / "results" / "poisoning.json").read_text())
     notes = (root / "docs" / "lab-notes.md").read_text()
     cell = experiment("poisoning").cell

@@ -9,17 +9,18 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import normal, seeded
-from test_attack_command import small_pipeline
 from torch import Tensor, nn
 
-from robustdiff import linear
-from robustdiff.attack import PGD, RandomSearch
-from robustdiff.config import UsageError
-from robustdiff.process import NoiseProcess
-from robustdiff.purification import PurifiedLoss, accuracy, purify
-from robustdiff.threat import Ball, evaluate, value_and_gradient
-from robustdiff.trajectory import trailing
+from experiments.paper import linear
+from helpers import normal, seeded
+from robustdiff.attacks.constraints import LpBall
+from robustdiff.attacks.goals import evaluate, value_and_gradient
+from robustdiff.attacks.optimizers import PGD, RandomSearch
+from robustdiff.attacks.purification import PurifiedLoss, accuracy, purify
+from robustdiff.diffusion.samplers import trailing
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.utils.errors import UsageError
+from tests.commands.test_attack import small_pipeline
 
 SIZE = 8
 
@@ -27,7 +28,7 @@ SIZE = 8
 class GaussianNetwork(nn.Module):
     """The exact network for N(0, variance) pixels, in float64."""
 
-    def __init__(self, process: NoiseProcess, variance: float) -> None:
+    def __init__(self, process: NoiseSchedule, variance: float) -> None:
         super().__init__()
         self.process, self.scale = process, nn.Parameter(torch.tensor(variance, dtype=torch.float64))
         self.config = {"num_class_embeds": None, "sample_size": SIZE, "in_channels": 1}
@@ -41,7 +42,7 @@ class GaussianNetwork(nn.Module):
 def gaussian(variance: float = 0.01) -> types.SimpleNamespace:
     scheduler = DDPMScheduler(clip_sample=False)
     return types.SimpleNamespace(
-        unet=GaussianNetwork(NoiseProcess.from_scheduler(scheduler), variance), scheduler=scheduler
+        unet=GaussianNetwork(NoiseSchedule.from_scheduler(scheduler), variance), scheduler=scheduler
     )
 
 
@@ -156,7 +157,7 @@ def chain(**settings) -> PurifiedLoss:
 def test_pgd_through_the_chain_breaks_what_random_noise_does_not(fresh: bool) -> None:
     """The full gradient, averaged over the purifier's noise, judged on noise that the attack has not seen."""
     objective = chain(terms=4, fresh=fresh)
-    ball = Ball("linf", 0.06)
+    ball = LpBall("linf", 0.06)
     flags = [p.requires_grad for m in objective.modules for p in m.parameters()]
     random = RandomSearch(5)(objective, ball, objective.like, seeded(1))
     found = PGD(8)(objective, ball, objective.like, seeded(1))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import seeded
 from torch import Tensor, nn
 
-from robustdiff.attack import PGD
-from robustdiff.threat import Ball, Function
+from helpers import seeded
+from robustdiff.attacks.constraints import LpBall
+from robustdiff.attacks.goals import CallableGoal
+from robustdiff.attacks.optimizers import PGD
 
 
 @pytest.mark.parametrize(("eps", "alpha", "steps"), [(8 / 255, 2 / 255, 10), (0.1, 0.03, 25), (0.1, 0.2, 1)])
@@ -31,7 +32,9 @@ def test_pgd_is_that_of_torchattacks(eps: float, alpha: float, steps: int) -> No
         return nn.functional.cross_entropy(model(images + omega[:, 0]), labels, reduction="none")
 
     like = torch.zeros_like(images).unsqueeze(1)
-    found = PGD(steps, step_size=alpha / eps)(Function(loss, modules=[model]), Ball("linf", eps), like, start=like)
+    found = PGD(steps, step_size=alpha / eps)(
+        CallableGoal(loss, modules=[model]), LpBall("linf", eps), like, start=like
+    )
     assert len(iterates) == steps + 1
     moved = (theirs - images).unsqueeze(1)
     assert torch.allclose(iterates[-1], moved, atol=1e-9)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import scipy.fft
 import torch
-from fields import natural
-from helpers import normal
 from PIL import Image
 from torch import Tensor
 
-from robustdiff import damage
-from robustdiff.corruption import Corruption, corrupt
-from robustdiff.images import from_uint8
+from fields import natural
+from helpers import normal
+from robustdiff.audit.detectors import blur_jpeg
+from robustdiff.data.corruption import Corruption, corrupt
+from robustdiff.data.dataset import from_uint8
 
 
 def rounded(images: Tensor) -> Tensor:
@@ -31,18 +31,18 @@ def dirty(images: Tensor, spec: str) -> Tensor:
 @pytest.mark.parametrize("size", [4, 8, 13])
 def test_the_cosines_are_scipys(size: int) -> None:
     x = normal(size, size + 1)
-    ours = damage._dct(size) @ x @ damage._dct(size + 1).T
+    ours = blur_jpeg._dct(size) @ x @ blur_jpeg._dct(size + 1).T
     np.testing.assert_allclose(ours, scipy.fft.dctn(x.numpy(), norm="ortho"), atol=1e-12)
 
 
 def test_white_noise_is_as_sharp_at_any_frequency_and_blur_is_less() -> None:
     noise = normal(200, 3, 16, 16)
-    assert damage.sharpness(noise).shape == (200,)
-    assert damage.sharpness(noise).mean().abs() < 0.02
+    assert blur_jpeg.sharpness(noise).shape == (200,)
+    assert blur_jpeg.sharpness(noise).mean().abs() < 0.02
     pictures = natural(100)
-    before = damage.sharpness(pictures)
+    before = blur_jpeg.sharpness(pictures)
     for radius, least in (("1", 0.7), ("2", 1.5)):
-        after = damage.sharpness(dirty(pictures, f"blur:radius={radius}"))
+        after = blur_jpeg.sharpness(dirty(pictures, f"blur:radius={radius}"))
         assert (before - after).min() > 0
         assert (before - after).median() > least
         before = after + least
@@ -50,8 +50,10 @@ def test_white_noise_is_as_sharp_at_any_frequency_and_blur_is_less() -> None:
 
 def test_sharpness_does_not_depend_on_contrast_and_brightness_and_of_a_constant_is_0() -> None:
     pictures = natural(20)
-    torch.testing.assert_close(damage.sharpness(pictures), damage.sharpness(0.5 * pictures + 0.2), atol=1e-4, rtol=0)
-    assert damage.sharpness(torch.zeros(2, 3, 8, 8)).tolist() == [0, 0]
+    torch.testing.assert_close(
+        blur_jpeg.sharpness(pictures), blur_jpeg.sharpness(0.5 * pictures + 0.2), atol=1e-4, rtol=0
+    )
+    assert blur_jpeg.sharpness(torch.zeros(2, 3, 8, 8)).tolist() == [0, 0]
 
 
 def jpeg(images: Tensor, quality: int) -> Tensor:
@@ -65,15 +67,15 @@ def jpeg(images: Tensor, quality: int) -> Tensor:
 
 def test_the_grid_shows_in_strong_jpeg_only() -> None:
     pictures = rounded(natural(100, 32))
-    clean, strong, weak = (damage.jpeg_grid(x) for x in (pictures, jpeg(pictures, 15), jpeg(pictures, 95)))
+    clean, strong, weak = (blur_jpeg.jpeg_grid(x) for x in (pictures, jpeg(pictures, 15), jpeg(pictures, 95)))
     assert clean.median().abs() < 0.15
     assert weak.median().abs() < 0.3
     assert strong.median() < -0.8
     assert strong.quantile(0.9) < clean.quantile(0.02)
-    shifted = damage.jpeg_grid(jpeg(pictures, 15)[:, :, 4:, 4:])
+    shifted = blur_jpeg.jpeg_grid(jpeg(pictures, 15)[:, :, 4:, 4:])
     assert shifted.median() > 0.3  # blocks on the grid where it jumps
 
 
 def test_the_grid_needs_16_pixels() -> None:
-    assert damage.jpeg_grid(torch.zeros(2, 1, 15, 64)).isnan().all()
-    assert damage.jpeg_grid(torch.zeros(2, 1, 16, 16)).tolist() == [0, 0]
+    assert blur_jpeg.jpeg_grid(torch.zeros(2, 1, 15, 64)).isnan().all()
+    assert blur_jpeg.jpeg_grid(torch.zeros(2, 1, 16, 16)).tolist() == [0, 0]

@@ -2,19 +2,20 @@
 
 import pytest
 import torch
-from fields import loader, natural
-from helpers import normal, seeded
 from torch import Tensor
 
-from robustdiff import copies
-from robustdiff.corruption import Corruption, corrupt, from_uint8, to_uint8
-from robustdiff.examining import examine
-from robustdiff.images import load_images
+from fields import loader, natural
+from helpers import normal, seeded
+from robustdiff.audit.detectors import duplicates
+from robustdiff.audit.run import examine
+from robustdiff.data.corruption import Corruption, corrupt
+from robustdiff.data.dataset import load_images
+from robustdiff.utils.images import from_uint8, to_uint8
 
 
 def near(images: Tensor, asked: Tensor | None = None) -> list[list[int]]:
     asked = torch.ones(len(images), dtype=torch.bool) if asked is None else asked
-    return sorted(copies.near(loader(images), len(images), asked))
+    return sorted(duplicates.near(loader(images), len(images), asked))
 
 
 def damaged(images: Tensor, spec: str) -> Tensor:
@@ -64,7 +65,7 @@ def test_images_that_are_not_asked_for_are_no_copies_and_small_sets_have_none() 
     asked[[3, 305]] = False
     assert near(images, asked) == [[i, 300 + i] for i in range(10) if i not in (3, 5)]
     assert near(images[:101][:, :, :4, :4]) == []
-    assert copies.near(loader(images), 310, torch.zeros(310, dtype=torch.bool)) == []
+    assert duplicates.near(loader(images), 310, torch.zeros(310, dtype=torch.bool)) == []
 
 
 def test_equal_images_are_found_by_their_pixels() -> None:
@@ -72,7 +73,7 @@ def test_equal_images_are_found_by_their_pixels() -> None:
     images[[7, 9]] = images[3].clone()
     images[20] = images[30].clone()
     images[40] = images[41] + 1e-6
-    assert copies.equal(loader(images), 50) == [[3, 7, 9], [20, 30]]
+    assert duplicates.equal(loader(images), 50) == [[3, 7, 9], [20, 30]]
 
 
 # -- what is done about them -----------------------------------------------------------------------------

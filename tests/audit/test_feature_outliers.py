@@ -3,9 +3,9 @@
 import pytest
 import scipy.stats
 import torch
-from helpers import normal
 
-from robustdiff.distance import robust_distance
+from helpers import normal
+from robustdiff.audit.detectors.feature_outliers import robust_distance
 
 
 def test_of_normal_features_it_is_chi_whatever_their_covariance() -> None:

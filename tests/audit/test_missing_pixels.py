@@ -5,14 +5,14 @@ import pytest
 import scipy.sparse
 import scipy.sparse.linalg
 import torch
-from fields import natural
-from helpers import normal, seeded
 from torch import Tensor
 
-from robustdiff import gaps
-from robustdiff.corruption import Corruption, corrupt
-from robustdiff.gaps import Gap
-from robustdiff.images import from_uint8, load_images
+from fields import natural
+from helpers import normal, seeded
+from robustdiff.audit.detectors import missing_pixels
+from robustdiff.audit.detectors.missing_pixels import Gap
+from robustdiff.data.corruption import Corruption, corrupt
+from robustdiff.data.dataset import from_uint8, load_images
 
 
 def rounded(images: Tensor) -> Tensor:
@@ -36,16 +36,16 @@ def test_the_histogram_counts_grey_pixels_in_half_steps() -> None:
     x[0, :, 0, 0] = 0.0
     x[0, :, 0, 1], x[0, :, 1, 0], x[0, :, 1, 1] = -1.0, 1.0, 1.5  # the last out of range
     x[1, 0] = 0.2  # coloured
-    counts = gaps.grey_histogram(x)
+    counts = missing_pixels.grey_histogram(x)
     assert counts.shape == (511,)
     assert counts.nonzero().flatten().tolist() == [0, 255, 510]
     assert counts.sum() == 3
     every = from_uint8(torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16))
-    assert gaps.grey_histogram(every)[::2].tolist() == [1] * 256
+    assert missing_pixels.grey_histogram(every)[::2].tolist() == [1] * 256
 
 
 def suspected(images: Tensor) -> list[float]:
-    return gaps.suspected(gaps.grey_histogram(images), images[:, 0].numel())
+    return missing_pixels.suspected(missing_pixels.grey_histogram(images), images[:, 0].numel())
 
 
 @pytest.mark.parametrize("value", [0.0, -0.498, 0.3])
@@ -58,7 +58,7 @@ def test_scattered_pixels_of_a_value_are_found_to_the_pixel(value: float, channe
     holed = torch.where(lost[:, None], torch.tensor(value).float(), pictures)
     values = suspected(holed)
     assert any(abs(v - value) < 1e-6 for v in values)
-    found = gaps.holes(holed, of(values))
+    found = missing_pixels.holes(holed, of(values))
     assert (found & ~lost)[:100].double().mean() < 0.005  # pixels that had the value before
     assert found[:100][lost[:100]].all()
     assert found[100:].flatten(1).any(1).double().mean() < 0.1  # by chance 1 in 50 of their pixels has it
@@ -66,7 +66,7 @@ def test_scattered_pixels_of_a_value_are_found_to_the_pixel(value: float, channe
 
 @pytest.mark.parametrize("images", [rounded(0.8 * natural(200)), rounded(natural(200))], ids=["grey", "saturated"])
 def test_whole_pictures_have_no_holes(images: Tensor) -> None:
-    assert not gaps.holes(images, of(suspected(images))).flatten(1).any(1).double().mean() > 0.01
+    assert not missing_pixels.holes(images, of(suspected(images))).flatten(1).any(1).double().mean() > 0.01
 
 
 def test_flat_areas_and_drawings_have_no_holes() -> None:
@@ -74,9 +74,9 @@ def test_flat_areas_and_drawings_have_no_holes() -> None:
     pictures[:, :, 4:12, 4:12] = 0.0
     values = suspected(pictures)
     assert any(abs(value) < 1e-6 for value in values)
-    assert not gaps.holes(pictures, of(values)).any()
+    assert not missing_pixels.holes(pictures, of(values)).any()
     digits = load_images("digits").x0(slice(0, 600))
-    assert not gaps.holes(digits, of(suspected(digits))).any()
+    assert not missing_pixels.holes(digits, of(suspected(digits))).any()
 
 
 def test_a_background_that_was_lifted_here_and_there_is_content() -> None:
@@ -97,21 +97,21 @@ def test_black_and_white_pixels_that_stand_alone_are_impulses() -> None:
     pictures = rounded(0.6 * natural(200))
     noisy = dirty(pictures, "impulse:amount=0.05")
     changed = (noisy != pictures)[:, 0]
-    found = gaps.holes(noisy, of(suspected(noisy)))
+    found = missing_pixels.holes(noisy, of(suspected(noisy)))
     assert found[changed].double().mean() > 0.8
     assert found[~changed].double().mean() < 0.005
 
 
 def test_nothing_suspected_is_nothing_found() -> None:
-    assert gaps.suspected(torch.zeros(511, dtype=torch.long), 0) == []
-    assert not gaps.holes(torch.zeros(2, 1, 8, 8), []).any()
+    assert missing_pixels.suspected(torch.zeros(511, dtype=torch.long), 0) == []
+    assert not missing_pixels.holes(torch.zeros(2, 1, 8, 8), []).any()
 
 
 # -- blocks ------------------------------------------------------------------------------------------
 
 
 def found(images: Tensor) -> tuple[tuple[Gap, ...], Tensor]:
-    return gaps.find(lambda places: images[places.start : places.stop], len(images))
+    return missing_pixels.find(lambda places: images[places.start : places.stop], len(images))
 
 
 def lost_by(before: Tensor, after: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def test_blocks_of_a_value_are_found_to_the_pixel(block: int, value: float, size
     assert which[much].double().mean() > (
         0.9 if abs(value) == 1 else 0.95
     )  # black and white ones keep company by chance
-    here = gaps.holes(holed, [gap])[which]
+    here = missing_pixels.holes(holed, [gap])[which]
     assert not (lost[which] & ~here).any()
     assert (here & ~lost[which]).double().mean() < 0.002  # pixels that had the value before
 
@@ -183,7 +183,7 @@ def test_few_images_with_blocks_are_none() -> None:
 def test_whole_cells_are_those_of_a_loop(shape: tuple[int, int]) -> None:
     here = torch.rand(20, *shape, generator=seeded(2)) < 0.8
     for block in (2, 3, 4):
-        cells = gaps.whole_cells(here, block)
+        cells = missing_pixels.whole_cells(here, block)
         rows, columns = -(-shape[0] // block), -(-shape[1] // block)
         assert cells.shape == (20, rows, columns)
         for y in range(rows):
@@ -194,7 +194,7 @@ def test_whole_cells_are_those_of_a_loop(shape: tuple[int, int]) -> None:
 
 def test_company_counts_neighbours() -> None:
     here = torch.tensor([[[1, 1, 0], [0, 1, 1], [0, 0, 1]]]).bool()
-    share, pairs, first = (x.item() for x in gaps.company(here))
+    share, pairs, first = (x.item() for x in missing_pixels.company(here))
     assert share == pytest.approx(5 / 9)
     assert pairs == 2 + 2  # beside one another; above one another
     assert first == 3 + 4
@@ -227,12 +227,12 @@ def test_lost_pixels_become_the_discrete_harmonic_function() -> None:
     images, lost = normal(4, 2, 9, 7), torch.rand(4, 9, 7, generator=seeded(1)) < 0.35
     lost[0, 0, 0] = lost[0, -1, -1] = True  # corners
     lost[3] = False
-    filled = gaps.fill(images, lost, rounds=2000)
+    filled = missing_pixels.fill(images, lost, rounds=2000)
     for image in range(4):
         for channel in range(2):
             wanted = harmonic(images[image, channel].numpy(), lost[image].numpy())
             np.testing.assert_allclose(filled[image, channel], wanted, atol=1e-9)
-    usual = gaps.fill(images, lost)
+    usual = missing_pixels.fill(images, lost)
     assert (usual - filled).abs().max() < 0.05
     known = ~lost[:, None].expand_as(images)
     assert torch.equal(usual[known], images[known])
@@ -241,9 +241,9 @@ def test_lost_pixels_become_the_discrete_harmonic_function() -> None:
 
 def test_repair_changes_no_input_and_nothing_where_nothing_is_lost() -> None:
     images, lost = normal(2, 1, 8, 8).float(), torch.zeros(2, 8, 8, dtype=torch.bool)
-    assert torch.equal(gaps.fill(images, lost), images)
+    assert torch.equal(missing_pixels.fill(images, lost), images)
     before = images.clone()
     lost[0, 3, 3] = True
-    assert gaps.fill(images, lost).dtype == torch.float32
+    assert missing_pixels.fill(images, lost).dtype == torch.float32
     assert torch.equal(images, before)
-    assert gaps.fill(images, torch.ones_like(lost)).isfinite().all()
+    assert missing_pixels.fill(images, torch.ones_like(lost)).isfinite().all()

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustdiff import groups
-from robustdiff.groups import split
+from robustdiff.audit import mixture as groups
+from robustdiff.audit.mixture import split
 
 
 def mixture(*parts: tuple[int, float, float], seed: int = 0) -> Tensor:

@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
-from fields import gaussian_set, loader, spectrum
-from helpers import seeded
 from torch import Tensor
 
-from robustdiff import groups, noisy
-from robustdiff.noisy import LEFT_OUT, noisy_images
-from robustdiff.spectrum import Energies, SpectralFit
+from fields import gaussian_set, loader, spectrum
+from helpers import seeded
+from robustdiff.audit import mixture
+from robustdiff.audit.detectors import noise
+from robustdiff.audit.detectors.noise import LEFT_OUT, noisy_images
+from robustdiff.audit.spectral_model import Energies, SpectralFit
 
 K = 48
 
@@ -31,14 +32,14 @@ def around(level: float, count: int) -> Tensor:
 
 
 def standing_apart(seen: SpectralFit, **settings: bool) -> list[tuple[Tensor, float]]:
-    return noisy._standing_apart(seen, groups.split(seen.sigma), **settings)
+    return noise._standing_apart(seen, mixture.split(seen.sigma), **settings)
 
 
 def test_white_excess_is_1_and_a_ramp_from_a_half_is_between_the_two_bounds() -> None:
     everyone = torch.ones(200, dtype=torch.bool)
     assert fit(around(0.2, 200)).whiteness(everyone) == pytest.approx(1)
-    assert noisy.WHITE < fit(around(0.2, 200), 0.5).whiteness(everyone) < noisy.WHITER
-    assert fit(around(0.2, 200), 0.1).whiteness(everyone) < noisy.WHITE
+    assert noise.WHITE < fit(around(0.2, 200), 0.5).whiteness(everyone) < noise.WHITER
+    assert fit(around(0.2, 200), 0.1).whiteness(everyone) < noise.WHITE
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9])
@@ -67,7 +68,7 @@ def test_faint_noise_is_left_alone(low: float, high: float) -> None:
 
 def test_a_long_tail_is_no_group() -> None:
     tail = 0.2 + 0.07 * torch.special.ndtri(torch.linspace(0.01, 0.99, 500))
-    assert tail.quantile(0.05) < noisy.TIGHT * tail.median()
+    assert tail.quantile(0.05) < noise.TIGHT * tail.median()
     assert not standing_apart(fit(torch.cat([around(0.001, 500), tail])))
 
 
@@ -90,21 +91,21 @@ def test_a_group_that_chance_makes_is_none() -> None:
 )
 def test_many_levels_are_believed_if_they_are_large_or_white(highest: float, least: float, found: bool) -> None:
     sigma = torch.linspace(0, highest / 0.95, 1000)
-    more = noisy._everywhere(fit(sigma, least), torch.ones(1000, dtype=torch.bool))
+    more = noise._everywhere(fit(sigma, least), torch.ones(1000, dtype=torch.bool))
     assert (more is not None) == found
     if more is not None:
         members, levels = more
-        assert torch.equal(members, sigma.double() >= noisy.ALL_NOISY)
+        assert torch.equal(members, sigma.double() >= noise.ALL_NOISY)
         torch.testing.assert_close(levels, sigma.double()[members])
 
 
 def test_one_level_of_all_is_believed_if_estimates_agree_or_chance_scatters_them() -> None:
     everyone = torch.ones(1000, dtype=torch.bool)
-    members, levels = noisy._everywhere(fit(around(0.1, 1000)), everyone) or (everyone, everyone)
+    members, levels = noise._everywhere(fit(around(0.1, 1000)), everyone) or (everyone, everyone)
     assert torch.equal(members, everyone)
     assert levels.unique().tolist() == [pytest.approx(0.1, rel=0.05)]
-    assert noisy._everywhere(fit(around(0.04, 1000)), everyone) is None
-    assert noisy._everywhere(fit(around(0.1, 1000), side=4), everyone) is None
+    assert noise._everywhere(fit(around(0.04, 1000)), everyone) is None
+    assert noise._everywhere(fit(around(0.1, 1000), side=4), everyone) is None
 
 
 def test_noise_without_a_picture_is_left_out_and_noise_over_one_is_trained_above_it() -> None:
@@ -131,16 +132,16 @@ def test_the_lowest_group_is_foreign_if_it_is_small_and_the_spectrum_does_not_de
     seen.energies.q.mul_(scatter.clamp(min=0.5))
     seen.energies.q[:count, ::2] *= bend
     assert seen.oddness(torch.arange(1000) >= count)[count:].median() == 0
-    assert torch.equal(noisy._foreign(seen, groups.split(seen.sigma)), (torch.arange(1000) < count) & foreign)
+    assert torch.equal(noise._foreign(seen, mixture.split(seen.sigma)), (torch.arange(1000) < count) & foreign)
 
 
 def test_scatter_that_is_chance_is_one_level_or_none_and_never_many() -> None:
     everyone, sigma = torch.ones(1000, dtype=torch.bool), torch.linspace(0.02, 0.3, 1000)
     few = torch.cat([around(0.02, 900), torch.linspace(0.1, 0.3, 100)])
     for of, one in ((sigma, True), (few, False)):
-        members, levels = noisy._everywhere(fit(of), everyone) or pytest.fail("sure estimates of many levels")
+        members, levels = noise._everywhere(fit(of), everyone) or pytest.fail("sure estimates of many levels")
         assert torch.equal(levels, of.double()[members].square().sqrt())
-        vague = noisy._everywhere(fit(of, blocks=0.05), everyone)
+        vague = noise._everywhere(fit(of, blocks=0.05), everyone)
         assert (vague is not None) == one
         if vague is not None:
             assert torch.equal(vague[0], everyone)

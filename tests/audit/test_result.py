@@ -11,20 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from fields import gaussian_set, loader, natural, spectrum
-from helpers import normal, seeded
 from torch import Tensor
 
-from robustdiff import examining, gaps, trust
-from robustdiff.config import AUTO_PARTS, AutoPart, UsageError
-from robustdiff.corruption import Corruption, corrupt
-from robustdiff.examining import examine
-from robustdiff.gaps import Gap
-from robustdiff.images import load_images
-from robustdiff.process import NoiseProcess
-from robustdiff.trust import Trust
+from fields import gaussian_set, loader, natural, spectrum
+from helpers import normal, seeded
+from robustdiff.audit import result, run
+from robustdiff.audit.detectors import missing_pixels
+from robustdiff.audit.detectors.missing_pixels import Gap
+from robustdiff.audit.parts import AUTO_PARTS, AutoPart
+from robustdiff.audit.result import AuditResult
+from robustdiff.audit.run import examine
+from robustdiff.data.corruption import Corruption, corrupt
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.training.curriculum import visits_of, whole_from
+from robustdiff.utils.errors import UsageError
 
-PROCESS = NoiseProcess(torch.linspace(0.9999, 0.001, 200))
+PROCESS = NoiseSchedule(torch.linspace(0.9999, 0.001, 200))
 
 
 @functools.cache
@@ -43,13 +46,13 @@ def dirty(source: str, *specs: str) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def found(source: str, *specs: str, without: tuple[AutoPart, ...] = ()) -> tuple[Trust, Tensor]:
+def found(source: str, *specs: str, without: tuple[AutoPart, ...] = ()) -> tuple[AuditResult, Tensor]:
     """What is found of them."""
     images, hit = dirty(source, *specs)
     return examine(loader(images), len(images), without), hit
 
 
-def parts(of: Trust) -> set[str]:
+def parts(of: AuditResult) -> set[str]:
     return {finding.part for finding in of.findings}
 
 
@@ -169,7 +172,7 @@ def test_lost_pixels_are_found_and_filled_in() -> None:
     images, clean = dirty("fields", "missing:amount=0.3,fraction=0.5")[0], natural(600)
     places = of.holed.nonzero().flatten()[:50].tolist()
     mended, lost = of.repaired(images[places], places)
-    assert torch.equal(lost, (images[places].abs() < gaps.LEVEL / 4).all(1))
+    assert torch.equal(lost, (images[places].abs() < missing_pixels.LEVEL / 4).all(1))
     before, after = ((x - clean[places]).square().mean().sqrt() for x in (images[places], mended))
     assert after < 0.4 * before
     assert of.usable.max() >= 2 * 0.8 * after
@@ -229,7 +232,7 @@ def test_nothing_but_blank_images_is_one_line() -> None:
     assert not of.weight.any()
     assert of.regularise is None
     with pytest.raises(UsageError, match="--auto found no image that can be trained on"):
-        of.visits(PROCESS)
+        visits_of(of, PROCESS)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (3, 3, 5, 2), (70, 1, 1, 1), (70, 1, 3, 2), (63, 1, 16, 16)])
@@ -291,47 +294,47 @@ def test_the_same_images_are_judged_alike_again() -> None:
     assert again.findings == of.findings
 
 
-def trusted(**changes: object) -> Trust:
+def trusted(**changes: object) -> AuditResult:
     """Four images: clean, noisy, blurred, left out."""
     values = torch.tensor([[0, 0.2, 0, 0], [0, 0.2, 0.5, 0], [1, 1, 0.5, 0]]).double()
-    finding = trust.Finding("noise", 1, "white noise", "trained above it", 0.2)
-    made = Trust(
+    finding = result.Finding("noise", 1, "white noise", "trained above it", 0.2)
+    made = AuditResult(
         *values, (Gap(0.0),), torch.tensor([False, False, True, False]), None, (finding,), values[0], values[2] / 10
     )
     return replace(made, **changes)
 
 
 def test_visits_begin_above_the_usable_level() -> None:
-    visits = trusted().visits(PROCESS)
+    visits = visits_of(trusted(), PROCESS)
     assert visits is not None
     table = PROCESS.noise_to_signal(torch.arange(200))
     assert visits.used.tolist() == [0, 1, 2]
     for place, level in ((0, 0.0), (1, 0.2), (2, 0.5)):
         assert table[visits.first[place]] > level
         assert visits.first[place] == 0 or table[visits.first[place] - 1] <= level
-    assert trusted(usable=torch.zeros(4).double(), weight=torch.ones(4).double()).visits(PROCESS) is None
+    assert visits_of(trusted(usable=torch.zeros(4).double(), weight=torch.ones(4).double()), PROCESS) is None
 
 
 def test_masked_images_with_lost_pixels_are_used_at_every_level_and_their_repair_above_their_own() -> None:
     of = trusted(masked=True)
-    visits, whole = of.visits(PROCESS), of.whole_from(PROCESS)
+    visits, whole = visits_of(of, PROCESS), whole_from(of, PROCESS)
     assert visits is not None
     assert whole is not None
-    assert visits.first.tolist() == [0, trusted().visits(PROCESS).first[1], 0, 0]
+    assert visits.first.tolist() == [0, visits_of(trusted(), PROCESS).first[1], 0, 0]
     table = PROCESS.noise_to_signal(torch.arange(200))
     assert whole[[0, 1, 3]].tolist() == [0, 0, 0]
     assert table[whole[2] - 1] <= 0.5 < table[whole[2]]
     assert of.lowest.tolist() == pytest.approx([0, 0.2, 0, 0])
     assert trusted().lowest.tolist() == pytest.approx([0, 0.2, 0.5, 0])
-    assert trusted().whole_from(PROCESS) is None
+    assert whole_from(trusted(), PROCESS) is None
     assert trusted(masked=True, holed=torch.zeros(4, dtype=torch.bool)).whole_from(PROCESS) is None
     far = trusted(masked=True, usable=torch.tensor([0, 0.2, 1e6, 0]).double())
-    assert far.whole_from(PROCESS).tolist() == [0, 0, 200, 0]
-    assert far.visits(PROCESS).first[2] == 0
+    assert whole_from(far, PROCESS).tolist() == [0, 0, 200, 0]
+    assert visits_of(far, PROCESS).first[2] == 0
 
 
 def test_a_level_beyond_the_process_leaves_the_image_out() -> None:
-    beyond = trusted(usable=torch.tensor([0, 0.2, 1e6, 0]).double()).visits(PROCESS)
+    beyond = visits_of(trusted(usable=torch.tensor([0, 0.2, 1e6, 0]).double()), PROCESS)
     assert beyond is not None
     assert beyond.used.tolist() == [0, 1]
     with pytest.raises(UsageError, match="robustdiff audit"):
@@ -362,9 +365,9 @@ def test_only_holed_images_are_repaired() -> None:
     mended, lost = of.repaired(images, range(4))
     assert lost is not None
     assert torch.equal(mended[[0, 1, 3]], images[[0, 1, 3]])
-    assert torch.equal(lost[2:3], gaps.holes(images[2:3], (Gap(0.0),)))
+    assert torch.equal(lost[2:3], missing_pixels.holes(images[2:3], (Gap(0.0),)))
     assert not lost[[0, 1, 3]].any()
-    assert torch.equal(mended[2:3], gaps.fill(images[2:3], lost[2:3]))
+    assert torch.equal(mended[2:3], missing_pixels.fill(images[2:3], lost[2:3]))
     assert not torch.equal(mended[2], images[2])
     assert torch.equal(of.repaired(images[[1, 2]], [1, 2])[0], mended[[1, 2]])
     assert trusted(lost=()).repaired(images, range(4)) == (images, None)
@@ -381,8 +384,8 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
         trusted(regularise=(0.0, 0.1), lost=(), findings=()),
         trusted(lost=(Gap(0.0, 4), Gap(1.0)), masked=True),
     ):
-        trust.save(one, tmp_path / "auto.json", NAMES)
-        again = trust.load(tmp_path / "auto.json", 4)
+        result.save(one, tmp_path / "auto.json", NAMES)
+        again = result.load(tmp_path / "auto.json", 4)
         assert again.sha256 == one.sha256
         assert (again.findings, again.lost, again.regularise) == (one.findings, one.lost, one.regularise)
         assert again.masked == one.masked
@@ -393,15 +396,15 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
 
 def test_errors_may_be_unknown_and_earlier_files_have_none(tmp_path: Path) -> None:
     path = tmp_path / "auto.json"
-    trust.save(trusted(sigma_error=torch.tensor([0.1, math.nan, 0.1, 0.1]).double()), path, NAMES)
+    result.save(trusted(sigma_error=torch.tensor([0.1, math.nan, 0.1, 0.1]).double()), path, NAMES)
     text = path.read_text()
     assert json.loads(text)["images"][1]["sigma_error"] is None
-    assert trust.load(path, 4).sigma_error.isnan().tolist() == [False, True, False, False]
+    assert result.load(path, 4).sigma_error.isnan().tolist() == [False, True, False, False]
     value = json.loads(text)
     for one in value["images"]:
         del one["sigma_error"]
     path.write_text(json.dumps(value))
-    assert trust.load(path, 4).sigma_error.isnan().all()
+    assert result.load(path, 4).sigma_error.isnan().all()
 
 
 def changed(**changes: object):
@@ -456,22 +459,22 @@ def image(**changes: object):
 )
 def test_every_damage_to_the_file_is_one_line_that_says_what_to_do(tmp_path: Path, harm) -> None:
     path = tmp_path / "auto.json"
-    trust.save(trusted(), path, NAMES)
+    result.save(trusted(), path, NAMES)
     path.write_text(harm(path.read_text()))
     with pytest.raises(UsageError, match=r"--resume: .*auto\.json cannot be used .*put it back, start anew") as error:
-        trust.load(path, 4)
+        result.load(path, 4)
     assert "\n" not in str(error.value)
 
 
 def test_a_file_that_is_missing_or_of_other_images_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
-        trust.load(tmp_path / "auto.json", 4)
-    trust.save(trusted(), tmp_path / "auto.json", NAMES)
+        result.load(tmp_path / "auto.json", 4)
+    result.save(trusted(), tmp_path / "auto.json", NAMES)
     with pytest.raises(UsageError, match="not robustdiff auto 1 of 5 images"):
-        trust.load(tmp_path / "auto.json", 5)
+        result.load(tmp_path / "auto.json", 5)
     (tmp_path / "auto.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="cannot be used"):
-        trust.load(tmp_path / "auto.json", 4)
+        result.load(tmp_path / "auto.json", 4)
 
 
 def test_every_number_found_is_finite_and_in_range() -> None:
@@ -510,10 +513,10 @@ def test_lost_blocks_are_found_and_their_level_is_that_of_a_poorer_repair() -> N
 
 def test_where_no_image_is_whole_the_least_damaged_are_trained_at_every_level() -> None:
     """Blurred or compressed ones beside nothing but what is left out."""
-    soft = trust.Finding("blur", 2, "blurred", "trained at noise levels above 0.25", 0.25)
+    soft = result.Finding("blur", 2, "blurred", "trained at noise levels above 0.25", 0.25)
     zero = torch.zeros(4).double()
     of = trusted(noise=zero, usable=torch.tensor([0.25, 0.25, 0.5, 0]).double(), findings=(soft,), holed=zero > 0)
-    fallen = examining._fall_back(of)
+    fallen = run._fall_back(of)
     assert fallen.usable.tolist() == [0, 0, 0.5, 0]
     assert fallen.rows()["found blur"].endswith(
         "above 0.25; no image is whole, so that they are trained at every noise level"
@@ -521,11 +524,11 @@ def test_where_no_image_is_whole_the_least_damaged_are_trained_at_every_level() 
     assert "not trained" in of.rows()
     assert "not trained" not in fallen.rows()
     holed = replace(of, holed=torch.tensor([False, False, True, False]))
-    masked = examining._fall_back(holed)  # the third has lost pixels, and is trained at every level by the others
+    masked = run._fall_back(holed)  # the third has lost pixels, and is trained at every level by the others
     assert masked.masked
     assert torch.equal(masked.usable, of.usable)
     assert masked.lowest.tolist() == [0.25, 0.25, 0, 0]
-    assert examining._fall_back(masked) is masked
+    assert run._fall_back(masked) is masked
 
 
 def test_images_are_loaded_once_if_they_may_be_kept() -> None:

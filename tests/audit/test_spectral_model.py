@@ -9,11 +9,20 @@ import pytest
 import scipy.optimize
 import scipy.stats
 import torch
-from fields import gaussian_set, loader, spectrum
-from helpers import normal, seeded
 from torch import Tensor
 
-from robustdiff.spectrum import Energies, SpectralFit, block_side, cut, energies_of, fit, same_above, separate
+from fields import gaussian_set, loader, spectrum
+from helpers import normal, seeded
+from robustdiff.audit.spectral_model import (
+    Energies,
+    SpectralFit,
+    block_side,
+    cut,
+    energies_of,
+    fit,
+    same_above,
+    separate,
+)
 
 N, SIDE = 1200, 8
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from robustdiff import audit as module
-from robustdiff import noise
-from robustdiff.audit import audit_images, measure
-from robustdiff.audit_files import check_output, write_audit
-from robustdiff.decoding import DataError
-from robustdiff.images import load_images
-from robustdiff.noise import noise_level
-from robustdiff.sources import Source, open_source
+from robustdiff.audit import single_image_noise
+from robustdiff.audit import statistics as module
+from robustdiff.audit.files import check_output, write_audit
+from robustdiff.audit.single_image_noise import noise_level
+from robustdiff.audit.statistics import audit_images, measure
+from robustdiff.data.dataset import load_images
+from robustdiff.data.sources.open import Source, open_source
+from robustdiff.utils.errors import DataError
 
 GREY_LEVEL = 2 / 255
 
@@ -188,25 +188,29 @@ def test_many_images_at_once_are_estimated_as_each_alone(shape, kind):
     images[6, :, 2:] = images[6, :, :1, :1]  # mostly flat
     images = eight_bit(images) if kind == "8 bit" else images
     alone = [noise_level(image) for image in images]
-    np.testing.assert_allclose(noise.noise_levels(images), alone, rtol=2e-3, atol=1e-5)
+    np.testing.assert_allclose(single_image_noise.noise_levels(images), alone, rtol=2e-3, atol=1e-5)
     order = np.random.default_rng(1).permutation(12)
-    np.testing.assert_allclose(noise.noise_levels(images[order]), np.array(alone)[order], rtol=2e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        single_image_noise.noise_levels(images[order]), np.array(alone)[order], rtol=2e-3, atol=1e-5
+    )
 
 
 def test_large_images_are_looked_at_in_part(monkeypatch):
     counts = []
-    kept = noise._smallest_projection
-    monkeypatch.setattr(noise, "_smallest_projection", lambda p, k: (counts.append(p.shape[1]), kept(p, k))[1])
+    kept = single_image_noise._smallest_projection
+    monkeypatch.setattr(
+        single_image_noise, "_smallest_projection", lambda p, k: (counts.append(p.shape[1]), kept(p, k))[1]
+    )
     assert noise_level(gaussian(3, 700, 500)) == pytest.approx(0.2, rel=0.04)
-    assert noise.MAX_PATCHES / 2 < counts[0] <= noise.MAX_PATCHES * 1.05
+    assert single_image_noise.MAX_PATCHES / 2 < counts[0] <= single_image_noise.MAX_PATCHES * 1.05
 
 
 # -- one image ---------------------------------------------------------------------------------------
 
 
 def test_small_images_of_many_sizes_get_the_noise_of_each_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("robustdiff.audit.SHAPES", 3)
-    monkeypatch.setattr("robustdiff.audit.TOGETHER", 2)
+    monkeypatch.setattr("robustdiff.audit.statistics.SHAPES", 3)
+    monkeypatch.setattr("robustdiff.audit.statistics.TOGETHER", 2)
     for i in range(24):
         size = (10 + i % 7, 12) if i % 8 else (80, 70)  # the latter are not small
         Image.fromarray(eight_bit(gaussian(1, *size, sigma=0.02 * (i + 1), seed=i))[0]).save(tmp_path / f"{i:02}.png")
@@ -548,7 +552,7 @@ def test_a_failed_write_leaves_the_earlier_report(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("robustdiff.audit_files.save_png", full)
+    monkeypatch.setattr("robustdiff.audit.files.save_png", full)
     with pytest.raises(OSError, match="No space"):
         write_audit(tiny_audit("two"), folder, overwrite=True)
     assert json.loads((folder / "audit.json").read_text())["source"] == "one"

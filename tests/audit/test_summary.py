@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from robustdiff import load_images
-from robustdiff.audit_files import AUDIT_FILES, check_output
-from robustdiff.cli import main
-from robustdiff.corruption import Corruption, corrupt
-from robustdiff.search import search
-from robustdiff.told import read_levels
+from robustdiff.audit.files import AUDIT_FILES, check_output
+from robustdiff.audit.summary import search
+from robustdiff.commands.main import main
+from robustdiff.data.corruption import Corruption, corrupt
+from robustdiff.data.dataset import load_images
+from robustdiff.training.annotations import read_levels
 
 DIRT = (Corruption.parse("missing:amount=0.4,value=0.3,fraction=0.9"),)
 

@@ -18,16 +18,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from helpers import normal, seeded
-from test_attack import network_objective, random_network
 from torch import Tensor, nn
 
-from robustdiff import cli
-from robustdiff.attack import PGD
-from robustdiff.config import AttackConfig
-from robustdiff.evaluation import attacking, robustness
-from robustdiff.evaluation.attacking import Outcome
-from robustdiff.evaluation.validity import (
+from helpers import normal, seeded
+from robustdiff.attacks.benchmark import run, runner
+from robustdiff.attacks.benchmark.runner import Outcome
+from robustdiff.attacks.benchmark.sanity_checks import (
     INFORMATIVE,
     LIMITS,
     RAISED_WHEN,
@@ -39,13 +35,18 @@ from robustdiff.evaluation.validity import (
     check_random,
     check_rising,
 )
-from robustdiff.process import NoiseProcess
+from robustdiff.attacks.config import AttackConfig
+from robustdiff.attacks.constraints import LpBall
+from robustdiff.attacks.goals import FinalImageShift, NoGradient
+from robustdiff.attacks.optimizers import PGD
+from robustdiff.commands import main
+from robustdiff.diffusion.pipeline import sample, to_uint8
+from robustdiff.diffusion.samplers import DifferentiableSampler
+from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.report import collect, render
-from robustdiff.sampling import sample, to_uint8
-from robustdiff.threat import Ball, Displacement, NoGradient
-from robustdiff.trajectory import Trajectory
+from tests.attacks.test_optimizers import network_objective, random_network
 
-FLAGS = Path(__file__).parents[1] / "docs" / "flags.md"
+FLAGS = Path(__file__).parents[2] / "docs" / "flags.md"
 FAST = ("-n", "3", "--sweep-n", "2", "--steps", "2", "--iterations", "4", "--batch-size", "2", "--radius", "0.1")
 FAST += ("--workers", "1")
 SMALL = {
@@ -73,10 +74,10 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_for_the_spread() -> Any:
-    before = robustness.SPREAD_OF
-    robustness.SPREAD_OF = 8
+    before = run.SPREAD_OF
+    run.SPREAD_OF = 8
     yield
-    robustness.SPREAD_OF = before
+    run.SPREAD_OF = before
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 def attack(pipeline: Path, output: Path, *more: str) -> dict[str, Any]:
     usual = FAST[:6] + FAST[8:] if "one-step" in more else FAST
-    assert cli.main(["attack", str(pipeline), "-o", str(output), *usual, *more]) == 0
+    assert main.main(["attack", str(pipeline), "-o", str(output), *usual, *more]) == 0
     return result(output)
 
 
@@ -174,9 +175,9 @@ def test_a_class_conditional_model_is_attacked_class_by_class(tmp_path: Path) ->
 
 
 def test_the_default_radius_has_the_same_energy_in_both_norms() -> None:
-    assert attacking.radius(AttackConfig("run"), (1, 8, 8)) == 0.01
-    assert attacking.radius(AttackConfig("run", norm="l2"), (1, 8, 8)) == pytest.approx(0.08)
-    assert attacking.radius(AttackConfig("run", radius=0.3, norm="l2"), (1, 8, 8)) == 0.3
+    assert runner.radius(AttackConfig("run"), (1, 8, 8)) == 0.01
+    assert runner.radius(AttackConfig("run", norm="l2"), (1, 8, 8)) == pytest.approx(0.08)
+    assert runner.radius(AttackConfig("run", radius=0.3, norm="l2"), (1, 8, 8)) == 0.3
 
 
 def test_the_batch_size_changes_nothing_beyond_rounding(pipeline: Path, whole: Path, tmp_path: Path) -> None:
@@ -223,9 +224,9 @@ class Masked(nn.Module):
 
 
 def checked(model: Any, prediction: str = "epsilon", radius: float = 0.3) -> dict[str, Flag]:
-    process = NoiseProcess(network_objective().trajectory.process.alphas_cumprod, prediction)  # type: ignore[arg-type]
-    objective = Displacement(Trajectory.of(model, process, "ddim", 10), normal(6, 3, seed=1), [0, 5])
-    flags = check_gradient(objective, Ball("linf", radius), objective.like, seeded())
+    process = NoiseSchedule(network_objective().trajectory.process.alphas_cumprod, prediction)  # type: ignore[arg-type]
+    objective = FinalImageShift(DifferentiableSampler.of(model, process, "ddim", 10), normal(6, 3, seed=1), [0, 5])
+    flags = check_gradient(objective, LpBall("linf", radius), objective.like, seeded())
     return {flag.name: flag for flag in flags}
 
 
@@ -273,7 +274,7 @@ class Counting(nn.Module):
 def test_a_network_with_a_state_is_flagged_by_its_checkpoints() -> None:
     process, x = network_objective().trajectory.process, normal(2, 3, seed=1)
     for model, expected in ((random_network().double(), False), (Counting(random_network().double()), True)):
-        objective = Displacement(Trajectory.of(model, process, "ddim", 4), x, [0])
+        objective = FinalImageShift(DifferentiableSampler.of(model, process, "ddim", 4), x, [0])
         assert check_checkpointing(objective, 0.1 * normal(2, 1, 3, seed=2)).raised is expected
 
 
@@ -335,7 +336,7 @@ def test_a_stopped_attack_goes_on_and_ends_as_a_whole_one(
     stops = {3: signal.SIGINT, 7: signal.SIGTERM}
     saves = stop_at(monkeypatch, lambda saves: stops.get(len(saves)))
     for done, status in ((3, 130), (7, 143)):
-        assert cli.main(command) == status
+        assert main.main(command) == status
         assert f"stopped; {done} of 17 parts are finished, the same command goes on" in capsys.readouterr().err
         assert len(saves) == done
         assert not list((tmp_path / "out").glob("attack-*.json"))
@@ -365,10 +366,10 @@ def test_workers_that_are_stopped_go_on_and_end_as_a_whole_one(
 ) -> None:
     saves = stop_at(monkeypatch, lambda saves: signal.SIGINT if len(saves) == 5 else None)
     command = ["attack", str(pipeline), "-o", str(tmp_path / "out"), *FAST, "--workers", "2"]
-    assert cli.main(command) == 130
+    assert main.main(command) == 130
     assert "parts are finished, the same command goes on" in capsys.readouterr().err
     assert 5 <= len(saves) <= 6
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     assert len(saves) == len(set(saves)) == 17
     for name, one in result(whole)["values"].items():
         assert value(result(tmp_path / "out"), name) == pytest.approx(one["value"], rel=1e-4)
@@ -402,21 +403,21 @@ def test_all_attacks_start_at_the_same_points(pipeline: Path, whole: Path) -> No
 
 
 def test_an_attack_that_ends_thaws_nothing_that_others_use(pipeline: Path, tmp_path: Path, monkeypatch) -> None:
-    run, thawed = attacking.Batch.run, []
+    run, thawed = runner.Batch.run, []
 
-    def looked_at(self: attacking.Batch, *arguments: Any) -> Outcome:
+    def looked_at(self: runner.Batch, *arguments: Any) -> Outcome:
         outcome = run(self, *arguments)
         (network,) = self.trajectory.modules
         thawed.append(network.training or any(weight.requires_grad for weight in network.parameters()))
         return outcome
 
-    monkeypatch.setattr(attacking.Batch, "run", looked_at)
+    monkeypatch.setattr(runner.Batch, "run", looked_at)
     attack(pipeline, tmp_path / "out", "--workers", "2")
     assert thawed == [False] * 17
 
 
 def test_checkpoints_are_kept_where_memory_is_short(pipeline: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(robustness, "free_memory", lambda: 10_000)
+    monkeypatch.setattr(run, "free_memory", lambda: 10_000)
     assert attack(pipeline, tmp_path / "short")["protocol"]["gradient_checkpointing"] is True
     never = attack(pipeline, tmp_path / "never", "--gradient-checkpointing", "never")
     assert never["protocol"]["gradient_checkpointing"] is False
@@ -424,10 +425,10 @@ def test_checkpoints_are_kept_where_memory_is_short(pipeline: Path, tmp_path: Pa
     try:
         torch.set_num_threads(3)
         few = [*FAST[:-2], "--n", "2", "--sweep-n", "2", "--iterations", "4"]
-        assert cli.main(["attack", str(pipeline), "-o", str(tmp_path / "few"), *few]) == 0
+        assert main.main(["attack", str(pipeline), "-o", str(tmp_path / "few"), *few]) == 0
         assert result(tmp_path / "few")["protocol"]["workers"] == 1
         monkeypatch.undo()
-        assert cli.main(["attack", str(pipeline), "-o", str(tmp_path / "more"), *few]) == 0
+        assert main.main(["attack", str(pipeline), "-o", str(tmp_path / "more"), *few]) == 0
         assert result(tmp_path / "more")["protocol"]["workers"] == 3
     finally:
         torch.set_num_threads(threads)
@@ -436,14 +437,14 @@ def test_checkpoints_are_kept_where_memory_is_short(pipeline: Path, tmp_path: Pa
 def test_a_finished_attack_is_not_done_again_unless_told_and_damage_is_noticed(
     pipeline: Path, whole: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    runs, run, output = [], attacking.Batch.run, tmp_path / "out"
+    runs, run, output = [], runner.Batch.run, tmp_path / "out"
     shutil.copytree(whole, output)
 
-    def counted(self: attacking.Batch, cell: attacking.Cell, *more: Any) -> Outcome:
+    def counted(self: runner.Batch, cell: runner.Cell, *more: Any) -> Outcome:
         runs.append(cell.name)
         return run(self, cell, *more)
 
-    monkeypatch.setattr(attacking.Batch, "run", counted)
+    monkeypatch.setattr(runner.Batch, "run", counted)
     attack(pipeline, output)
     assert not runs
     (path,) = output.rglob("one-step-000000*.safetensors")
@@ -452,7 +453,7 @@ def test_a_finished_attack_is_not_done_again_unless_told_and_damage_is_noticed(
     assert runs == ["one-step"]
     assert "is damaged" in capsys.readouterr().err
     # done anew, and replayed in a sampler that draws something else
-    monkeypatch.setattr(robustness._Run, "_replay", lambda self, images, omega: torch.zeros(len(images), 1, 8, 8))
+    monkeypatch.setattr(run._Run, "_replay", lambda self, images, omega: torch.zeros(len(images), 1, 8, 8))
     assert "sampler-mismatch" in raised(attack(pipeline, output, "--overwrite"))
     assert len(runs) == 1 + 17
 
@@ -498,7 +499,7 @@ def test_a_finished_attack_is_not_done_again_unless_told_and_damage_is_noticed(
 )
 def test_bad_input_is_one_line_that_names_the_flag(pipeline: Path, tmp_path: Path, capsys, arguments, words) -> None:
     usual = [word for pair in zip(FAST[::2], FAST[1::2], strict=True) if pair[0] not in arguments for word in pair]
-    assert cli.main(["attack", str(pipeline), "-o", str(tmp_path / "out"), *usual, *arguments]) == 2
+    assert main.main(["attack", str(pipeline), "-o", str(tmp_path / "out"), *usual, *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
@@ -507,7 +508,7 @@ def test_bad_input_is_one_line_that_names_the_flag(pipeline: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_failures_inside_are_one_line(workers: str, pipeline: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    assert cli.main(["attack", str(tmp_path / "nothing"), *FAST]) == 2
+    assert main.main(["attack", str(tmp_path / "nothing"), *FAST]) == 2
     arguments = ["attack", str(pipeline), "-o", str(tmp_path / "out"), *FAST, "--workers", workers]
     for error, status, words in (
         (NoGradient("the model gives no gradients"), 2, "it cannot be attacked through its gradients"),
@@ -520,7 +521,7 @@ def test_failures_inside_are_one_line(workers: str, pipeline: Path, tmp_path: Pa
 
         monkeypatch.setattr(PGD, "__call__", fail)
         capsys.readouterr()
-        assert cli.main(arguments) == status
+        assert main.main(arguments) == status
         assert words in capsys.readouterr().err.splitlines()[-1]
 
 

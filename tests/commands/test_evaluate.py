@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_UNET
 from PIL import Image
 from tqdm.auto import tqdm
 
-from robustdiff import cli
-from robustdiff.config import UsageError
-from robustdiff.evaluation import command
-from robustdiff.evaluation.card import BEGIN, END, UNMEASURED, fill_card
+from experiments.paper.linear import coverage_of_one_law
+from helpers import TINY_UNET
+from robustdiff.commands import main as cli
+from robustdiff.evaluation import evaluate as command
+from robustdiff.evaluation.contact_sheets import GAP
 from robustdiff.evaluation.extractors import open_extractor
 from robustdiff.evaluation.features import extract
-from robustdiff.evaluation.judging import LEAST, judge
-from robustdiff.evaluation.sheets import GAP
-from robustdiff.linear import coverage_of_one_law
+from robustdiff.evaluation.metrics import LEAST, judge
+from robustdiff.evaluation.model_card import BEGIN, END, UNMEASURED, fill_card
+from robustdiff.utils.errors import UsageError
 
 N = 60
 

@@ -17,25 +17,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY_UNET as UNET
 from PIL import Image
 
 import robustdiff
-from robustdiff import cli
-from robustdiff.corruption import KINDS, Corruption, corrupt, to_uint8
-from robustdiff.images import load_images
-from robustdiff.networks import NETWORKS
-from robustdiff.objective import PRESETS
-from robustdiff.sampling import SCHEDULERS
+from helpers import TINY_UNET as UNET
+from robustdiff.commands import main
+from robustdiff.data.corruption import KINDS, Corruption, corrupt
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.networks import NETWORKS
+from robustdiff.diffusion.pipeline import SCHEDULERS
+from robustdiff.losses.equivariance import PRESETS
+from robustdiff.utils.images import to_uint8
 
 HEAVY = ("torch", "diffusers", "numpy", "PIL", "accelerate", "scipy", "sklearn")
 COMMANDS = [(), ("train",), ("sample",), ("corrupt",)]
-FIELDS = [(name, field) for name, command in cli.COMMANDS.items() for field in dataclasses.fields(command)]
+FIELDS = [(name, field) for name, command in main.COMMANDS.items() for field in dataclasses.fields(command)]
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line that wrong usage gets."""
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     out, error = capsys.readouterr()
     assert out == ""
     assert error.startswith("robustdiff: ")
@@ -90,7 +91,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_help_and_mistakes_load_nothing_heavy(arguments: tuple[str, ...], status: int) -> None:
-    code = f"import sys; from robustdiff.cli import main; s = main({list(arguments)})"
+    code = f"import sys; from robustdiff.commands.main import main; s = main({list(arguments)})"
     code += f"; print(s, *(m for m in {HEAVY} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines()[-1] == str(status)
@@ -116,7 +117,7 @@ def test_importing_the_package_loads_nothing_heavy_and_every_public_name_is_ther
 
 def test_version_and_module_are_the_command(capsys) -> None:
     for flag in ("--version", "-V"):
-        assert cli.main([flag]) == 0
+        assert main.main([flag]) == 0
         assert capsys.readouterr().out == f"robustdiff {robustdiff.__version__}\n"
     done = subprocess.run([sys.executable, "-m", "robustdiff", "--version"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, f"robustdiff {robustdiff.__version__}\n")
@@ -140,12 +141,12 @@ def squeezed(text: str) -> str:
     return re.sub(r"[\s│╭╮╰╯─]", "", text)
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", main.COMMANDS)
 def test_help_shows_every_flag_with_its_text_and_default(command: str, capsys) -> None:
-    assert cli.main([command, "--help"]) == 0
+    assert main.main([command, "--help"]) == 0
     shown = squeezed(capsys.readouterr().out)
-    for field in dataclasses.fields(cli.COMMANDS[command]):
-        text = documentation(cli.COMMANDS[command], field.name)
+    for field in dataclasses.fields(main.COMMANDS[command]):
+        text = documentation(main.COMMANDS[command], field.name)
         assert squeezed(text) in shown
         if field.default is dataclasses.MISSING:
             assert "(required)" in shown
@@ -162,7 +163,7 @@ def test_help_shows_every_flag_with_its_text_and_default(command: str, capsys) -
 def test_every_number_states_its_unit_or_range(command: str, field: dataclasses.Field) -> None:
     if not re.search(r"\b(int|float|OptionalInt|OptionalFloat)\b", field.type):
         return
-    text = documentation(cli.COMMANDS[command], field.name)
+    text = documentation(main.COMMANDS[command], field.name)
     units = r"\b(pixels|images|steps|passes|levels|from 0|to 1)\b|1 = |in units of|[<>]=? ?\d"
     if field.name == "seed":  # a seed has no unit: its range
         units = ">= 0"
@@ -170,7 +171,7 @@ def test_every_number_states_its_unit_or_range(command: str, field: dataclasses.
 
 
 def test_corrupt_help_lists_every_kind_and_parameter_with_its_range(capsys) -> None:
-    assert cli.main(["corrupt", "--help"]) == 0
+    assert main.main(["corrupt", "--help"]) == 0
     shown = capsys.readouterr().out
     for kind, (meaning, parameters) in KINDS.items():
         assert f"{kind}: {meaning}" in shown
@@ -303,7 +304,7 @@ DIRT = ("gaussian:sigma=0.3,fraction=0.5", "impulse:amount=0.2,fraction=0.5")
 def test_corrupt_writes_what_the_library_computes_and_a_manifest(photos: Path, here: Path, capsys) -> None:
     before = tree(photos)
     flags = [part for spec in DIRT for part in ("--corrupt", spec)]
-    assert cli.main(["corrupt", str(photos), "dirty", *flags, "--seed", "3"]) == 0
+    assert main.main(["corrupt", str(photos), "dirty", *flags, "--seed", "3"]) == 0
     manifest = json.loads(Path("dirty/manifest.json").read_text())
     clean, corruptions = load_images(photos), [Corruption.parse(spec) for spec in DIRT]
     hit = 0
@@ -322,10 +323,10 @@ def test_corrupt_writes_what_the_library_computes_and_a_manifest(photos: Path, h
     assert tree(photos) == before
     assert sorted(tree(Path("dirty"))) == sorted([*before, "manifest.json"])
     first = tree(Path("dirty"))
-    assert cli.main(["corrupt", str(photos), "dirty", *flags, "--seed", "4", "--overwrite"]) == 0
+    assert main.main(["corrupt", str(photos), "dirty", *flags, "--seed", "4", "--overwrite"]) == 0
     assert tree(Path("dirty")) != first
     assert (
-        cli.main(["corrupt", str(photos), "dirty", "--with", DIRT[0], "--with", DIRT[1], "--seed=3", "--overwrite"])
+        main.main(["corrupt", str(photos), "dirty", "--with", DIRT[0], "--with", DIRT[1], "--seed=3", "--overwrite"])
         == 0
     )
     assert tree(Path("dirty")) == first
@@ -364,7 +365,7 @@ def test_bad_input_to_corrupt_is_one_line_and_touches_nothing(photos, here, tmp_
 
 def test_a_dirty_copy_inside_its_source_is_not_read_as_data_again(photos: Path, here: Path, capsys) -> None:
     """DST inside SRC would turn the copy into source images the next time: refused, or the count is unchanged."""
-    status = cli.main(["corrupt", str(photos), str(photos / "dirty"), "--corrupt", "blur"])
+    status = main.main(["corrupt", str(photos), str(photos / "dirty"), "--corrupt", "blur"])
     capsys.readouterr()
     assert status == 2
     assert len(load_images(photos)) == 8
@@ -381,7 +382,7 @@ def test_a_disk_that_refuses_to_be_written_is_one_line(photos: Path, here: Path,
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert "Permission denied" in fails(capsys, "corrupt", str(photos), "dirty", "--corrupt", "blur")
-    assert cli.main(["train", str(photos), "--output-dir", "run", "--images", "64"]) == 2
+    assert main.main(["train", str(photos), "--output-dir", "run", "--images", "64"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "Permission denied" in error
@@ -393,7 +394,7 @@ def test_corrupt_skips_as_many_unreadable_images_as_it_is_told(photos: Path, her
         (photos / name).write_bytes(b"")
     arguments = ("corrupt", str(photos), "dirty", "--corrupt", "blur")
     assert "at least 2 of 8 images" in fails(capsys, *arguments)
-    assert cli.main([*arguments, "--max-bad-fraction", "0.25"]) == 0
+    assert main.main([*arguments, "--max-bad-fraction", "0.25"]) == 0
     assert "dirty: 6 images" in capsys.readouterr().out
     assert len(load_images("dirty")) == 6
 
@@ -406,9 +407,9 @@ def test_corrupt_holds_no_more_than_it_is_told(photos: Path, here: Path, monkeyp
         streamed.append(images.streamed)
         return images
 
-    monkeypatch.setattr("robustdiff.images.load_images", load)
+    monkeypatch.setattr("robustdiff.data.dataset.load_images", load)
     for folder, more in (("held", ("--max-memory-gib", "1")), ("streamed", ("--max-memory-gib", "0"))):
-        assert cli.main(["corrupt", str(photos), folder, "--corrupt", "impulse:amount=0.2", *more]) == 0
+        assert main.main(["corrupt", str(photos), folder, "--corrupt", "impulse:amount=0.2", *more]) == 0
     assert streamed == [False, True]
     assert tree(Path("held")) == tree(Path("streamed"))
 
@@ -420,11 +421,11 @@ def test_ctrl_c_speaks_of_checkpoints_where_there_are_some(photos: Path, here: P
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("robustdiff.audit.audit_images", stop)
-    monkeypatch.setattr("robustdiff.training.train", stop)
-    assert cli.main(["audit", str(photos)]) == 130
+    monkeypatch.setattr("robustdiff.audit.statistics.audit_images", stop)
+    monkeypatch.setattr("robustdiff.training.trainer.train", stop)
+    assert main.main(["audit", str(photos)]) == 130
     assert capsys.readouterr().err == "robustdiff: stopped at once\n"
-    assert cli.main(["train", str(photos)]) == 130
+    assert main.main(["train", str(photos)]) == 130
     assert "nothing since the last checkpoint was saved" in capsys.readouterr().err
 
 
@@ -433,7 +434,7 @@ def test_a_read_only_output_of_audit_is_refused_before_the_work(photos, here, ca
     """Tests may run as root, whom no permission stops: the system's answer is simulated."""
     original = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != here and original(path, mode))
-    monkeypatch.setattr("robustdiff.audit.audit_images", lambda *_, **__: pytest.fail("the work has begun"))
+    monkeypatch.setattr("robustdiff.audit.statistics.audit_images", lambda *_, **__: pytest.fail("the work has begun"))
     error = fails(capsys, "audit", str(photos), "--output", str(here / place))
     assert "--output" in error
     assert f"{here} is read-only" in error
@@ -476,7 +477,7 @@ def test_data_that_cannot_be_used_is_one_line_and_nothing_is_written(tmp_path: P
         for word in words:
             assert word in error
     assert not list(here.iterdir())
-    assert cli.main(["train", str(tmp_path / "mixed"), "--resolution", "8", "--images", "64", "--dry-run"]) == 0
+    assert main.main(["train", str(tmp_path / "mixed"), "--resolution", "8", "--images", "64", "--dry-run"]) == 0
     assert "3 images, 8 x 8 grey" in capsys.readouterr().out
 
 
@@ -493,7 +494,7 @@ def test_unreadable_images_below_the_limit_are_skipped_named_and_counted(photos:
     (photos / "notes.txt").write_text("a side-car")
     assert "2 of 8 images" in fails(capsys, *tiny_run(photos))
     assert not Path("run").exists()
-    assert cli.main(tiny_run(photos, "--max-bad-fraction", "0.25")) == 0
+    assert main.main(tiny_run(photos, "--max-bad-fraction", "0.25")) == 0
     plan = capsys.readouterr().out
     assert "6 images, 8 x 8 grey" in plan
     assert re.search(r"skipped: +1 empty file, 1 \w", plan)
@@ -519,7 +520,7 @@ def test_unusual_images_are_converted_and_the_plan_and_data_json_say_so(tmp_path
     colour.save(folder / "turned.jpg", exif=exif)
     colour.putalpha(128)
     colour.save(folder / "glass.png")
-    assert cli.main(tiny_run(folder)) == 0
+    assert main.main(tiny_run(folder)) == 0
     plan = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("converted:"))
     account = json.loads(Path("run/data.json").read_text())["data"]
     assert account["count"] == 6

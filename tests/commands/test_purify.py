@@ -10,15 +10,21 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
-from test_attack_command import SMALL, small_pipeline
-from test_cli import fails, grey, here, photos, tree  # noqa: F401 - fixtures
-from test_purification import gaussian
 from torch import Tensor
 
-from robustdiff import Corruption, cli, linear, load_images, load_pipeline, purified_files, purify
-from robustdiff.corruption import corrupt, to_uint8
-from robustdiff.fitting import place_generators
-from robustdiff.trajectory import trailing
+from experiments.paper import linear
+from robustdiff.attacks import purify_files
+from robustdiff.attacks.purification import purify
+from robustdiff.commands import main
+from robustdiff.data.corruption import Corruption, corrupt
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.pipeline import load_pipeline
+from robustdiff.diffusion.samplers import trailing
+from robustdiff.utils.images import to_uint8
+from robustdiff.utils.random import place_generators
+from tests.attacks.test_purification import gaussian
+from tests.commands.test_attack import SMALL, small_pipeline
+from tests.commands.test_main import fails, grey, here, photos, tree  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +65,7 @@ def test_files_are_what_the_library_computes_whatever_the_batch(photos, model, h
     before = tree(photos)
     flags = ["--strength", "0.3", "--steps", "4", "--scheduler", scheduler, "--seed", "5"]
     for size in ("1", "3", "64"):
-        assert cli.main(["purify", str(photos), str(model), "-o", f"by{size}", *flags, "--batch-size", size]) == 0
+        assert main.main(["purify", str(photos), str(model), "-o", f"by{size}", *flags, "--batch-size", size]) == 0
     assert "by3: 8 images purified" in capsys.readouterr().out
     images = load_images(photos)
     generators = place_generators("purified", 5, range(8))
@@ -77,7 +83,7 @@ def test_files_are_what_the_library_computes_whatever_the_batch(photos, model, h
 
 
 def test_the_manifest_says_what_was_done(photos, model, here) -> None:  # noqa: F811
-    assert cli.main(["purify", str(photos), str(model), "-o", "new", "--strength", "0.05", "--seed", "2"]) == 0
+    assert main.main(["purify", str(photos), str(model), "-o", "new", "--strength", "0.05", "--seed", "2"]) == 0
     manifest = json.loads(Path("new/manifest.json").read_text())
     assert manifest["format"] == "robustdiff purified 1"
     assert (manifest["model"], manifest["strength"], manifest["scheduler"]) == (str(model), 0.05, "ddim")
@@ -91,25 +97,25 @@ def test_the_manifest_says_what_was_done(photos, model, here) -> None:  # noqa: 
 
 def test_streamed_images_and_other_seeds(photos, model, here) -> None:  # noqa: F811
     command = ["purify", str(photos), str(model)]
-    assert cli.main([*command, "-o", "held"]) == 0
-    assert cli.main([*command, "-o", "streamed", "--max-memory-gib", "0"]) == 0
+    assert main.main([*command, "-o", "held"]) == 0
+    assert main.main([*command, "-o", "streamed", "--max-memory-gib", "0"]) == 0
     assert tree(Path("held")) == tree(Path("streamed"))
-    assert cli.main([*command, "-o", "streamed", "--seed", "1", "--overwrite"]) == 0
+    assert main.main([*command, "-o", "streamed", "--seed", "1", "--overwrite"]) == 0
     assert tree(Path("held")) != tree(Path("streamed"))
 
 
 def test_an_array_larger_than_the_model_is_brought_to_its_size(model, here) -> None:  # noqa: F811
     np.save("big.npy", np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8))
-    assert cli.main(["purify", "big.npy", str(model), "-o", "new", "--resolution", "8"]) == 0
+    assert main.main(["purify", "big.npy", str(model), "-o", "new", "--resolution", "8"]) == 0
     assert written("new").shape == (3, 1, 8, 8)
 
 
 def test_the_mean_of_purified_gaussians_is_the_closed_form(here, monkeypatch) -> None:  # noqa: F811
     """The exact denoiser of N(0, 0.01): every step of DDIM multiplies, so mean and variance are known."""
     pipeline, n = gaussian(0.01), 400
-    monkeypatch.setattr(purified_files, "load_pipeline", lambda model: pipeline)
+    monkeypatch.setattr(purify_files, "load_pipeline", lambda model: pipeline)
     np.save("flat.npy", np.full((n, 8, 8), 191, dtype=np.uint8))
-    assert cli.main(["purify", "flat.npy", "exact", "-o", "new"]) == 0
+    assert main.main(["purify", "flat.npy", "exact", "-o", "new"]) == 0
     times = torch.tensor(trailing(100, 10))
     alpha_bar = torch.cat([pipeline.unet.process.alphas_cumprod.double()[times], torch.ones(1).double()])
     gain = linear.ddim_gains(alpha_bar, linear.optimum(alpha_bar[:-1], torch.tensor([0.01]))).prod()
@@ -125,7 +131,7 @@ def test_the_mean_of_purified_gaussians_is_the_closed_form(here, monkeypatch) ->
 def test_classes_go_by_their_names(conditional, here) -> None:  # noqa: F811
     for i, name in enumerate("cb"):
         grey(Path("sorted", name, "0.png"), seed=i)
-    assert cli.main(["purify", "sorted", str(conditional), "-o", "new", "--strength", "0.5"]) == 0
+    assert main.main(["purify", "sorted", str(conditional), "-o", "new", "--strength", "0.5"]) == 0
     manifest = json.loads(Path("new/manifest.json").read_text())
     assert [(entry["file"], entry["class"]) for entry in manifest["images"]] == [("b/0.png", 1), ("c/0.png", 2)]
     pipeline, images = load_pipeline(conditional), load_images("sorted").x0(slice(None))
@@ -147,8 +153,8 @@ def test_a_model_of_clean_digits_takes_noised_ones_nearer_to_what_they_were(here
     np.save("noised.npy", to_uint8(kept)[:, 0].numpy())
     settings = ["--preset", "plain", "--network", "tiny", "--prediction-type", "v_prediction", "--images", "10k"]
     settings += ["--learning-rate", "2e-3", "--preview-images", "0", "--ddpm-beta-schedule", "squaredcos_cap_v2"]
-    assert cli.main(["train", "train.npy", "--output-dir", "run", *settings]) == 0
-    assert cli.main(["purify", "noised.npy", "run", "-o", "new", "--strength", "0.1", "--batch-size", "250"]) == 0
+    assert main.main(["train", "train.npy", "--output-dir", "run", *settings]) == 0
+    assert main.main(["purify", "noised.npy", "run", "-o", "new", "--strength", "0.1", "--batch-size", "250"]) == 0
 
     def error(images: Tensor) -> float:
         return float((images.double() - clean[:500].double()).square().mean().sqrt() / 127.5)
@@ -221,7 +227,7 @@ def test_labels_beyond_the_models_are_refused(here, capsys, conditional) -> None
 
 
 def test_one_process_only(photos, model, here, capsys, monkeypatch) -> None:  # noqa: F811
-    monkeypatch.setattr(purified_files, "processes", lambda: 2)
+    monkeypatch.setattr(purify_files, "processes", lambda: 2)
     assert "without a launcher" in fails(capsys, "purify", str(photos), str(model), "-o", "new")
 
 
@@ -241,7 +247,7 @@ def test_stopped_in_the_middle_it_leaves_nothing(photos, model, here, capsys, mo
             raise KeyboardInterrupt
         return purify(*arguments, **settings)
 
-    monkeypatch.setattr(purified_files, "purify", stop)
-    assert cli.main(["purify", str(photos), str(model), "-o", "new", "--batch-size", "3"]) == 130
+    monkeypatch.setattr(purify_files, "purify", stop)
+    assert main.main(["purify", str(photos), str(model), "-o", "new", "--batch-size", "3"]) == 130
     assert capsys.readouterr().err == "robustdiff: stopped at once\n"
     assert not list(here.iterdir())

@@ -4,6 +4,9 @@ import os
 
 import lmdb
 import pytest
+
+from robustdiff.data.sources import celeba_lsun
+from robustdiff.data.sources.open import open_source
 from source_files import (
     fails,
     holds,
@@ -13,9 +16,6 @@ from source_files import (
     write_celeba,
     write_lsun,
 )
-
-from robustdiff import formats
-from robustdiff.sources import open_source
 
 # -- CelebA ----------------------------------------------------------------------------------------
 
@@ -124,10 +124,12 @@ def test_a_database_is_never_written_to(tmp_path):
 def test_a_forked_child_opens_the_database_anew(tmp_path):
     write_lsun(tmp_path / "bedroom_train_lmdb", 1)
     source = open_source(tmp_path)
-    assert len(formats._environments) >= 1
+    assert len(celeba_lsun._environments) >= 1
     child = os.fork()
     if child == 0:
-        os._exit(0 if not formats._environments and len(source.read(0)) and len(formats._environments) == 1 else 1)
+        os._exit(
+            0 if not celeba_lsun._environments and len(source.read(0)) and len(celeba_lsun._environments) == 1 else 1
+        )
     assert os.waitpid(child, 0)[1] == 0
     holds(source, [pixels()])
 

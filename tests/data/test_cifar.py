@@ -5,6 +5,8 @@ import struct
 
 import numpy as np
 import pytest
+
+from robustdiff.data.sources.open import open_source
 from source_files import (
     PLANES,
     Trap,
@@ -14,8 +16,6 @@ from source_files import (
     works_in_workers_and_threads,
     write_cifar,
 )
-
-from robustdiff.sources import open_source
 
 
 def cifar_pixels(*batches):

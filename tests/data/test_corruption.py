@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from robustdiff.corruption import KINDS, Corruption, corrupt, derive_seed, from_uint8, help_text, to_uint8
+from robustdiff.data.corruption import KINDS, Corruption, corrupt, help_text
+from robustdiff.utils.images import from_uint8, to_uint8
+from robustdiff.utils.seeds import derive_seed
 
 SPECS = [
     "gaussian:sigma=0.3,fraction=0.5",
@@ -86,7 +88,7 @@ def test_help_names_everything_and_needs_no_torch():
         for name, parameter in parameters.items():
             assert f"{name}={parameter.default}" in text
     code = (
-        "import sys; from robustdiff.corruption import Corruption, help_text\n"
+        "import sys; from robustdiff.data.corruption import Corruption, help_text\n"
         "help_text(); Corruption.parse('jpeg'); print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
@@ -130,7 +132,7 @@ def test_other_indices_seeds_and_positions_get_other_dirt(spec):
 
 def test_the_same_dirt_in_another_process():
     code = (
-        "import torch; from robustdiff.corruption import Corruption\n"
+        "import torch; from robustdiff.data.corruption import Corruption\n"
         "x = Corruption.parse('gaussian:sigma=1').apply(torch.zeros(1, 4, 4), 3, 7, 2); print(x.flatten().tolist())"
     )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

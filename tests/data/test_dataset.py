@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from robustdiff import decoding, dirty_copy, parallel
-from robustdiff import images as module
-from robustdiff.corruption import Corruption, corrupt
-from robustdiff.dirty_copy import write_dirty_copy
-from robustdiff.images import DataError, load_images, save_png
+from robustdiff.data import dataset as module
+from robustdiff.data import decode, decode_pool, image_folder
+from robustdiff.data.corruption import Corruption, corrupt
+from robustdiff.data.dataset import DataError, load_images
+from robustdiff.data.image_folder import write_dirty_copy
+from robustdiff.utils.images import save_png
 
 
 def pixels(height=6, width=8, channels=3, seed=0, low=0, high=256):
@@ -106,7 +107,7 @@ def test_classes_are_the_folders_of_the_first_level(tmp_path):
 
 
 def test_more_files_than_a_chunk_keep_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "CHUNK", 3)
+    monkeypatch.setattr(decode_pool, "CHUNK", 3)
     for number in range(10):
         save(tmp_path / f"{number}.png", np.full((2, 2), number, np.uint8))
     (tmp_path / "4.png").write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -391,7 +392,7 @@ def test_formats_that_take_much_memory_have_a_limit_of_their_own(tmp_path, monke
     save(tmp_path / "good.png", pixels(40, 40))
     Image.fromarray(pixels(40, 40)).save(tmp_path / "small.jp2")
     assert load_images(tmp_path).names == ("good.png", "small.jp2")
-    monkeypatch.setitem(decoding.LIMITS, "JPEG2000", 1000)
+    monkeypatch.setitem(decode.LIMITS, "JPEG2000", 1000)
     loaded = load_images(tmp_path)
     assert loaded.names == ("good.png",)
     assert loaded.skipped == (("small.jp2", "more than 1000 pixels: may be a decompression bomb"),)
@@ -630,7 +631,7 @@ def test_names_that_collide_keep_their_suffix(tmp_path):
 def test_a_name_cannot_lead_out_of_the_destination(tmp_path):
     clean = source_folder(tmp_path, 1)
     for name in ("../a.png", "/tmp/a.png"):
-        wrong = module.ImageSet("x", clean.images, (name,), (), {})
+        wrong = module.ImageDataset("x", clean.images, (name,), (), {})
         with pytest.raises(DataError, match="outside"):
             write_dirty_copy(wrong, tmp_path / "dirty", [], 0)
     assert not (tmp_path / "dirty").exists()
@@ -670,7 +671,7 @@ def test_an_interruption_leaves_nothing_half_done(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         save_png(image, path)
 
-    monkeypatch.setattr(dirty_copy, "save_png", interrupted)
+    monkeypatch.setattr(image_folder, "save_png", interrupted)
     for name in ("dirty", "new"):
         calls.clear()
         with pytest.raises(KeyboardInterrupt):

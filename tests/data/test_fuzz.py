@@ -33,10 +33,10 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+
 from fuzz_files import checkpoints, databases, images, quiet, runs, tables
 from fuzz_kinds import CASES
-
-from robustdiff.config import UsageError
+from robustdiff.utils.errors import UsageError
 
 KINDS = {
     "image": 1000,

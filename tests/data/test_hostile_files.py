@@ -15,13 +15,28 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from fuzz_files import PNG, array_file, in_format, network_config, put, runs, tables, train_command, zipped
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from robustdiff import cli, decoding, durable, formats, recording, sample_files
-from robustdiff.decoding import DataError
-from robustdiff.images import load_images
+from fuzz_files import (
+    PNG,
+    array_file,
+    in_format,
+    network_config,
+    put,
+    runs,
+    tables,
+    train_command,
+    zipped,
+)
+from robustdiff.commands import main
+from robustdiff.data import decode
+from robustdiff.data.dataset import load_images
+from robustdiff.data.sources import celeba_lsun
+from robustdiff.diffusion import sample_files
+from robustdiff.training import metrics
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import DataError
 
 
 @pytest.fixture
@@ -39,7 +54,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line with which a command ends."""
     capfd.readouterr()
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     (line,) = capfd.readouterr().err.splitlines()
     return line
 
@@ -55,7 +70,7 @@ def test_json_that_is_nested_without_end(here: Path, capfd: pytest.CaptureFixtur
     (here / "data.json").write_bytes(b'{"data": {"classes": ' + NESTED + b"}}")
     assert sample_files.class_names(str(here)) == []
     (here / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + NESTED + b"\n")
-    assert recording.Lines(here / "metrics.jsonl", 5).kept == ('{"step": 1}\n',)
+    assert metrics.Lines(here / "metrics.jsonl", 5).kept == ('{"step": 1}\n',)
     (here / "run/data.json").write_bytes(NESTED)
     assert "data.json" in refused(capfd, *train_command(here, "--resume", "--dry-run"))
     (here / "run/config.json").write_bytes(NESTED)
@@ -67,7 +82,7 @@ def test_json_that_is_nested_without_end(here: Path, capfd: pytest.CaptureFixtur
 
 def test_metrics_that_are_no_text_end_before_them(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\n')
-    assert recording.Lines(tmp_path / "metrics.jsonl", 5).kept == ('{"step": 1}\n',)
+    assert metrics.Lines(tmp_path / "metrics.jsonl", 5).kept == ('{"step": 1}\n',)
 
 
 @pytest.mark.parametrize("name", ["config.json", "data.json"])
@@ -162,12 +177,12 @@ def test_a_checkpoint_whose_metrics_are_something_else(
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "metrics": saved}))
     (folder / "manifest.json").unlink()
-    durable.write_manifest(folder, format=1, step=1)
+    atomic_io.write_manifest(folder, format=1, step=1)
     assert "damaged" in refused(capfd, *train_command(here, "--resume"))
 
 
 def test_names_in_messages_are_no_longer_than_file_names(tmp_path: Path) -> None:
-    put(tmp_path, {"img_align_celeba/0.jpg": PNG, formats.PARTITION: b"x" * 10_000 + b" 0\n0.jpg 0\n"})
+    put(tmp_path, {"img_align_celeba/0.jpg": PNG, celeba_lsun.PARTITION: b"x" * 10_000 + b" 0\n0.jpg 0\n"})
     with pytest.raises(DataError, match="line 1 of") as caught:
         load_images(tmp_path, split="all")
     assert len(str(caught.value)) < 600
@@ -253,7 +268,7 @@ def test_16_bit_images_are_reduced_in_little_memory() -> None:
     large = Image.fromarray(np.full((1000, 1000), 40_000, np.uint16))
     tracemalloc.start()
     try:
-        pixels, _, _ = decoding.decode(large, channels=1, resolution=None, crop=None)
+        pixels, _, _ = decode.decode(large, channels=1, resolution=None, crop=None)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -270,5 +285,5 @@ def test_class_names_that_are_no_text(here: Path, capfd: pytest.CaptureFixture[s
     arguments[1], arguments[3] = str(here / "named"), str(here / "new")
     with pytest.MonkeyPatch.context() as patch:  # a terminal that takes text only
         patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict"))
-        assert cli.main(arguments) == 0
+        assert main.main(arguments) == 0
     assert r"a\udcff" in (here / "new/README.md").read_text("utf-8")

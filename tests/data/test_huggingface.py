@@ -10,6 +10,10 @@ import datasets
 import pyarrow.parquet
 import pytest
 import torch
+
+from robustdiff.commands import main
+from robustdiff.data.dataset import load_images
+from robustdiff.data.sources.open import open_source
 from source_files import (
     IMAGES,
     ROWS,
@@ -23,10 +27,6 @@ from source_files import (
     works_in_workers_and_threads,
     write_lsun,
 )
-
-from robustdiff import cli
-from robustdiff.images import load_images
-from robustdiff.sources import open_source
 
 
 def test_a_parquet_file(tmp_path, capfd):
@@ -202,7 +202,7 @@ def test_a_cache_that_cannot_be_written_to_is_replaced_for_the_time_of_the_progr
     (tmp_path / "home").write_text("no folder")
     (tmp_path / "temporary").mkdir()
     script = (
-        "import os, sys, pathlib\nfrom robustdiff.sources import open_source\n"
+        "import os, sys, pathlib\nfrom robustdiff.data.sources.open import open_source\n"
         "source = open_source(sys.argv[1])\n"
         "print(len(source.read(4)), len(list(pathlib.Path(sys.argv[2]).rglob('*.arrow'))))\n"
         "if os.fork() == 0:\n    sys.exit()\n"  # runs the child's exit handlers
@@ -266,9 +266,9 @@ def test_corrupt_takes_the_column_it_is_told(tmp_path, capsys):
     path = tmp_path / "a.parquet"
     columns(mask=(datasets.Image(), ROWS[::-1])).to_parquet(path)
     arguments = ["corrupt", str(path), str(tmp_path / "dirty"), "--corrupt", "gaussian:sigma=0.2,fraction=0"]
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     assert "--image-column" in capsys.readouterr().err
-    assert cli.main([*arguments, "--image-column", "mask"]) == 0
+    assert main.main([*arguments, "--image-column", "mask"]) == 0
     assert torch.equal(load_images(tmp_path / "dirty").images, load_images(path, image_column="mask").images)
-    assert cli.main([*arguments, "--overwrite", "--image-column", ""]) == 2
+    assert main.main([*arguments, "--overwrite", "--image-column", ""]) == 2
     assert "--image-column is empty" in capsys.readouterr().err

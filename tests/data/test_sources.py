@@ -9,6 +9,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+
+from robustdiff.data.sources.open import open_source
 from source_files import (
     Trap,
     fails,
@@ -22,8 +24,6 @@ from source_files import (
     write_cifar,
     write_lsun,
 )
-
-from robustdiff.sources import open_source
 
 # -- folders ---------------------------------------------------------------------------------------
 

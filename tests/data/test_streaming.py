@@ -17,13 +17,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_UNET
 from PIL import Image
 
-from robustdiff import TrainConfig, cli, images, machine, train, training
-from robustdiff.batches import Batches, Shares, feed
-from robustdiff.config import UsageError
-from robustdiff.images import DataError, ImageSet, load_images
+from helpers import TINY_UNET
+from robustdiff.commands import main
+from robustdiff.data import dataset
+from robustdiff.data.dataset import DataError, ImageDataset, load_images
+from robustdiff.training import trainer
+from robustdiff.training.config import TrainConfig
+from robustdiff.training.loader import Batches, RankSampler, iterate_batches
+from robustdiff.training.trainer import train
+from robustdiff.utils import resources
+from robustdiff.utils.errors import UsageError
 
 
 @pytest.fixture
@@ -49,7 +54,7 @@ def array(folder: Path) -> Path:
     return path
 
 
-def both(source: Path, **options: int) -> tuple[ImageSet, ImageSet]:
+def both(source: Path, **options: int) -> tuple[ImageDataset, ImageDataset]:
     """The set held, and streamed."""
     held, streamed = (load_images(source, max_memory=limit, **options) for limit in (2**30, 0))
     assert not held.streamed
@@ -146,7 +151,7 @@ def test_the_limit_is_the_size_of_the_pixels_to_the_byte(tmp_path: Path) -> None
     ("processes", "free", "streamed"), [(1, 360, False), (1, 359, True), (4, 1440, False), (4, 1439, True)]
 )
 def test_by_default_half_of_the_free_memory_is_shared(tmp_path, monkeypatch, processes, free, streamed) -> None:
-    monkeypatch.setattr("robustdiff.images.free_memory", lambda: free)
+    monkeypatch.setattr("robustdiff.data.dataset.free_memory", lambda: free)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert load_images(array(tmp_path)).streamed == streamed
 
@@ -156,10 +161,10 @@ def test_processes_and_cores_of_this_machine(monkeypatch, value: str | None, cou
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if value is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
-    assert machine.processes_here() == count
+    assert resources.processes_here() == count
     for mine, each in ((8, 8 // count), (1, 1), (3, max(1, 3 // count))):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, mine=mine: set(range(mine)), raising=False)
-        assert machine.cores() == each
+        assert resources.cores() == each
 
 
 def control_group(folder: Path, limit: str, used: int, cache: int = 0, version: int = 2) -> None:
@@ -178,48 +183,48 @@ def control_group(folder: Path, limit: str, used: int, cache: int = 0, version: 
 )
 @pytest.mark.parametrize("nested", [False, True])
 def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch, limit, used, cache, free, nested) -> None:
-    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
-    monkeypatch.setattr(machine, "GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(machine, "OWN_GROUP", tmp_path / "own")
-    assert machine.free_memory() == 1000  # a system without control groups
+    monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    monkeypatch.setattr(resources, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(resources, "OWN_GROUP", tmp_path / "own")
+    assert resources.free_memory() == 1000  # a system without control groups
     (tmp_path / "own").write_text("0::/job/step\n" if nested else "0::/\n")
-    assert machine.free_memory() == 1000  # groups that are hidden
+    assert resources.free_memory() == 1000  # groups that are hidden
     control_group(tmp_path / "groups" / ("job" if nested else ""), limit, used, cache)
-    assert machine.free_memory() == free
+    assert resources.free_memory() == free
     if nested:  # the tighter one counts
         control_group(tmp_path / "groups" / "job" / "step", "40", 10)
-        assert machine.free_memory() == min(free, 30)
+        assert resources.free_memory() == min(free, 30)
 
 
 @pytest.mark.parametrize("beside", ["", "0::/\n"])
 def test_free_memory_is_that_of_the_container_with_version_1_too(tmp_path, monkeypatch, beside: str) -> None:
-    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
-    monkeypatch.setattr(machine, "GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(machine, "OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    monkeypatch.setattr(resources, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(resources, "OWN_GROUP", tmp_path / "own")
     root = tmp_path / "groups" / "memory"
     (tmp_path / "own").write_text(f"3:cpu,cpuacct:/other\n7:memory:/job/step\n{beside}")
     control_group(root, "9223372036854771712", 700, version=1)  # how it says that there is no limit
     control_group(root / "other", "10", 1, version=1)
-    assert machine.free_memory() == 1000
+    assert resources.free_memory() == 1000
     control_group(root / "job", "600", 500, 450, version=1)
-    assert machine.free_memory() == 550
+    assert resources.free_memory() == 550
     control_group(root / "job" / "step", "40", 10, version=1)
-    assert machine.free_memory() == 30
+    assert resources.free_memory() == 30
     (tmp_path / "own").write_text(f"7:memory:/docker/0123\n{beside}")  # a container sees its own group as the root
     control_group(root, "600", 100, version=1)
-    assert machine.free_memory() == 500
+    assert resources.free_memory() == 500
 
 
 def test_free_memory_is_asked_after_the_source_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opening an archive takes memory: what is free before it is not free to hold the images."""
-    free, original = [2**30], images.open_source
+    free, original = [2**30], dataset.open_source
 
     def open_source(*arguments: object, **options: object) -> object:
         free.append(100)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(images, "open_source", open_source)
-    monkeypatch.setattr(images, "free_memory", lambda: free[-1])
+    monkeypatch.setattr(dataset, "open_source", open_source)
+    monkeypatch.setattr(dataset, "free_memory", lambda: free[-1])
     assert load_images(array(tmp_path)).streamed
 
 
@@ -314,17 +319,17 @@ def test_training_ends_in_one_line_that_names_the_file(config, monkeypatch, capf
 
     def late(*arguments: object) -> Iterator:
         change(path)  # after everything was decoded once, before the first step
-        return feed(*arguments[:3])
+        return iterate_batches(*arguments[:3])
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "feed", lambda *arguments, **_: late(*arguments))
-        assert cli.main(flags(dataclasses.replace(config, dataloader_num_workers=workers))) == 2
+        patch.setattr(trainer, "feed", lambda *arguments, **_: late(*arguments))
+        assert main.main(flags(dataclasses.replace(config, dataloader_num_workers=workers))) == 2
     error = capfd.readouterr().err
     (line,) = (line for line in error.splitlines() if not line.startswith("step "))
     assert line.startswith("robustdiff: odd/5.png changed since the run began: ")
     assert multiprocessing.active_children() == []
     path.write_bytes(kept)
-    assert cli.main([*flags(config), "--overwrite"]) == 0
+    assert main.main([*flags(config), "--overwrite"]) == 0
 
 
 def test_a_worker_that_the_system_kills_is_one_line_about_memory(config, monkeypatch, capfd) -> None:
@@ -335,7 +340,7 @@ def test_a_worker_that_the_system_kills_is_one_line_about_memory(config, monkeyp
 
     original = Batches.load
     monkeypatch.setattr(Batches, "load", deadly)
-    assert cli.main(flags(config)) == 2
+    assert main.main(flags(config)) == 2
     error = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("step ")]
     assert len(error) == 1, error
     assert error[0].startswith("robustdiff: out of memory")
@@ -351,7 +356,7 @@ def test_an_error_of_the_program_in_a_worker_keeps_its_stack_trace(config, monke
     original = Batches.load
     monkeypatch.setattr(Batches, "load", broken)
     with pytest.raises(ZeroDivisionError, match=r"(?s)Traceback.*a bug"):
-        cli.main(flags(config))
+        main.main(flags(config))
     assert multiprocessing.active_children() == []
 
 
@@ -397,8 +402,8 @@ def test_tensors_from_workers_come_in_shared_memory(photos: Path, monkeypatch: p
         return data
 
     monkeypatch.setattr(Connection, "recv_bytes", counted)
-    got = [images for _, (images, _, _, _) in feed(batches, Shares(0, 3, 4, 4, 0, 1), 1)]
-    assert all(images.is_shared() for images in got)
+    got = [images for _, (images, _, _, _) in iterate_batches(batches, RankSampler(0, 3, 4, 4, 0, 1), 1)]
+    assert all(dataset.is_shared() for images in got)
     assert got[0].numel() * got[0].element_size() > 100_000
     assert sent
     assert max(sent) < 5_000
@@ -406,7 +411,7 @@ def test_tensors_from_workers_come_in_shared_memory(photos: Path, monkeypatch: p
 
 def test_closing_the_feed_ends_the_workers(photos: Path, starts: list[int]) -> None:
     batches = Batches(load_images(photos, max_memory=0), (), seed=0, random_flip=False)
-    loading = feed(batches, Shares(0, 1000, 4, 4, 0, 1), 2)
+    loading = iterate_batches(batches, RankSampler(0, 1000, 4, 4, 0, 1), 2)
     next(loading)
     assert len(starts) == 2
     loading.close()
@@ -422,9 +427,9 @@ def test_closing_the_feed_ends_the_workers(photos: Path, starts: list[int]) -> N
 @pytest.mark.parametrize("size", [1, 3])
 def test_shares_hold_every_counter_once(processes: int, accumulation: int, first_step: int, size: int) -> None:
     steps, batch = 7, size * accumulation * processes
-    shares = [list(Shares(first_step, steps, batch, size, rank, processes)) for rank in range(processes)]
+    shares = [list(RankSampler(first_step, steps, batch, size, rank, processes)) for rank in range(processes)]
     for rank, mine in enumerate(shares):
-        assert len(mine) == len(Shares(first_step, steps, batch, size, rank, processes))
+        assert len(mine) == len(RankSampler(first_step, steps, batch, size, rank, processes))
         assert len(mine) == (steps - first_step) * accumulation
         assert all(len(counters) == size for counters in mine)
     seen = [counter for mine in shares for counters in mine for counter in counters]

@@ -5,11 +5,20 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from diffusers import UNet2DModel
-from helpers import normal, process_at, seed_parameters, seeded
 
-from robustdiff import PointDenoiser, RobustObjective, TrainConfig, linear
-from robustdiff.config import UsageError
-from robustdiff.networks import NETWORKS, build_unet, check_size, network_for, size_multiple
+from experiments.paper import linear
+from experiments.paper.point_denoiser import PointDenoiser
+from helpers import normal, process_at, seed_parameters, seeded
+from robustdiff.diffusion.networks import (
+    NETWORKS,
+    build_unet,
+    check_size,
+    network_for,
+    size_multiple,
+)
+from robustdiff.losses.equivariance import EquivarianceLoss
+from robustdiff.training.config import TrainConfig
+from robustdiff.utils.errors import UsageError
 
 SIDE = {"tiny": 8, "small": 16, "medium": 32, "base": 32, "large": 32}
 
@@ -241,7 +250,7 @@ def test_points_train_under_the_robust_objective(perturbation: str, modulated: b
     model = points(2, modulated)
     seed_parameters(model.last, 1)
     process = process_at(torch.logspace(-1.5, 1, 1000))
-    objective = RobustObjective(process, perturbation=perturbation, strength=0.3)
+    objective = EquivarianceLoss(process, perturbation=perturbation, strength=0.3)
     generator = seeded(2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []

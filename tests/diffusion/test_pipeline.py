@@ -12,23 +12,34 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, UNet2DModel, VQModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    LDMPipeline,
+    UNet2DModel,
+    VQModel,
+)
 from PIL import Image
 
-from robustdiff import TrainConfig, cli, sample_files, train
-from robustdiff.config import SampleConfig, UsageError
-from robustdiff.images import image_grid
-from robustdiff.process import NoiseProcess
-from robustdiff.sample_files import sample_to_files
-from robustdiff.sampling import (
+from robustdiff.commands import main
+from robustdiff.diffusion import sample_files
+from robustdiff.diffusion.config import SampleConfig
+from robustdiff.diffusion.pipeline import (
     SCHEDULERS,
-    RelabelledModel,
     largest_divisor,
     load_pipeline,
     make_scheduler,
     sample,
     to_uint8,
 )
+from robustdiff.diffusion.sample_files import sample_to_files
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.diffusion.sigma_floor import SigmaClampedModel
+from robustdiff.training.config import TrainConfig
+from robustdiff.training.trainer import train
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.images import image_grid
 
 
 def tiny_pipeline(prediction_type: str = "epsilon", classes: int | None = None) -> DDPMPipeline:
@@ -50,7 +61,7 @@ def tiny_pipeline(prediction_type: str = "epsilon", classes: int | None = None) 
 class GaussianDenoiser(torch.nn.Module):
     """The exact network for N(0, variance) data in 8 x 8 pixels, in any parametrisation."""
 
-    def __init__(self, process: NoiseProcess, variance: float) -> None:
+    def __init__(self, process: NoiseSchedule, variance: float) -> None:
         super().__init__()
         self.process, self.variance = process, variance
         self.config = SimpleNamespace(num_class_embeds=None, sample_size=8, in_channels=1)
@@ -65,7 +76,9 @@ class GaussianDenoiser(torch.nn.Module):
 
 def gaussian_pipeline(variance: float, prediction_type: str = "epsilon") -> SimpleNamespace:
     scheduler = DDPMScheduler(clip_sample=False, prediction_type=prediction_type)
-    return SimpleNamespace(unet=GaussianDenoiser(NoiseProcess.from_scheduler(scheduler), variance), scheduler=scheduler)
+    return SimpleNamespace(
+        unet=GaussianDenoiser(NoiseSchedule.from_scheduler(scheduler), variance), scheduler=scheduler
+    )
 
 
 @pytest.fixture(scope="module")
@@ -136,32 +149,32 @@ def test_every_scheduler_generates_the_variance_of_gaussian_data(name: str, pred
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_T7_relabelling_by_sqrt_1_plus_m_is_the_regularised_linear_denoiser(prediction_type: str) -> None:
     scheduler = DDPMScheduler(prediction_type=prediction_type)
-    process = NoiseProcess.from_scheduler(scheduler)
+    process = NoiseSchedule.from_scheduler(scheduler)
     t, asked = torch.tensor([300]), torch.tensor([380])
     relabel = (process.noise_to_signal(asked) / process.noise_to_signal(t)).item()
     m, variance = relabel**2 - 1, 0.3
     x_t = torch.randn(1, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     plain = GaussianDenoiser(process, variance)
-    output = RelabelledModel(plain, process, relabel=relabel)(x_t, t)
+    output = SigmaClampedModel(plain, process, relabel=relabel)(x_t, t)
     a, s = process.alpha(t).double(), process.sigma(t).double()
     expected_eps = s * (1 + m) / (a**2 * variance + (1 + m) * s**2) * x_t  # theory T3
     torch.testing.assert_close(process.eps_hat(output, x_t, t), expected_eps, rtol=1e-5, atol=0)
 
 
 def test_label_floor_queries_at_the_floor_below_it_and_changes_nothing_above() -> None:
-    process = NoiseProcess.from_scheduler(DDPMScheduler())
+    process = NoiseSchedule.from_scheduler(DDPMScheduler())
     asked: list[int] = []
 
     def model(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         asked.extend(t.tolist())
         return torch.zeros_like(x_t)
 
-    floored = RelabelledModel(model, process, label_floor=process.noise_to_signal(torch.tensor(100)).item())
+    floored = SigmaClampedModel(model, process, label_floor=process.noise_to_signal(torch.tensor(100)).item())
     x_t = torch.ones(3, 1, 2, 2)
     floored(x_t, torch.tensor([10, 100, 700]))
     assert asked == [100, 100, 700]
     plain = GaussianDenoiser(process, 0.3)
-    floored = RelabelledModel(plain, process, label_floor=0.1)
+    floored = SigmaClampedModel(plain, process, label_floor=0.1)
     t = torch.tensor([999, 800, 500])
     assert torch.equal(floored(x_t.double(), t), plain(x_t.double(), t))
 
@@ -211,10 +224,10 @@ def test_step_counts_that_would_mis_step_are_refused_with_the_nearest_good_one()
 
 
 def test_relabelled_model_refuses_ranges_that_ask_for_more_detail() -> None:
-    process = NoiseProcess.from_scheduler(DDPMScheduler())
+    process = NoiseSchedule.from_scheduler(DDPMScheduler())
     for settings in ({"relabel": 0.5}, {"label_floor": -1.0}, {"relabel": math.nan}):
         with pytest.raises(ValueError, match="relabel"):
-            RelabelledModel(lambda x, t: x, process, **settings)
+            SigmaClampedModel(lambda x, t: x, process, **settings)
 
 
 def test_grid_places_every_image() -> None:
@@ -231,19 +244,19 @@ def test_grid_places_every_image() -> None:
 def test_sample_command_writes_pngs_and_a_grid_that_equal_the_library(run: str, tmp_path, capsys) -> None:
     output = tmp_path / "out"
     arguments = ["sample", run, "-n", "3", "--steps", "10", "--seed", "5", "--batch-size", "2", "-o", str(output)]
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     expected = to_uint8(sample(load_pipeline(run), 3, seed=5, steps=10, batch_size=2))
     written = [np.array(Image.open(output / f"{i:06d}.png")) for i in range(3)]
     assert np.array_equal(np.stack(written), expected[:, 0].numpy())
     assert sorted(path.name for path in output.iterdir()) == [*(f"{i:06d}.png" for i in range(3)), "grid.png"]
-    assert cli.main(arguments) == 2  # nothing is replaced unasked
+    assert main.main(arguments) == 2  # nothing is replaced unasked
     assert "--overwrite" in capsys.readouterr().err
-    assert cli.main([*arguments, "--overwrite"]) == 0
+    assert main.main([*arguments, "--overwrite"]) == 0
 
 
 def test_sample_command_writes_npz(run: str, tmp_path) -> None:
     output = tmp_path / "deep" / "images.npz"
-    assert cli.main(["sample", run, "-n", "2", "--steps", "10", "-o", str(output)]) == 0
+    assert main.main(["sample", run, "-n", "2", "--steps", "10", "-o", str(output)]) == 0
     with np.load(output, allow_pickle=False) as arrays:
         assert arrays["images"].shape == (2, 8, 8, 1)
         assert arrays["images"].dtype == np.uint8
@@ -287,7 +300,7 @@ def test_bad_input_to_sample_is_one_line_that_names_the_flag(run, tmp_path, caps
     (tmp_path / "something").write_text("of the user's")
     (tmp_path / "grid.png").write_text("also of the user's")
     filled = [argument.format(run=run, tmp=tmp_path) for argument in arguments]
-    assert cli.main(["sample", *filled, *(["--overwrite"] if "-o" in arguments else [])]) == 2
+    assert main.main(["sample", *filled, *(["--overwrite"] if "-o" in arguments else [])]) == 2
     error = capsys.readouterr().err
     assert names in error
     assert error.count("\n") == 1
@@ -300,7 +313,7 @@ def test_a_read_only_output_of_sample_is_refused_before_the_work(run, tmp_path, 
     original = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and original(path, mode))
     monkeypatch.setattr(sample_files, "load_pipeline", lambda _: pytest.fail("the work has begun"))
-    assert cli.main(["sample", run, "-n", "1", "--steps", "10", "-o", str(tmp_path / name)]) == 2
+    assert main.main(["sample", run, "-n", "1", "--steps", "10", "-o", str(tmp_path / name)]) == 2
     error = capsys.readouterr().err
     assert "--output" in error
     assert f"{tmp_path} is read-only" in error
@@ -337,7 +350,7 @@ def test_remarks_of_diffusers_in_a_configuration_may_be_long(tmp_path) -> None:
 
 def test_a_pipeline_without_a_sample_size_is_one_plain_line(tmp_path, capsys) -> None:
     folder = rewritten(tmp_path / "run", sample_size=None)
-    assert cli.main(["sample", str(folder), "-n", "1", "--steps", "10", "-o", str(tmp_path / "x")]) == 2
+    assert main.main(["sample", str(folder), "-n", "1", "--steps", "10", "-o", str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
     assert "sample_size is missing" in error
     assert error.count("\n") == 1
@@ -365,7 +378,7 @@ def test_a_latent_pipeline_is_refused_rather_than_sampled_without_its_decoder(tm
 
 def test_a_hub_id_without_network_is_one_line(monkeypatch, capsys) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert cli.main(["sample", "nobody/no-such-model-xyz"]) == 2
+    assert main.main(["sample", "nobody/no-such-model-xyz"]) == 2
     error = capsys.readouterr().err
     assert "could not be fetched from the hub" in error
     assert error.count("\n") == 1

@@ -17,9 +17,10 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from helpers import PREDICTIONS, ddpm_process, normal, process_at, seeded
 
-from robustdiff.process import NoiseProcess, draw_normal, draw_uniform
+from helpers import PREDICTIONS, ddpm_process, normal, process_at, seeded
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.utils.random import draw_normal, draw_uniform
 
 BETAS: dict[str, dict[str, Any]] = {
     **{
@@ -51,7 +52,7 @@ def test_state_and_target_are_bitwise_those_of_ddpm_for_every_beta_schedule(
     betas: str, prediction: str, zero_snr: bool
 ) -> None:
     scheduler = DDPMScheduler(**BETAS[betas], prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
-    process = NoiseProcess.from_scheduler(scheduler)
+    process = NoiseSchedule.from_scheduler(scheduler)
     x0, eps = batch()
     assert process.prediction_type == prediction
     assert process.num_timesteps == 1000
@@ -62,7 +63,7 @@ def test_state_and_target_are_bitwise_those_of_ddpm_for_every_beta_schedule(
 
 @pytest.mark.parametrize(("kind", "prediction"), FAMILY)
 def test_the_tables_of_other_schedulers_of_the_family_are_read(kind: type, prediction: str) -> None:
-    process = NoiseProcess.from_scheduler(kind(prediction_type=prediction, beta_schedule="scaled_linear"))
+    process = NoiseSchedule.from_scheduler(kind(prediction_type=prediction, beta_schedule="scaled_linear"))
     reference = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0001, beta_end=0.02)
     x0, eps = batch()
     assert process.prediction_type == prediction
@@ -71,7 +72,7 @@ def test_the_tables_of_other_schedulers_of_the_family_are_read(kind: type, predi
 
 def test_alpha_sigma_snr_and_noise_to_signal_follow_their_definitions() -> None:
     table = DDPMScheduler().alphas_cumprod.double()
-    process = NoiseProcess(table)
+    process = NoiseSchedule(table)
     torch.testing.assert_close(process.alpha(ALL_T), table**0.5, rtol=1e-14, atol=0)
     torch.testing.assert_close(process.sigma(ALL_T), (1 - table) ** 0.5, rtol=1e-14, atol=0)
     torch.testing.assert_close(process.snr(ALL_T), table / (1 - table), rtol=1e-14, atol=0)
@@ -83,7 +84,7 @@ def test_x0_hat_and_eps_hat_are_those_of_a_ddim_step(prediction: str) -> None:
     scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=False)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.set_timesteps(1000)
-    process = NoiseProcess.from_scheduler(scheduler)
+    process = NoiseSchedule.from_scheduler(scheduler)
     x_t, output = normal(3, 1, 4, 4, seed=3), normal(3, 1, 4, 4, seed=4)
     for t in (1, 10, 250, 700, 999):
         step = scheduler.step(output, t, x_t)
@@ -99,7 +100,7 @@ def test_x0_hat_and_eps_hat_are_those_of_a_ddim_step(prediction: str) -> None:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_x0_hat_is_that_of_a_ddpm_step(prediction: str, zero_snr: bool) -> None:
     scheduler = DDPMScheduler(prediction_type=prediction, clip_sample=False, rescale_betas_zero_snr=zero_snr)
-    process = NoiseProcess.from_scheduler(scheduler)
+    process = NoiseSchedule.from_scheduler(scheduler)
     x_t, output = normal(2, 1, 3, 3, seed=5).float(), normal(2, 1, 3, 3, seed=6).float()
     for t in (0, 1, 500, 998 if prediction == "epsilon" else 999):
         wanted = scheduler.step(output, t, x_t, generator=seeded()).pred_original_sample
@@ -154,7 +155,7 @@ def test_any_number_of_dimensions_and_one_timestep_for_all(shape: tuple[int, ...
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_half_precision_states_use_scales_computed_in_float32(half: torch.dtype) -> None:
-    process = NoiseProcess.from_scheduler(DDPMScheduler())
+    process = NoiseSchedule.from_scheduler(DDPMScheduler())
     ones, zeros = torch.ones(1000, 1, dtype=half), torch.zeros(1000, 1, dtype=half)
     sigma = (1 - process.alphas_cumprod).sqrt().to(half)  # rounding alpha_bar to half first gives sigma(0) = 0
     state = process.add_noise(zeros, ones, ALL_T)
@@ -196,7 +197,7 @@ def test_timestep_at_stays_in_a_table_of_one_level() -> None:
 @pytest.mark.parametrize("kind", [FlowMatchEulerDiscreteScheduler, EDMEulerScheduler])
 def test_a_scheduler_without_a_ddpm_table_is_refused_by_name(kind: type) -> None:
     with pytest.raises(TypeError, match=kind.__name__):
-        NoiseProcess.from_scheduler(kind())
+        NoiseSchedule.from_scheduler(kind())
 
 
 @pytest.mark.parametrize(
@@ -206,16 +207,16 @@ def test_a_scheduler_without_a_ddpm_table_is_refused_by_name(kind: type) -> None
 )
 def test_a_bad_table_is_refused(table: Any) -> None:
     with pytest.raises(ValueError, match="alphas_cumprod"):
-        NoiseProcess(torch.tensor(table))
+        NoiseSchedule(torch.tensor(table))
 
 
 def test_an_unknown_prediction_type_is_refused() -> None:
     with pytest.raises(ValueError, match="flow_prediction"):
-        NoiseProcess(torch.tensor([0.9, 0.5]), "flow_prediction")  # type: ignore[arg-type]
+        NoiseSchedule(torch.tensor([0.9, 0.5]), "flow_prediction")  # type: ignore[arg-type]
     config = SimpleNamespace(prediction_type="flow_prediction")
     scheduler = SimpleNamespace(alphas_cumprod=torch.tensor([0.9, 0.5]), config=config)
     with pytest.raises(ValueError, match="flow_prediction"):
-        NoiseProcess.from_scheduler(scheduler)
+        NoiseSchedule.from_scheduler(scheduler)
 
 
 # -- draws -----------------------------------------------------------------------------------------

@@ -7,14 +7,13 @@ import math
 
 import pytest
 import torch
-from helpers import normal
 from scipy.stats import binomtest
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from robustdiff.evaluation.neighbours import precision_recall_density_coverage
-from robustdiff.evaluation.quality import (
-    Value,
+from helpers import normal
+from robustdiff.evaluation.distances import (
+    MetricValue,
     clopper_pearson,
     frechet,
     frechet_bias,
@@ -22,6 +21,7 @@ from robustdiff.evaluation.quality import (
     half_sampled,
     kid,
 )
+from robustdiff.evaluation.neighbours import precision_recall_density_coverage
 
 
 def rotation(d: int, seed: int = 0) -> Tensor:
@@ -266,7 +266,7 @@ def test_bad_sets_are_refused() -> None:
 
 
 def test_a_value_is_json() -> None:
-    value = Value("FID", 3.0, None, "lower", (1.0, 2.0), {"n": 3})
+    value = MetricValue("FID", 3.0, None, "lower", (1.0, 2.0), {"n": 3})
     entry = json.loads(json.dumps(value.to_json()))
     assert entry == {"value": 3.0, "floor": None, "better": "lower", "interval": [1.0, 2.0], "about": {"n": 3}}
-    assert Value("x", 1.0, 0.5, "higher").to_json()["interval"] is None
+    assert MetricValue("x", 1.0, 0.5, "higher").to_json()["interval"] is None

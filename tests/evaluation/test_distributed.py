@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_UNET
 from safetensors.torch import load_file
-from test_processes import LIMIT, launch, launched
 
-from robustdiff import cli
+from helpers import TINY_UNET
+from robustdiff.commands import main
+from tests.training.test_processes import LIMIT, launch, launched
 
 N = 60
 
@@ -70,7 +70,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "program.py").write_text(PROGRAM)
     flags = ["--images", "16", "--batch-size", "8", "--ddpm-num-steps", "100", "--ddpm-num-inference-steps", "10"]
     unet = ["--model-config-name-or-path", str(folder / "unet.json"), "--output-dir", str(folder / "run")]
-    assert cli.main(["train", str(folder / "training.npy"), *flags, *unet]) == 0
+    assert main.main(["train", str(folder / "training.npy"), *flags, *unet]) == 0
     return folder
 
 
@@ -104,7 +104,7 @@ def test_two_processes_share_the_features_and_find_what_one_finds(place: Path, t
     assert len(list((two / "cache").glob("*.safetensors"))) == len(shares)
 
     shutil.copytree(two / "drawn", one / "drawn")
-    assert cli.main(command(place, one)) == 0
+    assert main.main(command(place, one)) == 0
     assert len(results(one)) == 6
     assert results(two) == results(one)
     for path in (one / "cache").iterdir():

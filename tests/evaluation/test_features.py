@@ -18,17 +18,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import seeded
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from robustdiff import durable
-from robustdiff.config import RobustdiffWarning, UsageError
+from helpers import seeded
+from robustdiff.data.dataset import load_images
 from robustdiff.evaluation import extractors, features
-from robustdiff.evaluation.features import default_cache, extract, images_sha256, open_extractor
-from robustdiff.images import load_images, save_png
+from robustdiff.evaluation.features import (
+    default_cache,
+    extract,
+    images_sha256,
+    open_extractor,
+)
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import RobustdiffWarning, UsageError
+from robustdiff.utils.images import save_png
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -125,7 +131,7 @@ def test_a_torchscript_file_gives_what_its_module_gives(net, batch_size):
     torch.testing.assert_close(got.values, Net().eval()(images()).detach())
     assert not got.values.requires_grad
     assert (extractor.name, extractor.kind, extractor.metric) == ("tiny_net", "torchscript", "FD-tiny_net")
-    assert extractor.sha256 == durable.sha256(net)
+    assert extractor.sha256 == atomic_io.sha256(net)
     json.dumps(dict(extractor.settings))
 
 
@@ -364,7 +370,7 @@ def test_inception_is_torch_fidelitys_with_the_given_weights(tmp_path, monkeypat
     torch.save(OrderedDict(reference.state_dict()), weights)
     extractor = open_extractor(f"inception:{weights}")
     assert (extractor.name, extractor.metric, extractor.kind) == ("inception-mine", "FD-inception-mine", "inception")
-    assert extractor.sha256 == durable.sha256(weights)
+    assert extractor.sha256 == atomic_io.sha256(weights)
     given = images(3, height=20, width=24)
     got = extract(extractor, given, cache=None).values
     with torch.no_grad():
@@ -373,9 +379,9 @@ def test_inception_is_torch_fidelitys_with_the_given_weights(tmp_path, monkeypat
     assert extract(extractor, given[:1, :1], cache=None).values.shape == (1, 2048)
     torch.save({"a": torch.ones(2)}, weights)
     refused("mine.pth", "not the weights of torch-fidelity's Inception-v3", spec=f"inception:{weights}")
-    monkeypatch.setattr(extractors, "INCEPTION", durable.sha256(weights)[:8])
+    monkeypatch.setattr(extractors, "INCEPTION", atomic_io.sha256(weights)[:8])
     torch.save(reference.state_dict(), weights)
-    monkeypatch.setattr(extractors, "INCEPTION", durable.sha256(weights)[:8])
+    monkeypatch.setattr(extractors, "INCEPTION", atomic_io.sha256(weights)[:8])
     original = open_extractor(f"inception:{weights}")
     assert (original.name, original.metric) == ("inception", "FID")
 
@@ -538,7 +544,7 @@ def test_a_transformers_model_gives_what_it_gives(tmp_path, name, pooling, capfd
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert (extractor.name, extractor.kind, extractor.metric) == ("my-model", "transformers", "FD-my-model")
     assert extractor.settings["pooling"] == pooling
-    assert extractor.sha256 == durable.sha256(tmp_path / "my-model" / "model.safetensors")
+    assert extractor.sha256 == atomic_io.sha256(tmp_path / "my-model" / "model.safetensors")
     assert "28 x 28" in extractor.resize
     json.dumps(dict(extractor.settings))
 
@@ -776,7 +782,7 @@ def test_a_full_disk_leaves_nothing_behind(net, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    for where, name in ((features, "save_file"), (durable, "fsync_file"), (os, "replace")):
+    for where, name in ((features, "save_file"), (atomic_io, "fsync_file"), (os, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, full)
             with pytest.warns(RobustdiffWarning, match="No space left on device"):

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import normal, seeded
 from torch import Tensor
 
+from helpers import normal, seeded
 from robustdiff.evaluation.memorisation import CopyTest, memorisation
 
 

@@ -6,11 +6,16 @@ import math
 
 import pytest
 import torch
-from helpers import normal
 from torch import Tensor
 
-from robustdiff.evaluation.neighbours import diversity, k_nearest, mean_distance, precision_recall_density_coverage
-from robustdiff.linear import coverage_of_one_law
+from experiments.paper.linear import coverage_of_one_law
+from helpers import normal
+from robustdiff.evaluation.neighbours import (
+    diversity,
+    k_nearest,
+    mean_distance,
+    precision_recall_density_coverage,
+)
 
 
 def brute_force(a: Tensor, b: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import normal
 from torch import Tensor
 
-from robustdiff.evaluation import quality
+from helpers import normal
+from robustdiff.evaluation import distances
 from robustdiff.evaluation.neighbours import precision_recall_density_coverage
 
 
@@ -43,7 +43,7 @@ def test_frechet_equals_torch_fidelity(n: int, m: int, d: int, kind: str) -> Non
     # in float64, which is what torch-fidelity makes of Inception's features before it takes the moments
     statistics = [theirs.fid_features_to_statistics(x.double()) for x in (a, b)]
     wanted = theirs.fid_statistics_to_metric(*statistics, verbose=False)[theirs.KEY_METRIC_FID]
-    assert quality.frechet(a, b) == pytest.approx(wanted, rel=1e-6)
+    assert distances.frechet(a, b) == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize(("n", "m", "d", "kind"), CASES)
@@ -72,7 +72,7 @@ def test_kid_equals_torch_fidelity_on_the_same_subsets(
             return order[:size]
 
     monkeypatch.setattr(torch, "randperm", remember)
-    mean, error, size = quality.kid(a, b, subsets=20)
+    mean, error, size = distances.kid(a, b, subsets=20)
     monkeypatch.setattr(theirs.np.random, "RandomState", Repeat)
     settings = {"kid_subsets": 20, "kid_subset_size": size, "verbose": False}
     wanted = theirs.kid_features_to_metric(a, b, **settings)

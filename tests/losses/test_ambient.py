@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from experiments.paper import linear
 from helpers import (
     PREDICTIONS,
     Calls,
@@ -25,22 +28,24 @@ from helpers import (
     seeded,
     uncorrelated,
 )
-from torch import Tensor, nn
-
-from robustdiff import linear
-from robustdiff.baselines import InputPerturbationObjective, InvarianceObjective, PseudoHuberObjective
-from robustdiff.levels import first_timesteps
-from robustdiff.objective import Gate, LossTerms, PlainObjective, RobustObjective
-from robustdiff.process import NoiseProcess
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.losses.ambient import first_timesteps
+from robustdiff.losses.baselines import (
+    InputPerturbationLoss,
+    InvarianceLoss,
+    PseudoHuberLoss,
+)
+from robustdiff.losses.denoising import DenoisingLoss, LossOutput
+from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 OBJECTIVES: dict[str, Any] = {
-    "plain": PlainObjective,
-    "adversarial": partial(RobustObjective, strength=0.7),
-    "gated": partial(RobustObjective, perturbation="random", strength=Gate(0.0, 1.0, 2.0)),
-    "true noise": partial(RobustObjective, perturbation="random", target="noise"),
-    "invariance": partial(InvarianceObjective, perturbation="random"),
-    "input perturbation": InputPerturbationObjective,
+    "plain": DenoisingLoss,
+    "adversarial": partial(EquivarianceLoss, strength=0.7),
+    "gated": partial(EquivarianceLoss, perturbation="random", strength=SigmaRange(0.0, 1.0, 2.0)),
+    "true noise": partial(EquivarianceLoss, perturbation="random", target="noise"),
+    "invariance": partial(InvarianceLoss, perturbation="random"),
+    "input perturbation": InputPerturbationLoss,
 }
 LEVELS = torch.tensor([0.0, 0.1, 0.5, 0.0, 2.0, 0.02])
 
@@ -50,7 +55,7 @@ def images(dtype: torch.dtype = torch.float64) -> Tensor:
     return (torch.rand(6, 2, 5, 5, generator=seeded(1), dtype=torch.float64) * 2 - 1).to(dtype)
 
 
-def same(a: LossTerms, b: LossTerms) -> bool:
+def same(a: LossOutput, b: LossOutput) -> bool:
     """Whether all terms are, bit for bit."""
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
 
@@ -111,7 +116,7 @@ def test_the_loss_is_that_of_a_denoised_image_made_noisy_again(prediction: Any, 
     """``x0_weight |rho x_t / a + (1 - rho) x0_hat - y|^2`` with x_t = a y + sqrt(s^2 - a^2 sigma_n^2) z, in words."""
     process, model = ddpm_process(prediction, zero_snr), Calls(SmallNet())
     y, z, t = images(), normal(6, 2, 5, 5, seed=2), T.clamp(max=998 if zero_snr else 999)  # a = 0: see the next test
-    terms = PlainObjective(process)(model, y, t=t, eps=z, noise_level=TOLD)
+    terms = DenoisingLoss(process)(model, y, t=t, eps=z, noise_level=TOLD)
     a, s = (value[:, None, None, None] for value in (process.alpha(t), process.sigma(t)))
     sigma_n = TOLD[:, None, None, None]
     x_t, rho = a * y + (s.square() - (a * sigma_n).square()).sqrt() * z, (a * sigma_n / s).square()
@@ -128,10 +133,10 @@ def test_at_zero_terminal_snr_every_level_is_harmless_and_the_loss_plain(predict
     process, model = ddpm_process(prediction, zero_snr=True, dtype=dtype), SmallNet(dtype=dtype)
     t = torch.full((6,), 999)
     for level in (0.5, 1e6):
-        told = PlainObjective(process)(
+        told = DenoisingLoss(process)(
             model, images(dtype), t=t, generator=seeded(), noise_level=torch.full((6,), level)
         )
-        plain = PlainObjective(process)(model, images(dtype), t=t, generator=seeded())
+        plain = DenoisingLoss(process)(model, images(dtype), t=t, generator=seeded())
         assert torch.isfinite(told.total).all()
         assert all(torch.isfinite(g).all() for g in gradients(model, told.total.mean()))
         torch.testing.assert_close(told.total, plain.total)
@@ -147,13 +152,13 @@ def test_single_precision_is_enough_just_above_the_level(prediction: Any) -> Non
     def model(x: Tensor, t: Tensor) -> Tensor:
         return 0.3 * x.tanh()
 
-    exact = PlainObjective(NoiseProcess(process.alphas_cumprod.double(), prediction))
+    exact = DenoisingLoss(NoiseSchedule(process.alphas_cumprod.double(), prediction))
     wanted = exact(model, images(), t=t, eps=z, noise_level=levels).total
-    got = PlainObjective(process)(model, images(torch.float32), t=t, eps=z, noise_level=levels).total
+    got = DenoisingLoss(process)(model, images(torch.float32), t=t, eps=z, noise_level=levels).total
     torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", [RobustObjective, InvarianceObjective])
+@pytest.mark.parametrize("kind", [EquivarianceLoss, InvarianceLoss])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_regulariser_stays_as_it_is_defined_at_the_same_state(prediction: Any, kind: Any) -> None:
     process, model, omega = ddpm_process(prediction), Calls(SmallNet()), 0.2 * normal(6, 2, 5, 5, seed=4)
@@ -161,7 +166,7 @@ def test_the_regulariser_stays_as_it_is_defined_at_the_same_state(prediction: An
     (x_t, t, _), (moved, _, _) = model.seen
     close(moved, process.perturb(x_t, omega, t))
     outputs = model.model(x_t, t), model.model(moved, t)
-    if kind is RobustObjective:
+    if kind is EquivarianceLoss:
         shift = process.x0_hat(outputs[1], moved, t) - process.x0_hat(outputs[0], x_t, t)
         weight = process.x0_weight(t)
     else:
@@ -184,12 +189,12 @@ def test_a_target_at_a_moved_state_is_that_of_the_state_before(kind: str, predic
     x_t = a * y + (s.square() - (a * sigma_n).square()).sqrt() * z
     if kind == "true noise":
         omega = 0.2 * normal(6, 2, 5, 5, seed=4)
-        objective: Any = RobustObjective(process, Given(omega), target="noise")
+        objective: Any = EquivarianceLoss(process, Given(omega), target="noise")
         got = objective(model, y, t=T, eps=z, noise_level=TOLD).equivariance
         moved = x_t + s * omega
         x0_hat = process.x0_hat(model.model(moved, T), moved, T)
     else:
-        got = InputPerturbationObjective(process)(model, y, t=T, eps=z, generator=seeded(5), noise_level=TOLD).total
+        got = InputPerturbationLoss(process)(model, y, t=T, eps=z, generator=seeded(5), noise_level=TOLD).total
         moved = x_t + 0.1 * s * torch.randn(z.shape, generator=seeded(5), dtype=torch.float64)
         x0_hat = process.x0_hat(model.model(moved, T), x_t, T)
     close(model.seen[-1][0], moved)
@@ -201,8 +206,8 @@ def test_a_gate_slices_noisy_images_with_their_own_damping() -> None:
     """The true-noise target needs it in the second pass, which only some images take."""
     process, omega = ddpm_process(), 0.2 * normal(6, 2, 5, 5, seed=4)
     every, gated = (
-        RobustObjective(process, Spy(lambda respond, radius, like, generator: omega[-len(like) :]), s, target="noise")
-        for s in (1.0, Gate(1.0, float("inf"), 1.0))
+        EquivarianceLoss(process, Spy(lambda respond, radius, like, generator: omega[-len(like) :]), s, target="noise")
+        for s in (1.0, SigmaRange(1.0, float("inf"), 1.0))
     )
     arguments = {"t": T, "eps": normal(6, 2, 5, 5, seed=2), "noise_level": TOLD}
     whole, part = (objective(SmallNet(), images(), **arguments) for objective in (every, gated))
@@ -239,7 +244,7 @@ def test_a_level_on_the_table_trains_above_it_only() -> None:
 @pytest.mark.parametrize("last", [0.9999999, 0.99999994], ids=["one_ulp_and_more", "one_ulp"])
 def test_a_level_just_below_the_table_is_allowed_and_finite(last: float) -> None:
     process = process_at(torch.tensor([0.5, 1.0]))
-    terms = PlainObjective(process)(
+    terms = DenoisingLoss(process)(
         SmallNet(dtype=torch.float32), images(torch.float32), generator=seeded(), noise_level=torch.full((6,), last)
     )
     assert terms.t.tolist() == [1] * 6
@@ -262,13 +267,13 @@ def test_a_level_just_below_the_table_is_allowed_and_finite(last: float) -> None
 )
 def test_levels_that_mean_nothing_are_refused(level: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PlainObjective(ddpm_process())(SmallNet(), images(), noise_level=level)
+        DenoisingLoss(ddpm_process())(SmallNet(), images(), noise_level=level)
 
 
 def test_a_timestep_that_is_too_low_for_its_image_is_refused() -> None:
     level, t = torch.full((6,), 0.2), torch.full((6,), 500)
     first = int(first_timesteps(ddpm_process(), level)[0])
-    objective = PlainObjective(ddpm_process())
+    objective = DenoisingLoss(ddpm_process())
     t[3] = first
     objective(SmallNet(), images(), t=t, noise_level=level)
     t[3] -= 1
@@ -277,14 +282,14 @@ def test_a_timestep_that_is_too_low_for_its_image_is_refused() -> None:
 
 
 def test_a_table_that_is_not_sorted_is_refused() -> None:
-    process = NoiseProcess(torch.tensor([0.9, 0.1, 0.5]))
+    process = NoiseSchedule(torch.tensor([0.9, 0.1, 0.5]))
     with pytest.raises(ValueError, match="grows with t"):
-        PlainObjective(process)(SmallNet(), images(), noise_level=torch.zeros(6))
+        DenoisingLoss(process)(SmallNet(), images(), noise_level=torch.zeros(6))
 
 
 def test_a_loss_whose_optimum_is_no_mean_refuses_levels() -> None:
-    with pytest.raises(ValueError, match="PseudoHuberObjective cannot use noise_level"):
-        PseudoHuberObjective(ddpm_process())(SmallNet(), images(), noise_level=torch.zeros(6))
+    with pytest.raises(ValueError, match="PseudoHuberLoss cannot use noise_level"):
+        PseudoHuberLoss(ddpm_process())(SmallNet(), images(), noise_level=torch.zeros(6))
 
 
 # -- T13: what training converges to ---------------------------------------------------------------
@@ -328,7 +333,7 @@ def minimiser(noise: Tensor, told: Tensor, share: Tensor, times: Tensor) -> Tens
         total = torch.zeros((), dtype=torch.float64)
         for y, fresh, t, level, weight in batches:
             told_to_all = level.double().expand(len(t))
-            terms = PlainObjective(process)(model, y, t=t, eps=fresh, noise_level=told_to_all)
+            terms = DenoisingLoss(process)(model, y, t=t, eps=fresh, noise_level=told_to_all)
             total = total + weight * terms.total.sum()
         total.backward()
         return total
@@ -432,7 +437,7 @@ def test_a_network_trained_on_noisy_images_draws_clean_ones_if_told() -> None:
 
         def closure() -> Tensor:
             optimiser.zero_grad()
-            loss = PlainObjective(noise)(model, y, generator=seeded(3), noise_level=told).total.sum() / count
+            loss = DenoisingLoss(noise)(model, y, generator=seeded(3), noise_level=told).total.sum() / count
             loss.backward()
             return loss
 

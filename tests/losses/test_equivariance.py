@@ -13,20 +13,39 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
-from helpers import PREDICTIONS, Calls, Given, SmallNet, Spy, ddpm_process, gradients, normal, process_at, seeded
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from robustdiff.objective import PRESETS, Gate, LossTerms, PlainObjective, RobustObjective
-from robustdiff.perturbation import AdversarialPerturbation, Perturbation, Radius, RandomPerturbation, Response
-from robustdiff.process import Generators, NoiseProcess, draw_uniform
+from helpers import (
+    PREDICTIONS,
+    Calls,
+    Given,
+    SmallNet,
+    Spy,
+    ddpm_process,
+    gradients,
+    normal,
+    process_at,
+    seeded,
+)
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.losses.denoising import DenoisingLoss, LossOutput
+from robustdiff.losses.equivariance import PRESETS, EquivarianceLoss, SigmaRange
+from robustdiff.losses.perturbation import (
+    AdversarialPerturbation,
+    Perturbation,
+    Radius,
+    RandomPerturbation,
+    Response,
+)
+from robustdiff.utils.random import Generators, draw_uniform
 
 PERTURBATIONS: dict[str, Perturbation] = {
     "random": RandomPerturbation(),
     "shift": AdversarialPerturbation(1, "shift"),
     "residual": AdversarialPerturbation(3, "residual"),
 }
-TERMS = [field.name for field in fields(LossTerms)]
+TERMS = [field.name for field in fields(LossOutput)]
 
 
 def images(count: int = 6, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -34,7 +53,7 @@ def images(count: int = 6, dtype: torch.dtype = torch.float32) -> Tensor:
     return (torch.rand(count, 2, 5, 5, generator=seeded(1), dtype=torch.float64) * 2 - 1).to(dtype)
 
 
-def only_finite(terms: LossTerms) -> bool:
+def only_finite(terms: LossOutput) -> bool:
     """Whether every number in the terms is finite."""
     return all(bool(torch.isfinite(getattr(terms, name)).all()) for name in TERMS)
 
@@ -44,7 +63,7 @@ def only_finite(terms: LossTerms) -> bool:
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 def test_terms_have_one_finite_number_per_image_and_add_up(perturbation: str) -> None:
-    objective = RobustObjective(ddpm_process(), PERTURBATIONS[perturbation], strength=0.7)
+    objective = EquivarianceLoss(ddpm_process(), PERTURBATIONS[perturbation], strength=0.7)
     terms = objective(SmallNet(), images(dtype=torch.float64), generator=seeded())
     assert all(getattr(terms, name).shape == (6,) for name in TERMS)
     assert only_finite(terms)
@@ -60,7 +79,7 @@ def test_the_regulariser_is_the_formula_of_the_paper() -> None:
     scheduler, model = DDPMScheduler(), SmallNet(dtype=torch.float32)
     x0, eps, t = images(), normal(6, 2, 5, 5, seed=2).float(), torch.tensor([0, 5, 100, 400, 800, 999])
     spy = Spy(AdversarialPerturbation())
-    objective = RobustObjective(NoiseProcess.from_scheduler(scheduler), spy, strength=0.3)
+    objective = EquivarianceLoss(NoiseSchedule.from_scheduler(scheduler), spy, strength=0.3)
     terms = objective(model, x0, eps=eps, t=t, generator=seeded(1))
     clean = model(scheduler.add_noise(x0, eps, t), t)
     moved = model(scheduler.add_noise(x0, eps + spy.omega, t), t)
@@ -74,7 +93,7 @@ def test_the_regulariser_is_the_formula_of_the_paper() -> None:
 def test_the_plain_loss_is_the_mean_squared_error_of_diffusers_target(prediction: Any) -> None:
     scheduler, model = DDPMScheduler(prediction_type=prediction), SmallNet(dtype=torch.float32)
     x0, generator = images(), seeded(3)
-    terms = PlainObjective(NoiseProcess.from_scheduler(scheduler))(model, x0, generator=seeded(3))
+    terms = DenoisingLoss(NoiseSchedule.from_scheduler(scheduler))(model, x0, generator=seeded(3))
     t = (torch.rand(6, generator=generator, dtype=torch.float64) * 1000).long()
     eps = torch.randn(x0.shape, generator=generator)
     target = {"epsilon": eps, "sample": x0, "v_prediction": scheduler.get_velocity(x0, eps, t)}[prediction]
@@ -89,7 +108,7 @@ def test_the_plain_loss_is_the_mean_squared_error_of_diffusers_target(prediction
 def test_timesteps_and_noise_may_be_given() -> None:
     model, x0 = Calls(SmallNet()), images(dtype=torch.float64)
     eps, t = normal(6, 2, 5, 5, seed=9), torch.arange(6) * 100
-    terms = RobustObjective(ddpm_process(), "random")(model, x0, eps=eps, t=t, generator=seeded())
+    terms = EquivarianceLoss(ddpm_process(), "random")(model, x0, eps=eps, t=t, generator=seeded())
     assert torch.equal(terms.t, t)
     assert torch.equal(model.seen[0][0], ddpm_process().add_noise(x0, eps, t))
     assert torch.equal(model.seen[0][1], t)
@@ -99,15 +118,15 @@ def test_timesteps_and_noise_may_be_given() -> None:
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_half_precision_images_are_raised_to_float32(half: torch.dtype) -> None:
     x0 = images().to(half)
-    terms = RobustObjective(ddpm_process())(SmallNet(dtype=torch.float32), x0, generator=seeded())
-    wanted = RobustObjective(ddpm_process())(SmallNet(dtype=torch.float32), x0.float(), generator=seeded())
+    terms = EquivarianceLoss(ddpm_process())(SmallNet(dtype=torch.float32), x0, generator=seeded())
+    wanted = EquivarianceLoss(ddpm_process())(SmallNet(dtype=torch.float32), x0.float(), generator=seeded())
     assert terms.total.dtype == torch.float32
     assert torch.equal(terms.total, wanted.total)
 
 
 def test_a_model_that_returns_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="shape"):
-        RobustObjective(ddpm_process())(lambda x, t: torch.cat([x, x], 1), images())
+        EquivarianceLoss(ddpm_process())(lambda x, t: torch.cat([x, x], 1), images())
 
 
 # -- where it is off it is plain training, bit for bit ---------------------------------------------
@@ -123,8 +142,8 @@ OFF: dict[str, dict[str, Any]] = {
     "perturbation_None": {"perturbation": None},
     "strength_0": {"strength": 0},
     "strength_0.0": {"strength": 0.0},
-    "gate_value_0": {"strength": Gate(0, float("inf"), 0.0)},
-    "gate_never_open": {"strength": Gate(1e6, float("inf"), 5.0)},
+    "gate_value_0": {"strength": SigmaRange(0, float("inf"), 0.0)},
+    "gate_never_open": {"strength": SigmaRange(1e6, float("inf"), 5.0)},
     "function_0": {"strength": never},
 }
 
@@ -133,7 +152,7 @@ OFF: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("off", OFF)
 def test_switched_off_it_equals_the_plain_loss_bit_for_bit_at_plain_cost(off: str, generators: str) -> None:
     results = []
-    for objective in (PlainObjective(ddpm_process()), RobustObjective(ddpm_process(), **OFF[off])):
+    for objective in (DenoisingLoss(ddpm_process()), EquivarianceLoss(ddpm_process(), **OFF[off])):
         generator: Generators = {
             "one": seeded(4),
             "per_image": [seeded(i) for i in range(6)],
@@ -160,10 +179,10 @@ def test_switched_off_it_equals_the_plain_loss_bit_for_bit_at_plain_cost(off: st
 def test_with_radius_zero_total_and_gradients_equal_plain_exactly(perturbation: str, prediction: Any) -> None:
     process, model = ddpm_process(prediction), SmallNet(dtype=torch.float32)
     t = torch.tensor([0, 10, 200, 500, 800, 999])
-    terms = RobustObjective(process, PERTURBATIONS[perturbation], strength=3.0, radius=Radius(scale=0, floor=0))(
+    terms = EquivarianceLoss(process, PERTURBATIONS[perturbation], strength=3.0, radius=Radius(scale=0, floor=0))(
         model, images(), t=t, generator=seeded(6)
     )
-    plain = PlainObjective(process)(model, images(), t=t, generator=seeded(6))
+    plain = DenoisingLoss(process)(model, images(), t=t, generator=seeded(6))
     assert torch.equal(terms.total, plain.total)
     assert torch.equal(terms.equivariance, torch.zeros(6))
     for got, wanted in zip(gradients(model, terms.total.mean()), gradients(model, plain.total.mean()), strict=True):
@@ -174,7 +193,7 @@ def test_the_noise_and_timesteps_drawn_do_not_depend_on_the_perturbation() -> No
     seen = []
     for perturbation in (None, *PERTURBATIONS.values()):
         model = Calls(SmallNet())
-        RobustObjective(ddpm_process(), perturbation)(model, images(dtype=torch.float64), generator=seeded(8))
+        EquivarianceLoss(ddpm_process(), perturbation)(model, images(dtype=torch.float64), generator=seeded(8))
         seen.append(model.seen[0])
     for x_t, t, _ in seen[1:]:
         assert torch.equal(x_t, seen[0][0])
@@ -184,14 +203,14 @@ def test_the_noise_and_timesteps_drawn_do_not_depend_on_the_perturbation() -> No
 @pytest.mark.parametrize(("perturbation", "passes"), [("none", 1), ("random", 2), ("adversarial", 3)])
 def test_T12_the_number_of_forward_passes(perturbation: str, passes: int) -> None:
     model = Calls(SmallNet())
-    RobustObjective(ddpm_process(), perturbation)(model, images(dtype=torch.float64), generator=seeded())
+    EquivarianceLoss(ddpm_process(), perturbation)(model, images(dtype=torch.float64), generator=seeded())
     assert len(model.seen) == passes
 
 
 # -- zero terminal SNR -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strength", [2.0, Gate(0.5, float("inf"), 2.0)], ids=["constant", "gate"])
+@pytest.mark.parametrize("strength", [2.0, SigmaRange(0.5, float("inf"), 2.0)], ids=["constant", "gate"])
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_at_zero_terminal_snr_losses_and_gradients_are_finite(
@@ -201,7 +220,7 @@ def test_at_zero_terminal_snr_losses_and_gradients_are_finite(
     assert process.alpha(torch.tensor(999)) == 0
     model, t = SmallNet(dtype=torch.float32), torch.tensor([999, 999, 999, 998, 500, 999])
     spy = Spy(PERTURBATIONS[perturbation])
-    terms = RobustObjective(process, spy, strength=strength)(model, images(), t=t, generator=seeded())
+    terms = EquivarianceLoss(process, spy, strength=strength)(model, images(), t=t, generator=seeded())
     assert only_finite(terms)
     assert torch.isfinite(spy.omega).all()
     assert (terms.equivariance > 0).all()
@@ -214,10 +233,10 @@ def test_at_zero_terminal_snr_losses_and_gradients_are_finite(
 # -- one generator per image -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strength", [0.5, Gate(0.0, 1.0, 0.5)], ids=["constant", "gate"])
+@pytest.mark.parametrize("strength", [0.5, SigmaRange(0.0, 1.0, 0.5)], ids=["constant", "gate"])
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 def test_with_one_generator_per_image_a_row_equals_the_same_image_alone(perturbation: str, strength: Any) -> None:
-    objective = RobustObjective(ddpm_process(), PERTURBATIONS[perturbation], strength=strength)
+    objective = EquivarianceLoss(ddpm_process(), PERTURBATIONS[perturbation], strength=strength)
     model, x0 = SmallNet(), images(dtype=torch.float64)
     together = objective(model, x0, generator=[seeded(i) for i in range(6)])
     assert (together.strength > 0).sum() > 0
@@ -231,12 +250,12 @@ def test_with_one_generator_per_image_a_row_equals_the_same_image_alone(perturba
     torch.testing.assert_close(shuffled.total, together.total[order], rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("strength", [0.5, Gate(0.0, 1.0, 0.5)], ids=["constant", "gate"])
+@pytest.mark.parametrize("strength", [0.5, SigmaRange(0.0, 1.0, 0.5)], ids=["constant", "gate"])
 @pytest.mark.parametrize("given", [True, False], ids=["t_and_eps_given", "all_drawn"])
 @pytest.mark.parametrize("count", [0, 1, 5, 7])
 def test_a_wrong_number_of_generators_is_refused(count: int, given: bool, strength: Any) -> None:
     draws = {"t": torch.tensor([1, 1, 1, 900, 900, 900]), "eps": normal(6, 2, 5, 5)} if given else {}
-    objective = RobustObjective(ddpm_process(), "random", strength=strength)
+    objective = EquivarianceLoss(ddpm_process(), "random", strength=strength)
     with pytest.raises(ValueError, match="generators"):
         objective(SmallNet(), images(dtype=torch.float64), generator=[seeded(i) for i in range(count)], **draws)
 
@@ -275,7 +294,7 @@ def test_the_inner_step_leaves_everything_as_if_it_had_not_run(
         generator = None if generator_seed is None else seeded(generator_seed)
         with torch.random.fork_rng([]):
             torch.manual_seed(5)
-            terms = RobustObjective(ddpm_process(), perturbation)(network, images(), generator=generator)
+            terms = EquivarianceLoss(ddpm_process(), perturbation)(network, images(), generator=generator)
             stream = torch.get_rng_state()
         assert torch.equal(network.first.weight.grad, torch.ones_like(model.first.weight))
         assert all(p.grad is None for n, p in network.named_parameters() if n != "first.weight")
@@ -294,7 +313,7 @@ def test_the_inner_step_leaves_everything_as_if_it_had_not_run(
 def test_batch_norm_statistics_are_those_of_the_clean_and_the_penalised_pass() -> None:
     model, reference = (SmallNet(dtype=torch.float32, norm=True) for _ in range(2))
     calls = Calls(model)
-    RobustObjective(ddpm_process(), AdversarialPerturbation(4))(calls, images(), generator=seeded(1))
+    EquivarianceLoss(ddpm_process(), AdversarialPerturbation(4))(calls, images(), generator=seeded(1))
     assert len(calls.seen) == 6
     for x, t, _ in (calls.seen[0], calls.seen[-1]):
         reference(x, t)
@@ -320,7 +339,7 @@ class BackwardCalls(TorchDispatchMode):
 def test_the_inner_step_computes_no_weight_gradient(steps: int) -> None:
     model = SmallNet(dtype=torch.float32)
     with BackwardCalls() as inner:
-        terms = RobustObjective(ddpm_process(), AdversarialPerturbation(steps))(model, images(), generator=seeded())
+        terms = EquivarianceLoss(ddpm_process(), AdversarialPerturbation(steps))(model, images(), generator=seeded())
     assert inner.masks == [[True, False, False]] * (2 * steps)  # two convolutions
     with BackwardCalls() as outer:
         terms.total.mean().backward()
@@ -332,7 +351,7 @@ def test_weight_hooks_are_not_called_by_the_inner_step() -> None:
     model, calls = SmallNet(dtype=torch.float32), []
     for parameter in model.parameters():
         parameter.register_hook(lambda gradient: calls.append(gradient.shape))
-    terms = RobustObjective(ddpm_process(), AdversarialPerturbation(3))(model, images(), generator=seeded())
+    terms = EquivarianceLoss(ddpm_process(), AdversarialPerturbation(3))(model, images(), generator=seeded())
     assert calls == []
     terms.total.mean().backward()
     assert len(calls) == 6
@@ -347,13 +366,13 @@ def test_a_perturbation_that_raises_still_leaves_the_buffers_as_they_were() -> N
     model, reference = (SmallNet(dtype=torch.float32, norm=True) for _ in range(2))
     calls = Calls(model)
     with pytest.raises(RuntimeError, match="on purpose"):
-        RobustObjective(ddpm_process(), Failing())(calls, images(), generator=seeded())
+        EquivarianceLoss(ddpm_process(), Failing())(calls, images(), generator=seeded())
     reference(*calls.seen[0][:2])
     for got, wanted in zip(model.buffers(), reference.buffers(), strict=True):
         assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("strength", [0.5, Gate(0, 1.0, 0.5)], ids=["constant", "gate"])
+@pytest.mark.parametrize("strength", [0.5, SigmaRange(0, 1.0, 0.5)], ids=["constant", "gate"])
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 def test_no_input_is_mutated(perturbation: str, strength: Any) -> None:
     def model(x: Tensor, t: Tensor, extra: dict[str, Any], label: Tensor) -> Tensor:
@@ -368,7 +387,7 @@ def test_no_input_is_mutated(perturbation: str, strength: Any) -> None:
         "label": torch.arange(6),
     }
     kept = copy.deepcopy(given)
-    objective = RobustObjective(ddpm_process(), PERTURBATIONS[perturbation], strength=strength)
+    objective = EquivarianceLoss(ddpm_process(), PERTURBATIONS[perturbation], strength=strength)
     objective(model, generator=seeded(), **given).total.mean().backward()
     for name in ("x0", "eps", "t", "label"):
         assert torch.equal(given[name], kept[name])
@@ -385,9 +404,12 @@ INSIDE = [1, 3, 4]
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 def test_a_gate_is_its_value_between_its_ends_and_zero_outside(perturbation: str) -> None:
     levels = torch.tensor([0.05, 0.1, 0.3, 1.0, 1.01, 50.0])
-    assert Gate(0.1, 1.0, 2.5)(levels).tolist() == [0, 2.5, 2.5, 2.5, 0, 0]
-    terms = RobustObjective(
-        process_at(levels), PERTURBATIONS[perturbation], strength=Gate(0.09, 1.005, 2.5), radius=Radius(random=False)
+    assert SigmaRange(0.1, 1.0, 2.5)(levels).tolist() == [0, 2.5, 2.5, 2.5, 0, 0]
+    terms = EquivarianceLoss(
+        process_at(levels),
+        PERTURBATIONS[perturbation],
+        strength=SigmaRange(0.09, 1.005, 2.5),
+        radius=Radius(random=False),
     )(SmallNet(), images(dtype=torch.float64), t=torch.arange(6), generator=seeded())
     assert terms.strength.tolist() == [0, 2.5, 2.5, 2.5, 0, 0]
     for name in ("equivariance", "radius"):
@@ -398,7 +420,7 @@ def test_a_gate_is_its_value_between_its_ends_and_zero_outside(perturbation: str
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 def test_only_images_inside_the_gate_take_the_perturbed_passes(perturbation: str) -> None:
     model = Calls(SmallNet())
-    objective = RobustObjective(ddpm_process(), PERTURBATIONS[perturbation], strength=Gate(0, 0.5, 2.0))
+    objective = EquivarianceLoss(ddpm_process(), PERTURBATIONS[perturbation], strength=SigmaRange(0, 0.5, 2.0))
     objective(model, images(dtype=torch.float64), t=MIXED_T, generator=seeded())
     assert model.seen[0][0].shape[0] == 6
     assert len(model.seen) > 1
@@ -414,8 +436,8 @@ def test_a_gated_objective_equals_an_ungated_one_with_the_same_omega() -> None:
         images(dtype=torch.float64),
         normal(6, 2, 5, 5),
     )
-    gated = RobustObjective(ddpm_process(), Given(omega[INSIDE]), strength=Gate(0, 0.5, 2.0))
-    everywhere = RobustObjective(ddpm_process(), Given(omega), strength=2.0)
+    gated = EquivarianceLoss(ddpm_process(), Given(omega[INSIDE]), strength=SigmaRange(0, 0.5, 2.0))
+    everywhere = EquivarianceLoss(ddpm_process(), Given(omega), strength=2.0)
     got, wanted = (o(model, x0, t=MIXED_T, eps=eps, generator=seeded()) for o in (gated, everywhere))
     torch.testing.assert_close(got.equivariance[INSIDE], wanted.equivariance[INSIDE])
     torch.testing.assert_close(got.total[INSIDE], wanted.total[INSIDE])
@@ -443,7 +465,7 @@ class RowChecking(nn.Module):
         return 0.5 * x
 
 
-@pytest.mark.parametrize("strength", [0.5, Gate(0.0, 0.017, 0.5)], ids=["constant", "gate"])
+@pytest.mark.parametrize("strength", [0.5, SigmaRange(0.0, 0.017, 0.5)], ids=["constant", "gate"])
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 def test_extra_model_arguments_are_passed_through_and_sliced_with_their_images(
     perturbation: str, strength: Any
@@ -463,7 +485,7 @@ def test_extra_model_arguments_are_passed_through_and_sliced_with_their_images(
     }
     process = process_at(torch.linspace(0.01, 0.03, 60))  # t = 10 ident, so the gate lets 0, 1 and 2 through
     model = Calls(RowChecking())
-    objective = RobustObjective(process, PERTURBATIONS[perturbation], strength=strength)
+    objective = EquivarianceLoss(process, PERTURBATIONS[perturbation], strength=strength)
     terms = objective(model, images(dtype=torch.float64), t=10 * ident, generator=seeded(), **arguments)
     inside = 6 if strength == 0.5 else 3
     assert model.seen[-1][0].shape[0] == inside
@@ -474,7 +496,7 @@ def test_a_named_tuple_of_model_arguments_is_sliced_too() -> None:
     def model(x: Tensor, t: Tensor, pair: Response) -> Tensor:
         return x * pair.shift[:, None, None, None] + pair.residual[:, None, None, None]
 
-    objective = RobustObjective(ddpm_process(), "random", strength=Gate(0, 0.5, 1.0))
+    objective = EquivarianceLoss(ddpm_process(), "random", strength=SigmaRange(0, 0.5, 1.0))
     pair = Response(torch.rand(6, generator=seeded()).double(), torch.rand(6, generator=seeded(1)).double())
     terms = objective(model, images(dtype=torch.float64), t=MIXED_T, generator=seeded(), pair=pair)
     assert torch.isfinite(terms.total).all()
@@ -488,7 +510,7 @@ def test_a_strength_function_sees_noise_levels_and_must_return_one_number_per_im
         return levels.clamp(max=2)
 
     process = ddpm_process()
-    terms = RobustObjective(process, "random", strength=strength)(
+    terms = EquivarianceLoss(process, "random", strength=strength)(
         SmallNet(), images(dtype=torch.float64), t=MIXED_T, generator=seeded()
     )
     level = (1 / process.alphas_cumprod[MIXED_T] - 1).sqrt()
@@ -496,14 +518,14 @@ def test_a_strength_function_sees_noise_levels_and_must_return_one_number_per_im
     torch.testing.assert_close(terms.strength, level.clamp(max=2))
     torch.testing.assert_close(terms.total, terms.denoising + level.clamp(max=2) * terms.equivariance)
     with pytest.raises(ValueError, match="shape"):
-        RobustObjective(process, "random", strength=lambda levels: levels[:1])(SmallNet(), images(dtype=torch.float64))
+        EquivarianceLoss(process, "random", strength=lambda levels: levels[:1])(SmallNet(), images(dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
     ("radius", "what"), [(lambda sigma, _: sigma[:1], "shape"), (lambda sigma, _: -sigma, "negative")]
 )
 def test_a_bad_radius_from_a_function_is_refused(radius: Any, what: str) -> None:
-    objective = RobustObjective(ddpm_process(), "random", radius=radius)
+    objective = EquivarianceLoss(ddpm_process(), "random", radius=radius)
     with pytest.raises(ValueError, match=f"radius.*{what}"):
         objective(SmallNet(), images(dtype=torch.float64), generator=seeded())
 
@@ -518,16 +540,16 @@ def test_a_bad_radius_from_a_function_is_refused(radius: Any, what: str) -> None
 )
 def test_inputs_that_would_be_broadcast_or_misread_are_refused(x0: Tensor, draws: dict[str, Tensor], what: str) -> None:
     with pytest.raises(ValueError, match=what):
-        RobustObjective(ddpm_process(), "random")(SmallNet(), x0, **draws)
+        EquivarianceLoss(ddpm_process(), "random")(SmallNet(), x0, **draws)
 
 
 def test_an_infinite_strength_is_refused() -> None:
     with pytest.raises(ValueError, match="strength must be a finite number"):
-        RobustObjective(ddpm_process(), "random", strength=float("inf"))
+        EquivarianceLoss(ddpm_process(), "random", strength=float("inf"))
 
 
 def test_a_negative_strength_from_a_function_is_refused() -> None:
-    objective = RobustObjective(ddpm_process(), "random", strength=lambda levels: -torch.ones_like(levels))
+    objective = EquivarianceLoss(ddpm_process(), "random", strength=lambda levels: -torch.ones_like(levels))
     with pytest.raises(ValueError, match="strength"):
         objective(SmallNet(), images(dtype=torch.float64), generator=seeded())
 
@@ -553,11 +575,11 @@ def tiny_unet(**settings: Any) -> UNet2DModel:
         )
 
 
-@pytest.mark.parametrize("strength", [0.5, Gate(0, 0.5, 0.5)], ids=["constant", "gate"])
+@pytest.mark.parametrize("strength", [0.5, SigmaRange(0, 0.5, 0.5)], ids=["constant", "gate"])
 def test_a_class_conditional_unet_trains(strength: Any) -> None:
     model = tiny_unet(num_class_embeds=10)
     x0 = normal(6, 2, 8, 8).float().clamp(-1, 1)
-    objective = RobustObjective(ddpm_process(dtype=torch.float32), strength=strength)
+    objective = EquivarianceLoss(ddpm_process(dtype=torch.float32), strength=strength)
     labels = torch.tensor([9, 0, 3, 3, 7, 1])
     terms = objective(model, x0, t=MIXED_T, generator=seeded(), class_labels=labels)
     other = objective(model, x0, t=MIXED_T, generator=seeded(), class_labels=labels.flip(0))
@@ -566,7 +588,7 @@ def test_a_class_conditional_unet_trains(strength: Any) -> None:
     assert all(torch.isfinite(g).all() for g in gradients(model, terms.total.mean()))
 
 
-@pytest.mark.parametrize("strength", [0.5, Gate(0, 0.5, 0.5)], ids=["constant", "gate"])
+@pytest.mark.parametrize("strength", [0.5, SigmaRange(0, 0.5, 0.5)], ids=["constant", "gate"])
 def test_a_text_conditional_unet_with_v_prediction_trains(strength: Any) -> None:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -583,7 +605,7 @@ def test_a_text_conditional_unet_with_v_prediction_trains(strength: Any) -> None
             norm_num_groups=4,
         )
     scheduler = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    objective = RobustObjective(NoiseProcess.from_scheduler(scheduler), strength=strength)
+    objective = EquivarianceLoss(NoiseSchedule.from_scheduler(scheduler), strength=strength)
     text = normal(6, 3, 12, seed=2).float()
     x0 = normal(6, 2, 8, 8).float().clamp(-1, 1)
     terms = objective(model, x0, t=MIXED_T, generator=seeded(), encoder_hidden_states=text)
@@ -598,7 +620,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         model = tiny_unet().train()
         if checkpointed:
             model.enable_gradient_checkpointing()
-        terms = RobustObjective(ddpm_process(dtype=torch.float32))(model, x0, generator=seeded(1))
+        terms = EquivarianceLoss(ddpm_process(dtype=torch.float32))(model, x0, generator=seeded(1))
         results.append([terms.total, *gradients(model, terms.total.mean())])
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted)
@@ -607,7 +629,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 def test_under_bfloat16_autocast_losses_are_float32_and_close(perturbation: str) -> None:
     model = SmallNet(dtype=torch.float32)
-    objective = RobustObjective(
+    objective = EquivarianceLoss(
         ddpm_process(dtype=torch.float32), PERTURBATIONS[perturbation], radius=Radius(floor=0.5)
     )
     wanted = objective(model, images(), t=MIXED_T, generator=seeded(2))
@@ -633,7 +655,7 @@ def test_outputs_in_bfloat16_are_subtracted_in_float32(gradient: Any) -> None:
 
     x0, eps, omega = images(), normal(6, 2, 5, 5).float(), normal(6, 2, 5, 5, seed=4).float()
     process = ddpm_process(dtype=torch.float32)
-    terms = RobustObjective(process, Given(omega), gradient=gradient)(model, x0, eps=eps, t=MIXED_T)
+    terms = EquivarianceLoss(process, Given(omega), gradient=gradient)(model, x0, eps=eps, t=MIXED_T)
     x_t = process.add_noise(x0, eps, MIXED_T)
     clean, moved = model(x_t, MIXED_T).float(), model(process.perturb(x_t, omega, MIXED_T), MIXED_T).float()
     wanted = (moved - clean - omega).square().mean((1, 2, 3))
@@ -646,7 +668,7 @@ def test_a_compiled_model_gives_the_same_terms_gradients_and_buffers(backend: st
     for compiled in (False, True):
         network = SmallNet(dtype=torch.float32, norm=True)
         model = torch.compile(network, backend=backend) if compiled else network
-        terms = RobustObjective(ddpm_process(dtype=torch.float32))(model, images(), generator=seeded(1))
+        terms = EquivarianceLoss(ddpm_process(dtype=torch.float32))(model, images(), generator=seeded(1))
         results.append([terms.total, terms.equivariance, *gradients(network, terms.total.mean()), *network.buffers()])
         assert all(p.grad is None for p in network.parameters())
     for got, wanted in zip(*results, strict=True):
@@ -658,9 +680,11 @@ def test_a_compiled_model_gives_the_same_terms_gradients_and_buffers(backend: st
 
 def test_the_paper_preset_is_what_the_paper_states() -> None:
     process = ddpm_process()
-    preset = RobustObjective.preset("paper", process)
-    assert preset == RobustObjective(process, AdversarialPerturbation(1, "shift"), 0.3, Radius(2.0, 1.0, 8 / 255, True))
-    assert RobustObjective.preset("paper", process, strength=0.5).strength == 0.5
+    preset = EquivarianceLoss.preset("paper", process)
+    assert preset == EquivarianceLoss(
+        process, AdversarialPerturbation(1, "shift"), 0.3, Radius(2.0, 1.0, 8 / 255, True)
+    )
+    assert EquivarianceLoss.preset("paper", process, strength=0.5).strength == 0.5
     assert "paper" in PRESETS
 
 
@@ -678,7 +702,7 @@ def test_the_paper_preset_is_what_the_paper_states() -> None:
 )
 def test_bad_settings_of_the_objective_are_refused_by_name(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        RobustObjective(ddpm_process(), **settings)
+        EquivarianceLoss(ddpm_process(), **settings)
 
 
 @pytest.mark.parametrize(
@@ -687,9 +711,9 @@ def test_bad_settings_of_the_objective_are_refused_by_name(settings: dict[str, A
 )
 def test_bad_gates_are_refused(low: float, high: float, value: float) -> None:
     with pytest.raises(ValueError, match="Gate"):
-        Gate(low, high, value)
+        SigmaRange(low, high, value)
 
 
 def test_an_unknown_preset_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="papre"):
-        RobustObjective.preset("papre", ddpm_process())
+        EquivarianceLoss.preset("papre", ddpm_process())

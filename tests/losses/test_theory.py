@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from scipy.linalg import solve_banded
+from torch import Tensor, nn
+
 from helpers import (
     PREDICTIONS,
     Given,
@@ -29,13 +32,15 @@ from helpers import (
     seeded,
     uncorrelated,
 )
-from scipy.linalg import solve_banded
-from torch import Tensor, nn
-
-from robustdiff.baselines import InvarianceObjective
-from robustdiff.objective import Gate, PlainObjective, RobustObjective
-from robustdiff.perturbation import AdversarialPerturbation, Radius, RandomPerturbation
-from robustdiff.process import NoiseProcess
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.losses.baselines import InvarianceLoss
+from robustdiff.losses.denoising import DenoisingLoss
+from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
+from robustdiff.losses.perturbation import (
+    AdversarialPerturbation,
+    Radius,
+    RandomPerturbation,
+)
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 
@@ -67,7 +72,7 @@ def test_T1_the_regulariser_is_the_weighted_shift_of_the_denoised_image(
     model: Callable[..., Tensor] = SmallNet(seed=2) if network == "convolutions" else PointNet()
     x0, eps = (normal(8, 2, 5, 5, seed=s) if network == "convolutions" else normal(8, 3, seed=s) for s in (1, 2))
     spy = Spy(perturbation)
-    objective = RobustObjective(process, perturbation=spy, radius=Radius(floor=0.3))
+    objective = EquivarianceLoss(process, perturbation=spy, radius=Radius(floor=0.3))
     terms = objective(model, x0, t=t, eps=eps, generator=seeded(1))
 
     x_t = process.add_noise(x0, eps, t)
@@ -90,7 +95,7 @@ def test_T1_the_plain_loss_weighs_an_error_of_the_denoised_image_alike(predictio
     x0, eps, model = normal(6, 2, 5, 5, seed=1), normal(6, 2, 5, 5, seed=2), SmallNet()
     x_t = process.add_noise(x0, eps, t)
     error = (process.x0_hat(model(x_t, t), x_t, t) - x0).square().flatten(1).mean(1)
-    close(PlainObjective(process)(model, x0, t=t, eps=eps).denoising, process.x0_weight(t) * error, rtol=1e-9)
+    close(DenoisingLoss(process)(model, x0, t=t, eps=eps).denoising, process.x0_weight(t) * error, rtol=1e-9)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -126,7 +131,7 @@ def test_T2_for_the_ideal_gaussian_denoiser_the_penalty_is_snr_squared_times_the
         def ideal(x: Tensor, t: Tensor, a2: Tensor = a2, s2: Tensor = s2) -> Tensor:
             return s2.sqrt() * x / (a2 * variances + s2)
 
-        objective = RobustObjective(process, perturbation=Given(0.2 * omega))
+        objective = EquivarianceLoss(process, perturbation=Given(0.2 * omega))
         terms = objective(ideal, normal(64, 4), t=t, generator=seeded())
         posterior = variances * s2 / (a2 * variances + s2)
         close(4 * terms.equivariance.mean(), 0.2**2 * (a2 / s2) ** 2 * posterior.square().sum())
@@ -146,7 +151,7 @@ def test_T2_for_a_mixture_and_small_omega_the_penalty_is_snr_squared_times_the_p
         return -s2.sqrt() * mixture_score(x / a2.sqrt(), s2 / a2) / a2.sqrt()
 
     x0 = torch.linspace(-2, 2, 41, dtype=torch.float64)[:, None]
-    objective = RobustObjective(process, perturbation=Given(torch.full_like(x0, 1e-5)))
+    objective = EquivarianceLoss(process, perturbation=Given(torch.full_like(x0, 1e-5)))
     terms = objective(ideal, x0, t=t, eps=torch.zeros_like(x0))
     grid = torch.linspace(-4, 4, 20_001, dtype=torch.float64)
     prior = torch.exp(-(grid - 1).square() / 0.08) + torch.exp(-(grid + 1).square() / 0.08)
@@ -181,7 +186,7 @@ def covariance(d: int = 4) -> Tensor:
     return basis @ torch.diag(torch.logspace(-1.3, 0.3, d, dtype=torch.float64)) @ basis.T
 
 
-def output_matrix(process: NoiseProcess, index: int, eps_matrix: Tensor) -> Tensor:
+def output_matrix(process: NoiseSchedule, index: int, eps_matrix: Tensor) -> Tensor:
     """The matrix of the network's output, in its parametrisation, whose eps_hat is ``eps_matrix x_t``."""
     a, s = process.alphas_cumprod[index].sqrt(), (1 - process.alphas_cumprod[index]).sqrt()
     eye = torch.eye(len(eps_matrix), dtype=torch.float64)
@@ -191,7 +196,7 @@ def output_matrix(process: NoiseProcess, index: int, eps_matrix: Tensor) -> Tens
     ]
 
 
-def T3_optimum(process: NoiseProcess, index: int, m: float, sigma: Tensor) -> Tensor:
+def T3_optimum(process: NoiseSchedule, index: int, m: float, sigma: Tensor) -> Tensor:
     """T3: ``W* = s (1+m) [a^2 Sigma + (1+m) s^2 I]^-1``."""
     a2 = process.alphas_cumprod[index]
     s2 = 1 - a2
@@ -225,21 +230,21 @@ def assert_stationary(objective: Any, index: int, eps_matrix: Tensor, kappa: flo
 def test_T3_the_expected_gradient_vanishes_at_the_closed_form_optimum(prediction: Any, index: int) -> None:
     process, kappa = ddpm_process(prediction), RADIUS**2 / 3
     optimum = partial(T3_optimum, process, index, sigma=covariance())
-    objective = RobustObjective(process, strength=LAMBDA)
+    objective = EquivarianceLoss(process, strength=LAMBDA)
     assert_stationary(objective, index, optimum(LAMBDA * kappa), kappa, elsewhere=optimum(0.0))
 
 
 def test_T3_the_plain_objective_has_its_optimum_at_m_zero() -> None:
     process = ddpm_process()
     optimum = partial(T3_optimum, process, 300, sigma=covariance())
-    assert_stationary(RobustObjective(process, strength=0), 300, optimum(0.0), 0.3, elsewhere=optimum(0.2))
+    assert_stationary(EquivarianceLoss(process, strength=0), 300, optimum(0.0), 0.3, elsewhere=optimum(0.2))
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_T4_a_stop_gradient_on_the_clean_branch_has_the_same_optimum(prediction: Any) -> None:
     process, kappa = ddpm_process(prediction), RADIUS**2 / 3
     optimum = partial(T3_optimum, process, 400, sigma=covariance())
-    objective = RobustObjective(process, strength=LAMBDA, gradient="perturbed")
+    objective = EquivarianceLoss(process, strength=LAMBDA, gradient="perturbed")
     assert_stationary(objective, 400, optimum(LAMBDA * kappa), kappa, elsewhere=optimum(0.0))
 
 
@@ -247,9 +252,9 @@ def test_T4_a_stop_gradient_on_the_clean_branch_has_the_same_optimum(prediction:
 def test_T4_a_stop_gradient_on_the_perturbed_branch_leaves_the_plain_expected_gradient(prediction: Any) -> None:
     process, kappa = ddpm_process(prediction), RADIUS**2 / 3
     matrix = normal(4, 4, seed=31)
-    clean = expected_gradient(RobustObjective(process, strength=LAMBDA, gradient="clean"), 400, matrix, kappa)
-    plain = expected_gradient(RobustObjective(process, strength=0), 400, matrix, kappa)
-    both = expected_gradient(RobustObjective(process, strength=LAMBDA), 400, matrix, kappa)
+    clean = expected_gradient(EquivarianceLoss(process, strength=LAMBDA, gradient="clean"), 400, matrix, kappa)
+    plain = expected_gradient(EquivarianceLoss(process, strength=0), 400, matrix, kappa)
+    both = expected_gradient(EquivarianceLoss(process, strength=LAMBDA), 400, matrix, kappa)
     close(clean, plain, atol=1e-10)
     assert (both - plain).abs().max() > 0.05
 
@@ -261,7 +266,7 @@ def test_T4_with_the_true_noise_as_target_m_is_lambda_kappa_over_one_plus_lambda
 ) -> None:
     process, kappa = ddpm_process(prediction), RADIUS**2 / 3
     optimum = partial(T3_optimum, process, 400, sigma=covariance())
-    objective = RobustObjective(process, strength=LAMBDA, target="noise", gradient=gradient)
+    objective = EquivarianceLoss(process, strength=LAMBDA, target="noise", gradient=gradient)
     m = LAMBDA * kappa / (1 + LAMBDA)
     assert_stationary(objective, 400, optimum(m), kappa, elsewhere=optimum(LAMBDA * kappa))
 
@@ -270,7 +275,7 @@ def test_T4_with_the_true_noise_as_target_m_is_lambda_kappa_over_one_plus_lambda
 def test_T5_the_optimum_of_invariance(prediction: Any) -> None:
     process, kappa = ddpm_process(prediction), RADIUS**2 / 3
     optimum = partial(T3_optimum, process, 400, sigma=covariance())
-    objective = InvarianceObjective(process, strength=LAMBDA)
+    objective = InvarianceLoss(process, strength=LAMBDA)
     if prediction == "epsilon":
         wanted = optimum(LAMBDA * kappa) / (1 + LAMBDA * kappa)
     else:
@@ -285,7 +290,7 @@ def test_T5_the_optimum_of_invariance(prediction: Any) -> None:
 def test_T3_training_a_linear_model_reaches_the_closed_form_optimum(prediction: Any) -> None:
     process, index, rows = ddpm_process(prediction), 300, 2048
     sigma = covariance()
-    objective = RobustObjective(
+    objective = EquivarianceLoss(
         process, perturbation="random", strength=6.0, radius=Radius(scale=0, floor=RADIUS, random=False)
     )
     model = Linear(torch.zeros(4, 4, dtype=torch.float64))
@@ -332,7 +337,7 @@ class PerLevel(nn.Module):
         return self.weight[t][:, None] * x
 
 
-def optimum_per_level(kind: type[RobustObjective], process: NoiseProcess, variance: float, **settings: Any) -> Tensor:
+def optimum_per_level(kind: type[EquivarianceLoss], process: NoiseSchedule, variance: float, **settings: Any) -> Tensor:
     """The minimiser w[t] of the objective's expected loss, found from its own gradient (affine in w), shape (T,)."""
     levels = process.num_timesteps
     t, x0, eps, omega = factorial(levels, variance)
@@ -348,14 +353,14 @@ def optimum_per_level(kind: type[RobustObjective], process: NoiseProcess, varian
     return slopes[0] / (slopes[0] - slopes[1])
 
 
-def ode_variance(process: NoiseProcess, w: Tensor) -> float:
+def ode_variance(process: NoiseSchedule, w: Tensor) -> float:
     """Variance generated by dy/dsigma = eps_hat from sigma_T noise: trapezoid in log sigma."""
     level = process.noise_to_signal(torch.arange(process.num_timesteps))
     rate = w * process.alpha(torch.arange(process.num_timesteps)) * level
     return (level[-1].square() * torch.exp(-2 * torch.trapezoid(rate, level.log()))).item()
 
 
-def sde_variance(process: NoiseProcess, w: Tensor) -> float:
+def sde_variance(process: NoiseSchedule, w: Tensor) -> float:
     """Variance after all DDPM steps, ``V -> A^2 V + beta_tilde``, in units of y = x/a."""
     table = process.alphas_cumprod
     value = torch.ones((), dtype=torch.float64)
@@ -372,12 +377,12 @@ def test_T5_the_variance_generated_by_invariance_grows_with_the_largest_noise(
 ) -> None:
     v, kappa = 0.01, 0.3
     process = process_at(torch.logspace(-4, math.log10(largest), 2000, dtype=torch.float64))
-    w = optimum_per_level(InvarianceObjective, process, v, kappa=kappa, strength=m / kappa)
+    w = optimum_per_level(InvarianceLoss, process, v, kappa=kappa, strength=m / kappa)
     wanted = largest**2 * (v / (v + (1 + m) * largest**2)) ** (1 / (1 + m))
     assert ode_variance(process, w) == pytest.approx(wanted, rel=2e-3)
     if stated is not None:
         assert wanted == pytest.approx(stated, abs=5e-4)
-    robust = optimum_per_level(RobustObjective, process, v, kappa=kappa, strength=m / kappa)
+    robust = optimum_per_level(EquivarianceLoss, process, v, kappa=kappa, strength=m / kappa)
     assert ode_variance(process, robust) == pytest.approx(v / (1 + m), rel=2e-3)
 
 
@@ -388,7 +393,7 @@ def test_T6_a_gated_strength_is_a_soft_wiener_filter(v: float, strength: float, 
     # the edge lies half-way between two levels, so that the trapezoid across the jump is right
     step = math.log(edge / 1e-4) / count
     process = process_at(torch.exp(math.log(edge) + step * torch.arange(0.5 - count, math.log(200 / edge) / step)))
-    w = optimum_per_level(RobustObjective, process, v, kappa=kappa, strength=Gate(0, edge, strength / kappa))
+    w = optimum_per_level(EquivarianceLoss, process, v, kappa=kappa, strength=SigmaRange(0, edge, strength / kappa))
     c2 = edge**2
     assert ode_variance(process, w) == pytest.approx(v * (v + c2) / (v + (1 + strength) * c2), rel=2e-3)
     sde = v / (1 + strength) * (1 + strength * v**2 / (v + (1 + strength) * c2) ** 2)
@@ -400,15 +405,15 @@ def test_T7_the_regularised_denoiser_is_the_plain_one_asked_at_an_inflated_noise
     levels = torch.logspace(-2, 2, 50, dtype=torch.float64)
     process, inflated = process_at(levels), process_at(levels * (1 + m) ** 0.5)
     every = torch.arange(50)
-    robust = optimum_per_level(RobustObjective, process, v, kappa=kappa, strength=m / kappa)
-    plain = optimum_per_level(RobustObjective, inflated, v, kappa=kappa, strength=0)
+    robust = optimum_per_level(EquivarianceLoss, process, v, kappa=kappa, strength=m / kappa)
+    plain = optimum_per_level(EquivarianceLoss, inflated, v, kappa=kappa, strength=0)
     close(1 - process.sigma(every) * robust, 1 - inflated.sigma(every) * plain, rtol=1e-9, atol=1e-11)
 
 
 VARIANCES = torch.tensor([0.02, 0.3, 2.0], dtype=torch.float64)
 
 
-def run_step_by_step(scheduler: Any, process: NoiseProcess, m: float) -> tuple[Tensor, Tensor]:
+def run_step_by_step(scheduler: Any, process: NoiseSchedule, m: float) -> tuple[Tensor, Tensor]:
     """diffusers' scheduler on the linear denoiser of T3: gain of the start and variance added, per direction.
 
     Two states, 1 and 0, take every step with the same noise: their difference is the gain, and what 0 becomes,
@@ -439,7 +444,7 @@ def test_T3_a_ddim_run_generates_the_product_of_steps(prediction: Any, steps: in
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
     scheduler.set_timesteps(steps)
-    gain, added = run_step_by_step(scheduler, NoiseProcess.from_scheduler(scheduler), m)
+    gain, added = run_step_by_step(scheduler, NoiseSchedule.from_scheduler(scheduler), m)
     wanted = torch.ones(3, dtype=torch.float64)
     for t in scheduler.timesteps.tolist():
         a2 = scheduler.alphas_cumprod[t]
@@ -459,7 +464,7 @@ def test_T3_a_ddpm_run_generates_the_product_of_steps(prediction: Any) -> None:
     scheduler = DDPMScheduler(prediction_type=prediction, clip_sample=False)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.one = scheduler.one.double()
-    gain, added = run_step_by_step(scheduler, NoiseProcess.from_scheduler(scheduler), m)
+    gain, added = run_step_by_step(scheduler, NoiseSchedule.from_scheduler(scheduler), m)
     table, value = scheduler.alphas_cumprod, torch.ones(3, dtype=torch.float64)
     for t in range(999, -1, -1):
         before = table[t - 1] if t else torch.tensor(1.0, dtype=torch.float64)
@@ -498,7 +503,7 @@ def T8_oracle(alpha2: float, m: float, centre: float = 1.0) -> tuple[np.ndarray,
 def test_T8_a_trained_network_reaches_the_nonlinear_optimum() -> None:
     m, radius, level, rows = 1.0, 0.3, 0.5, 1024
     process = process_at(torch.tensor([level]))
-    objective = RobustObjective(
+    objective = EquivarianceLoss(
         process,
         perturbation="random",
         strength=m * 3 / radius**2,

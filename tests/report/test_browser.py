@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import browser
 import pytest
-import report_runs as made
 
+import browser
+import report_runs as made
 from robustdiff.report import report
 
 pytestmark = pytest.mark.skipif(browser.find() is None, reason="no Chromium or Chrome on the path")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from report_page import Page
 
+from report_page import Page
 from robustdiff.report import charts
 from robustdiff.report.charts import Dot, Point, Series
 

@@ -15,13 +15,13 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+
 import report_runs as made
 from report_page import Page, check
-
-from robustdiff.config import UsageError
 from robustdiff.report import collect, render, report
 from robustdiff.report.comparing import compare, datum, marks, settings
 from robustdiff.report.curves import few_steps
+from robustdiff.utils.errors import UsageError
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,15 @@ from pathlib import Path
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from helpers import SmallNet, normal
 
-from robustdiff.checkpoint import TrainingState, find_checkpoint, list_checkpoints, save_checkpoint
-from robustdiff.config import UsageError
+from helpers import SmallNet, normal
+from robustdiff.training.checkpoint import (
+    TrainingState,
+    find_checkpoint,
+    list_checkpoints,
+    save_checkpoint,
+)
+from robustdiff.utils.errors import UsageError
 
 
 def fresh(seed: int = 0, ema: bool = True, width: int = 6) -> TrainingState:

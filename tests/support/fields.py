@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from helpers import seeded
 from torch import Tensor
+
+from helpers import seeded
 
 Load = Callable[[range], Tensor]
 

@@ -7,6 +7,7 @@ import struct
 import zlib
 
 import numpy as np
+
 from fuzz_files import PNG, array_file, images
 
 EXTREME = (0, 1, -1, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1)

@@ -24,12 +24,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from diffusers.training_utils import EMAModel
-from helpers import TINY_UNET
 from PIL import Image, PngImagePlugin
 
-from robustdiff import cli
-from robustdiff.checkpoint import TrainingState, save_checkpoint
-from robustdiff.networks import PointDenoiser
+from experiments.paper.point_denoiser import PointDenoiser
+from helpers import TINY_UNET
+from robustdiff.commands import main
+from robustdiff.training.checkpoint import TrainingState, save_checkpoint
 
 Files = dict[str, bytes]
 """A folder: content by relative name."""
@@ -286,12 +286,12 @@ def runs() -> tuple[Files, Files]:
 
     def write(folder: Path) -> None:
         put(folder, {**photos(), "unet.json": json.dumps(network_config()).encode()})
-        assert cli.main(train_command(folder)) == 0
+        assert main.main(train_command(folder)) == 0
         shutil.rmtree(folder / "run/checkpoints/step-00000002")
         put(folder, {f"named/{name}/{name}.png": PNG for name in "ab"})
         pipeline = train_command(folder, "--class-conditional")
         pipeline[1], pipeline[3] = str(folder / "named"), str(folder / "conditional")
-        assert cli.main(pipeline) == 0
+        assert main.main(pipeline) == 0
         shutil.rmtree(folder / "conditional/checkpoints")
 
     written = elsewhere(write)

@@ -16,7 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from fuzz_damage import Trap, array_with, damaged, damaged_file, damaged_image, damaged_json
+
+from fuzz_damage import (
+    Trap,
+    array_with,
+    damaged,
+    damaged_file,
+    damaged_image,
+    damaged_json,
+)
 from fuzz_files import (
     PNG,
     array_file,
@@ -34,11 +42,14 @@ from fuzz_files import (
     training_state,
     zipped,
 )
-
-from robustdiff import cli, durable, formats, planning
-from robustdiff.checkpoint import find_checkpoint, load_checkpoint
-from robustdiff.config import TrainConfig, UsageError
-from robustdiff.images import load_images
+from robustdiff.commands import main
+from robustdiff.data.dataset import load_images
+from robustdiff.data.sources import celeba_lsun
+from robustdiff.training import plan
+from robustdiff.training.checkpoint import find_checkpoint, load_checkpoint
+from robustdiff.training.config import TrainConfig
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
 
 Case = Callable[[random.Random, Path], str]
 
@@ -48,7 +59,7 @@ class Broken(Exception):
 
 
 def command(arguments: list[str]) -> str:
-    status = cli.main(arguments)
+    status = main.main(arguments)
     sys.stderr.flush()
     said = Path(os.environ["FUZZ_STDERR"]).read_text(errors="replace").splitlines()
     ours = [line for line in said if line.startswith("robustdiff: ") and not line.startswith("robustdiff: warning: ")]
@@ -163,7 +174,7 @@ def celeba(r: random.Random, folder: Path) -> str:
     files = {f"img_align_celeba/{number:06d}.jpg": picture.getvalue() for number in range(0, 9, 3)}
     name = r.choice(list(files))
     files[name] = damaged(r, files[name], PNG) if r.random() < 0.5 else files[name]
-    put(folder / "in", {**files, formats.PARTITION: text})
+    put(folder / "in", {**files, celeba_lsun.PARTITION: text})
     return load(r, folder / "in", split=r.choice((None, "all", "valid")))
 
 
@@ -183,7 +194,7 @@ def lsun(r: random.Random, folder: Path) -> str:
     try:
         return load(r, only, sides=(8,))
     finally:
-        formats._after_fork()  # close it: LMDB keeps what it has open
+        celeba_lsun._after_fork()  # close it: LMDB keeps what it has open
 
 
 def odd_cell(r: random.Random) -> object:
@@ -260,7 +271,7 @@ def checkpoint(r: random.Random, folder: Path) -> str:
     hit = folder / Path(name).parent
     if not name.endswith("manifest.json") and r.random() < 0.8:
         (hit / "manifest.json").unlink()  # a manifest that agrees lets the file through to where it is parsed
-        durable.write_manifest(hit, format=1, step=int(hit.name[5:]))
+        atomic_io.write_manifest(hit, format=1, step=int(hit.name[5:]))
     state = training_state()
     before = state.model.state_dict()["last.weight"].clone()
     try:
@@ -282,7 +293,7 @@ def run(r: random.Random, folder: Path) -> str:
     hit = folder / Path(name).parent
     if name.endswith(("state.json", "optimizer.safetensors")):
         (hit / "manifest.json").unlink()
-        durable.write_manifest(hit, format=1, step=1)
+        atomic_io.write_manifest(hit, format=1, step=1)
     flags = (["--resume"], ["--resume"], ["--overwrite", "--dry-run"], ["--resume", "--dry-run"])
     config = folder / "run/config.json"
     before = json.loads(runs()[0]["run/config.json"])["settings"]
@@ -331,7 +342,7 @@ def network(r: random.Random, folder: Path) -> str:
         return command(train_command(folder, "--dry-run"))
     data = load_images(folder / "photos", resolution=8)
     config = TrainConfig(str(folder / "photos"), model_config_name_or_path=str(folder / "unet.json"))
-    planning.build_pipeline(config, data)
+    plan.build_pipeline(config, data)
     return "read"
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,8 +11,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from robustdiff.perturbation import Respond
-from robustdiff.process import Generators, NoiseProcess, Prediction
+from robustdiff.diffusion.schedule import NoiseSchedule, Prediction
+from robustdiff.losses.perturbation import Respond
+from robustdiff.utils.random import Generators
 
 torch.set_num_threads(1)
 
@@ -32,17 +31,8 @@ TINY_UNET = {
 
 
 def experiment(name: str) -> ModuleType:
-    """A file of ``experiments/`` as a module; its neighbours are found as they are when it is run."""
-    folder = Path(__file__).parents[1] / "experiments"
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    """A file of ``experiments/`` as a module."""
+    return importlib.import_module(f"experiments.{name}")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -57,15 +47,15 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 def ddpm_process(
     prediction: Prediction = "epsilon", zero_snr: bool = False, dtype: torch.dtype = torch.float64
-) -> NoiseProcess:
+) -> NoiseSchedule:
     """The process of diffusers' default DDPM scheduler, with its table in ``dtype``."""
     scheduler = DDPMScheduler(prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
-    return NoiseProcess(scheduler.alphas_cumprod.to(dtype), prediction)
+    return NoiseSchedule(scheduler.alphas_cumprod.to(dtype), prediction)
 
 
-def process_at(levels: Tensor, prediction: Prediction = "epsilon") -> NoiseProcess:
+def process_at(levels: Tensor, prediction: Prediction = "epsilon") -> NoiseSchedule:
     """A process whose noise levels sigma/alpha are ``levels``, ascending, shape (T,)."""
-    return NoiseProcess(1 / (1 + levels.double().square()), prediction)
+    return NoiseSchedule(1 / (1 + levels.double().square()), prediction)
 
 
 def seed_parameters(module: nn.Module, seed: int = 0) -> None:

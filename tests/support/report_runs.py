@@ -127,8 +127,8 @@ def training_run(folder: Path, *, preset: str, seed: int = 0, lines: int = 60, q
         "data": "digits", "output_dir": str(folder), "images": "500k", "seed": seed, "preset": preset,
         "corrupt": ["gaussian:sigma=0.2,fraction=0.9"], "train_batch_size": 64, "ddpm_num_inference_steps": 50,
     }  # fmt: skip
-    objective = "PlainObjective()" if preset == "plain" else (
-        "RobustObjective(perturbation=RandomPerturbation(distribution='uniform'), strength=Gate(low=0.0, high=0.15, "
+    objective = "DenoisingLoss()" if preset == "plain" else (
+        "EquivarianceLoss(perturbation=RandomPerturbation(distribution='uniform'), strength=Gate(low=0.0, high=0.15, "
         "value=15.0), radius=Radius(exponent=0.0, scale=1.0, floor=0.0, random=False), gradient='both')"
     )  # fmt: skip
     plan = {"images": 500_000, "batch": 64, "steps": 7813, "objective": objective, "network": "tiny"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -19,11 +20,12 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
-from helpers import TINY_UNET
 from PIL import Image
 from safetensors.torch import load_file
 
-from robustdiff import cli, training
+from helpers import TINY_UNET
+from robustdiff.commands import main
+from robustdiff.training import trainer
 
 disable_progress_bar()
 
@@ -31,7 +33,7 @@ STEPS, EVERY = 18, 3
 """Optimiser steps of a whole run, and between its checkpoints."""
 PARTS = ("model", "ema", "optimizer")
 _server = multiprocessing.get_context("forkserver")  # imports once, before anything has touched a GPU, and then forks
-_server.set_forkserver_preload(["robustdiff.training"])
+_server.set_forkserver_preload(["robustdiff.training.trainer"])
 _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 
 
@@ -106,7 +108,7 @@ def _run(arguments: list[str], log: str, before: Callable[[], object] | None) ->
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if before is not None:
         before()
-    sys.exit(cli.main(arguments))
+    sys.exit(main.main(arguments))
 
 
 class DieAt:
@@ -130,14 +132,14 @@ class DieAt:
                 count += 1
 
         sys.addaudithook(hook)
-        end = cli._train
+        train = main.COMMANDS["train"]
 
         def told(config: Any) -> int:
-            status = end(config)
+            status = train.run(config)
             print(f"operations: {count}")
             return status
 
-        cli._train = told
+        main.COMMANDS["train"] = dataclasses.replace(train, run=told)
 
 
 class LimitFiles:
@@ -149,7 +151,7 @@ class LimitFiles:
 
     def __call__(self) -> None:
         """Watch the saves."""
-        original, done = training.save_checkpoint, []
+        original, done = trainer.save_checkpoint, []
 
         def save(*arguments: Any) -> Path:
             if len(done) == self.saves:
@@ -157,7 +159,7 @@ class LimitFiles:
             done.append(1)
             return original(*arguments)
 
-        training.save_checkpoint = save
+        trainer.save_checkpoint = save
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -216,12 +218,12 @@ class SmallDisk:
         self.disk, self.size, self.saved = disk, size, saved
 
     def __call__(self) -> None:
-        """Mount the disk, and change ``cli.main``."""
+        """Mount the disk, and change ``main.main``."""
         own_mounts()
         small_disk(self.disk, self.size)
-        once = cli.main
+        once = main.main
 
-        def main(arguments: list[str]) -> int:
+        def twice(arguments: list[str]) -> int:
             status = once(arguments)
             print(f"-- status {status}; more space --", flush=True)
             small_disk(self.disk, 2**26, again=True)
@@ -231,7 +233,7 @@ class SmallDisk:
             shutil.copytree(self.disk, self.saved)
             return status
 
-        cli.main = main
+        main.main = twice
 
 
 # -- results -----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robustdiff.sources import DataError, open_source
+from robustdiff.data.sources.open import DataError, open_source
 
 
 def pixels(height=6, width=8, channels=3, seed=0):

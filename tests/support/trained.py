@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from robustdiff import TrainConfig
-from robustdiff.checkpoint import list_checkpoints
-from robustdiff.training import train
+from robustdiff.training.checkpoint import list_checkpoints
+from robustdiff.training.config import TrainConfig
+from robustdiff.training.trainer import train
 
 
 def run(config: TrainConfig, name: str = "run", **changes: object) -> dict[str, Tensor]:

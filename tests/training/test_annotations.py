@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from helpers import TINY_UNET
 from PIL import Image
 from torch import Tensor
-from trained import plan_of, run, same
 
-from robustdiff import TrainConfig, cli, training
-from robustdiff.batches import Batches, Shares, feed
-from robustdiff.config import UsageError
-from robustdiff.corruption import Corruption
-from robustdiff.images import load_images
-from robustdiff.objective import PlainObjective
-from robustdiff.process import NoiseProcess
+from helpers import TINY_UNET
+from robustdiff.commands import main
+from robustdiff.data.corruption import Corruption
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.losses.denoising import DenoisingLoss
+from robustdiff.training import trainer
+from robustdiff.training.config import TrainConfig
+from robustdiff.training.loader import Batches, RankSampler, iterate_batches
+from robustdiff.utils.errors import UsageError
+from trained import plan_of, run, same
 
 NAMES = [f"{'odd' if i % 2 else 'even'}/{i}.png" for i in range(8)]
 LEVELS = {"even/2.png": 0.2, "odd/5.png": 0.4, "even/0.png": 0.1}
@@ -72,14 +74,14 @@ def config(photos: Path, tmp_path: Path) -> TrainConfig:
 def test_every_image_comes_with_its_own_level(config: TrainConfig, monkeypatch, feeding: dict) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
 
-    class Watching(PlainObjective):
+    class Watching(DenoisingLoss):
         def __call__(self, model, x0, *, noise_level=None, **more):
             seen.append((x0.clone(), noise_level.clone()))
             terms = super().__call__(model, x0, noise_level=noise_level, **more)
             assert (self.process.noise_to_signal(terms.t) > noise_level).all()
             return terms
 
-    monkeypatch.setattr(training, "build_objective", lambda _, process, unknown: Watching(process))
+    monkeypatch.setattr(trainer, "build_objective", lambda _, process, unknown: Watching(process))
     run(config, **feeding)
     data = load_images(config.data)
     met = set()
@@ -95,7 +97,7 @@ def test_two_processes_and_workers_meet_the_levels_of_the_counter(photos: Path) 
     data, sigma = load_images(photos), torch.linspace(0, 1, 8, dtype=torch.float64)
     batches = Batches(data, (), 3, True, sigma=sigma)
     for process in range(2):
-        for counters, _ in feed(batches, Shares(0, 5, 6, 3, process, 2), workers=1):
+        for counters, _ in iterate_batches(batches, RankSampler(0, 5, 6, 3, process, 2), workers=1):
             levels = batches.noise_levels(counters)
             assert levels.tolist() == [sigma[batches.index(counter)] for counter in counters]
     assert Batches(data, (), 3, True).noise_levels(range(3)) is None
@@ -112,8 +114,8 @@ def test_a_run_that_is_told_differs_is_fed_in_any_way_and_goes_on_exactly(config
         yield lambda: asked.append(1) or (130 if len(asked) == 3 else 0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "stop_signals", stopping)
-        with pytest.raises(training.Interrupted):
+        patch.setattr(trainer, "stop_signals", stopping)
+        with pytest.raises(trainer.Interrupted):
             run(config, "stopped")
     assert same(whole, run(config, "stopped", resume=True, **STREAMED))
 
@@ -122,7 +124,7 @@ def test_levels_are_the_same_from_csv_json_and_a_manifest(config: TrainConfig, p
     dirty = tmp_path / "dirty"
     command = ["corrupt", str(photos), str(dirty), "--seed", "0"]
     command += ["--corrupt", "gaussian:sigma=0.3,fraction=0.5", "--corrupt", "gaussian:sigma=0.4,fraction=0.5"]
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     manifest = json.loads((dirty / "manifest.json").read_text())
     sizes = {(): 0.0, (0,): 0.3, (1,): 0.4, (0, 1): 0.5}
     levels = {entry["file"]: sizes[tuple(entry["corruptions"])] for entry in manifest["images"]}
@@ -154,7 +156,7 @@ def test_the_word_corrupt_is_the_truth_about_this_runs_own_dirt(config: TrainCon
 def test_processes_with_other_levels_are_refused() -> None:
     accelerator = SimpleNamespace(num_processes=2, device="cpu", gather=lambda mine: torch.cat([mine, mine + 1]))
     with pytest.raises(UsageError, match="--noise-levels f are others on some machines than on others"):
-        training._check_alike(accelerator, "0a" * 32, "--noise-levels f are others")
+        trainer._check_alike(accelerator, "0a" * 32, "--noise-levels f are others")
 
 
 # -- what is said of it ------------------------------------------------------------------------------
@@ -170,7 +172,7 @@ def test_plan_card_and_account_say_what_the_run_was_told(config: TrainConfig, ca
     assert account["trained"] == 8
     told = account["noise_levels"]
     assert (told["count"], told["lowest"], told["median"], told["highest"]) == (3, 0.1, 0.2, 0.4)
-    process = NoiseProcess.from_scheduler(DDPMScheduler(50))
+    process = NoiseSchedule.from_scheduler(DDPMScheduler(50))
     above = [(process.noise_to_signal(torch.arange(50)) > level).double().mean().item() for level in LEVELS.values()]
     assert told["timesteps"] == pytest.approx(sum(above) / 3)
     assert told["untrained_below"] == 0
@@ -300,7 +302,7 @@ def test_a_file_that_cannot_be_used_is_one_line_that_names_it_and_the_place(
 ) -> None:
     (tmp_path / "file").write_text(content)
     command = ["train", str(photos), "--noise-levels", str(tmp_path / "file"), "--dry-run"]
-    assert cli.main([*command, "--model-config-name-or-path", str(config.model_config_name_or_path)]) == 2
+    assert main.main([*command, "--model-config-name-or-path", str(config.model_config_name_or_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"robustdiff: --noise-levels {tmp_path / 'file'}")
     assert error.count("\n") == 1
@@ -345,7 +347,7 @@ def test_flags_that_do_not_fit_are_one_line(
     monkeypatch.chdir(tmp_path)
     command = ["train", str(photos), "--dry-run", "--ddpm-num-steps", "50", "--ddpm-beta-schedule", "linear"]
     command += ["--model-config-name-or-path", str(config.model_config_name_or_path)]
-    assert cli.main([*command, *flags]) == 2
+    assert main.main([*command, *flags]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert all(word in error for word in words), error

@@ -8,18 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from fields import natural
 from helpers import TINY_UNET
-from PIL import Image
+from robustdiff.audit.parts import AUTO_PARTS
+from robustdiff.commands import main
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
+from robustdiff.training import trainer
+from robustdiff.training.config import TrainConfig
+from robustdiff.training.loader import Batches
+from robustdiff.training.setup import build_objective
+from robustdiff.utils.errors import UsageError
 from trained import plan_of, run, same
-
-from robustdiff import TrainConfig, cli, training
-from robustdiff.batches import Batches
-from robustdiff.config import AUTO_PARTS, UsageError
-from robustdiff.images import load_images
-from robustdiff.objective import Gate, RobustObjective
-from robustdiff.planning import build_objective
-from robustdiff.process import NoiseProcess
 
 COUNT = 300
 NOISY, ALL = ("gaussian:sigma=0.3,fraction=0.5",), ("gaussian:sigma=0.3",)
@@ -63,7 +66,7 @@ def test_on_clean_images_it_is_plain_training_bit_for_bit(config: TrainConfig, c
     found = run(config, "auto")
     out = capsys.readouterr().out
     assert f"found clean:    {COUNT} of {COUNT} images" in out
-    assert "PlainObjective()" in out
+    assert "DenoisingLoss()" in out
     assert same(found, run(config, "plain", auto=False, preset="plain"))
 
 
@@ -97,16 +100,16 @@ def test_on_dirty_images_it_differs_and_says_what_was_found(config: TrainConfig,
     assert not (tmp_path / "plain" / "auto.json").exists()
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[torch.Tensor, torch.Tensor, NoiseProcess]]:
+def watched(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[torch.Tensor, torch.Tensor, NoiseSchedule]]:
     """Timesteps, an argument and the process of every call of an objective, as they come."""
     seen = []
-    original = RobustObjective.__call__
+    original = EquivarianceLoss.__call__
 
     def watching(self, model, x0, **arguments):
         seen.append((arguments["t"], arguments[name], self.process))
         return original(self, model, x0, **arguments)
 
-    monkeypatch.setattr(RobustObjective, "__call__", watching)
+    monkeypatch.setattr(EquivarianceLoss, "__call__", watching)
     return seen
 
 
@@ -156,15 +159,15 @@ def test_mirrored_images_keep_their_lost_pixels(config: TrainConfig) -> None:
 
 def test_where_all_are_noisy_the_regulariser_begins_below(config: TrainConfig, capsys) -> None:
     plan = plan_of(config, capsys, corrupt=ALL)
-    assert "RobustObjective(perturbation=RandomPerturbation(" in plan
+    assert "EquivarianceLoss(perturbation=RandomPerturbation(" in plan
     (gate,) = [line for line in plan.splitlines() if line.startswith("objective:")]
     edge = float(gate.split("Gate(low=0.0, high=")[1].split(",")[0])
     assert edge == pytest.approx(0.75 * 0.3, rel=0.1)
     assert "value=15.0)" in gate
     assert f"found clean:    0 of {COUNT} images" in plan
-    assert "PlainObjective()" in plan_of(config, capsys, corrupt=ALL, preset="plain")
+    assert "DenoisingLoss()" in plan_of(config, capsys, corrupt=ALL, preset="plain")
     assert "value=15.0" not in plan_of(config, capsys, corrupt=ALL, preset="gated")
-    assert "PlainObjective()" in plan_of(config, capsys, corrupt=ALL, auto_without=("regulariser", "noise"))
+    assert "DenoisingLoss()" in plan_of(config, capsys, corrupt=ALL, auto_without=("regulariser", "noise"))
 
 
 def test_images_that_are_left_out_are_not_counted(config: TrainConfig, capsys) -> None:
@@ -204,8 +207,8 @@ def test_it_is_fed_in_any_way_and_goes_on_exactly_with_what_it_found(config, tmp
         yield lambda: asked.append(1) or (130 if len(asked) == 3 else 0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "stop_signals", stopping)
-        with pytest.raises(training.Interrupted):
+        patch.setattr(trainer, "stop_signals", stopping)
+        with pytest.raises(trainer.Interrupted):
             run(config, "stopped")
 
     def never(*_):
@@ -214,7 +217,7 @@ def test_it_is_fed_in_any_way_and_goes_on_exactly_with_what_it_found(config, tmp
     found = (tmp_path / "stopped" / "auto.json").read_bytes()
     sheets = {path.name: path.read_bytes() for path in (tmp_path / "stopped").glob("found-*.png")}
     assert {"found-noisy.png", "found-holed.png"} <= sheets.keys()
-    monkeypatch.setattr(training, "examine", never)
+    monkeypatch.setattr(trainer, "examine", never)
     assert same(whole, run(config, "stopped", resume=True, **STREAMED))
     assert (tmp_path / "stopped" / "auto.json").read_bytes() == found
     assert {path.name: path.read_bytes() for path in (tmp_path / "stopped").glob("found-*.png")} == sheets
@@ -270,15 +273,15 @@ def test_the_objective_starts_from_gated_or_with_auto_from_plain() -> None:
 
 
 def test_levels_that_nothing_is_known_of_are_regularised_unless_flags_say_what_else() -> None:
-    process, unknown = NoiseProcess(torch.linspace(0.999, 0.01, 100)), (0.0, 0.15)
+    process, unknown = NoiseSchedule(torch.linspace(0.999, 0.01, 100)), (0.0, 0.15)
     plain = build_objective(TrainConfig("x", auto=True), process)
-    assert plain == RobustObjective.preset("plain", process)
+    assert plain == EquivarianceLoss.preset("plain", process)
     fallen = build_objective(TrainConfig("x", auto=True), process, unknown)
-    assert fallen == RobustObjective.preset("gated", process, strength=Gate(0.0, 0.15, 15.0))
+    assert fallen == EquivarianceLoss.preset("gated", process, strength=SigmaRange(0.0, 0.15, 15.0))
     paper = build_objective(TrainConfig("x", auto=True, preset="paper"), process, unknown)
-    assert paper == RobustObjective.preset("paper", process)
+    assert paper == EquivarianceLoss.preset("paper", process)
     own = TrainConfig("x", auto=True, perturbation="random", strength=2.0, gate="0:0.4")
-    assert build_objective(own, process, unknown).strength == Gate(0.0, 0.4, 2.0)
+    assert build_objective(own, process, unknown).strength == SigmaRange(0.0, 0.4, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +298,7 @@ def test_levels_that_nothing_is_known_of_are_regularised_unless_flags_say_what_e
     ],
 )
 def test_flags_that_do_not_fit_are_one_line(fields: Path, capsys, flags: list[str], words: list[str]) -> None:
-    assert cli.main(["train", str(fields), "--dry-run", *flags]) == 2
+    assert main.main(["train", str(fields), "--dry-run", *flags]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
     assert error.count("\n") == 1
@@ -304,7 +307,7 @@ def test_flags_that_do_not_fit_are_one_line(fields: Path, capsys, flags: list[st
 def test_parts_are_given_one_by_one(config: TrainConfig, fields: Path, capsys) -> None:
     command = ["train", str(fields), "--auto", "--dry-run", "--corrupt", NOISY[0], "--images", "32"]
     command += ["--model-config-name-or-path", str(config.model_config_name_or_path), "--train-batch-size", "4"]
-    assert cli.main([*command, "--auto-without", "noise", "--auto-without", "outliers"]) == 0
+    assert main.main([*command, "--auto-without", "noise", "--auto-without", "outliers"]) == 0
     assert f"found clean:    {COUNT} of {COUNT}" in capsys.readouterr().out
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_UNET
 from safetensors.torch import load_file
 
-from robustdiff import cli
-from robustdiff.during import During
+from helpers import TINY_UNET
+from robustdiff.commands import main
+from robustdiff.training.callbacks import EvaluationCallback
 
 
 def digits_like(n: int, seed: int) -> np.ndarray:
@@ -33,7 +33,7 @@ def train(here: Path, name: str, *more: str, images: int = 96) -> int:
     fixed = ["--images", str(images), "--batch-size", "8", "--ddpm-num-steps", "100", "--preview-images", "0"]
     fixed += ["--model-config-name-or-path", str(here / "unet.json"), "--ddpm-num-inference-steps", "5"]
     fixed += ["--learning-rate", "0.002", "--checkpointing-steps", "4", "--checkpoints-total-limit", "9"]
-    return cli.main(["train", str(here / "data.npy"), "--output-dir", str(here / name), *fixed, *more])
+    return main.main(["train", str(here / "data.npy"), "--output-dir", str(here / name), *fixed, *more])
 
 
 def during(here: Path, *more: str) -> list[str]:
@@ -69,7 +69,7 @@ def test_numbers_are_those_of_the_command_and_the_weights_do_not_notice(here, ca
     out = str(here / "out")
     arguments = ["-n", "20", "--steps", "5", "--training", "none", "--cache", "none"]
     reference = ["--reference", str(here / "clean.npy")]
-    assert cli.main(["evaluate", str(here / "run"), *reference, *arguments, "-o", out]) == 0
+    assert main.main(["evaluate", str(here / "run"), *reference, *arguments, "-o", out]) == 0
     (result,) = (json.loads(path.read_text()) for path in (here / "out").glob("quality-*.json"))
     for name, value in result["values"].items():
         assert found[-1]["values"][name]["value"] == pytest.approx(value["value"], rel=1e-9)
@@ -78,10 +78,10 @@ def test_numbers_are_those_of_the_command_and_the_weights_do_not_notice(here, ca
     best = json.loads((here / "run" / "evaluation" / "best.json").read_text())
     assert best["value"] == min(values)
     assert best["step"] == found[values.index(min(values))]["step"]
-    assert cli.main(["evaluate", str(here / "run" / "best"), *reference, *arguments, "-o", f"{out}-best"]) == 0
+    assert main.main(["evaluate", str(here / "run" / "best"), *reference, *arguments, "-o", f"{out}-best"]) == 0
     (kept,) = (json.loads(path.read_text()) for path in (here / "out-best").glob("quality-*.json"))
     assert kept["values"]["FD-pixels"]["value"] == pytest.approx(min(values), rel=1e-9)
-    assert cli.main(["report", str(here / "run"), "-o", str(here / "report.html")]) == 0
+    assert main.main(["report", str(here / "run"), "-o", str(here / "report.html")]) == 0
     page = (here / "report.html").read_text()
     assert "evaluated during training" in page
     assert "not shown" not in page
@@ -89,16 +89,16 @@ def test_numbers_are_those_of_the_command_and_the_weights_do_not_notice(here, ca
 
 def test_a_resumed_run_ends_with_the_same_lines_and_the_same_best(here, monkeypatch) -> None:
     assert train(here, "whole", *during(here)) == 0
-    measured = During.measure
+    measured = EvaluationCallback.measure
 
     def killed(self, pipeline, step):
         if step == 9:
             raise KeyboardInterrupt
         return measured(self, pipeline, step)
 
-    monkeypatch.setattr(During, "measure", killed)
+    monkeypatch.setattr(EvaluationCallback, "measure", killed)
     assert train(here, "cut", *during(here)) == 130  # checkpoints at 4 and 8: step 6 was measured, 9 was not
-    monkeypatch.setattr(During, "measure", measured)
+    monkeypatch.setattr(EvaluationCallback, "measure", measured)
     assert [line["step"] for line in lines(here, "cut")] == [3, 6]
     assert train(here, "cut", *during(here), "--resume") == 0
     assert lines(here, "cut") == lines(here, "whole")

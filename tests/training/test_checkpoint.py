@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import advance, everything, flip, fresh, good_steps, plain, same, save
 
-from robustdiff import checkpoint
-from robustdiff.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from robustdiff.config import UsageError
+from checkpoints import advance, everything, flip, fresh, good_steps, plain, same, save
+from robustdiff.training import checkpoint
+from robustdiff.training.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from robustdiff.utils.errors import UsageError
 
 # -- exact -----------------------------------------------------------------------------------------
 

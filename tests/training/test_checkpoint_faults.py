@@ -13,12 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import advance, everything, flip, fresh, good_steps, plain, same, save
 from safetensors import SafetensorError
 
-from robustdiff import checkpoint, durable
-from robustdiff.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, verify
-from robustdiff.config import UsageError
+from checkpoints import advance, everything, flip, fresh, good_steps, plain, same, save
+from robustdiff.training import checkpoint
+from robustdiff.training.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    verify,
+)
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
 
 # -- killed between any two operations -------------------------------------------------------------
 
@@ -33,9 +39,9 @@ def watched(act: Callable[[int, str], None], exchange: bool = True) -> Iterator[
     log: list[tuple[str, object]] = []
     places = [(os, name) for name in ("rename", "replace", "mkdir", "fsync", "unlink", "rmdir")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(durable, "open", open, raising=False)
+        patch.setattr(atomic_io, "open", open, raising=False)
         if not exchange:
-            patch.setattr(durable, "_exchange", lambda a, b: False)
+            patch.setattr(atomic_io, "_exchange", lambda a, b: False)
 
         def watch(module: object, name: str) -> None:
             original = getattr(module, name)
@@ -57,7 +63,7 @@ def watched(act: Callable[[int, str], None], exchange: bool = True) -> Iterator[
 
             patch.setattr(module, name, wrapped)
 
-        for module, name in [*places, (durable, "_exchange"), (durable, "open"), (checkpoint, "save_file")]:
+        for module, name in [*places, (atomic_io, "_exchange"), (atomic_io, "open"), (checkpoint, "save_file")]:
             watch(module, name)
         yield log
 
@@ -375,5 +381,5 @@ def test_a_file_that_cannot_be_read_is_damage(tmp_path: Path, monkeypatch: pytes
     def broken(*_: object) -> str:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(durable, "sha256", broken)
+    monkeypatch.setattr(atomic_io, "sha256", broken)
     assert verify(path) == "ema.safetensors: Input/output error"

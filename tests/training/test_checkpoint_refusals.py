@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import advance, everything, fresh, plain, same, save
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from robustdiff import durable
-from robustdiff.checkpoint import TrainingState, load_checkpoint, verify
-from robustdiff.config import UsageError
+from checkpoints import advance, everything, fresh, plain, same, save
+from robustdiff.training.checkpoint import TrainingState, load_checkpoint, verify
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
 
 # -- what does not fit -----------------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, name: str, 
 def sealed(path: Path) -> Path:
     """Write a manifest for what is there now."""
     (path / "manifest.json").unlink()
-    durable.write_manifest(path, format=1, step=int(path.name[5:]))
+    atomic_io.write_manifest(path, format=1, step=int(path.name[5:]))
     assert verify(path) == ""
     return path
 

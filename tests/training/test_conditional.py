@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from helpers import TINY_UNET
 from PIL import Image
 
-from robustdiff import SampleConfig, TrainConfig, UsageError, cli, train
-from robustdiff.sample_files import sample_to_files
-from robustdiff.sampling import load_pipeline, sample
+from helpers import TINY_UNET
+from robustdiff.commands import main
+from robustdiff.diffusion.config import SampleConfig
+from robustdiff.diffusion.pipeline import load_pipeline, sample
+from robustdiff.diffusion.sample_files import sample_to_files
+from robustdiff.training.config import TrainConfig
+from robustdiff.training.trainer import train
+from robustdiff.utils.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +98,7 @@ def test_the_pipeline_is_a_stock_one(run: Path) -> None:
 @pytest.mark.parametrize(("label", "number"), [("white", 1), ("1", 1), ("black", 0)])
 def test_a_class_is_drawn_by_name_or_number(run: Path, tmp_path: Path, label: str, number: int) -> None:
     output = tmp_path / "samples.npz"
-    assert cli.main(["sample", str(run), "-n", "3", "--steps", "10", "--class-label", label, "-o", str(output)]) == 0
+    assert main.main(["sample", str(run), "-n", "3", "--steps", "10", "--class-label", label, "-o", str(output)]) == 0
     with np.load(output) as arrays:
         assert arrays["labels"].tolist() == [number] * 3
         assert (arrays["images"].mean() > 127) == bool(number)

@@ -1,12 +1,12 @@
-"""Visits: every timestep equally often, against the table of all probabilities."""
+"""LevelBalancedSampler: every timestep equally often, against the table of all probabilities."""
 
 import pytest
 import scipy.stats
 import torch
-from helpers import seeded
 from torch import Tensor
 
-from robustdiff.levels import MOST_OFTEN, Visits
+from helpers import seeded
+from robustdiff.training.curriculum import MOST_OFTEN, LevelBalancedSampler
 
 T = 10
 FIRST = torch.tensor([0, 3, 3, 7, 0, 9])
@@ -26,19 +26,19 @@ def table(first: Tensor, weight: Tensor, steps: int = T) -> Tensor:
 
 def test_the_share_of_an_image_is_its_row_of_the_table() -> None:
     p = table(FIRST, WEIGHT)
-    torch.testing.assert_close(Visits(FIRST, WEIGHT, T).share, p.sum(1))
+    torch.testing.assert_close(LevelBalancedSampler(FIRST, WEIGHT, T).share, p.sum(1))
     torch.testing.assert_close(p.sum(0), torch.full((T,), 1 / T).double())  # every timestep equally often
 
 
 def test_images_without_noise_and_of_equal_weight_are_uniform() -> None:
-    visits = Visits(torch.zeros(5, dtype=torch.long), torch.ones(5), T)
+    visits = LevelBalancedSampler(torch.zeros(5, dtype=torch.long), torch.ones(5), T)
     torch.testing.assert_close(visits.share, torch.full((5,), 0.2).double())
     u = torch.linspace(0, 1, 1001).double()[:-1]
     assert torch.equal(visits.timesteps(torch.zeros(1000, dtype=torch.long), u), (u * T).long())
 
 
 def test_timesteps_of_an_image_are_its_row_of_the_table() -> None:
-    visits, p, count = Visits(FIRST, WEIGHT, T), table(FIRST, WEIGHT), 100_000
+    visits, p, count = LevelBalancedSampler(FIRST, WEIGHT, T), table(FIRST, WEIGHT), 100_000
     u = (torch.arange(count).double() + 0.5) / count
     for image in visits.used.tolist():
         t = visits.timesteps(torch.full((count,), image), u)
@@ -49,7 +49,7 @@ def test_timesteps_of_an_image_are_its_row_of_the_table() -> None:
 
 def test_no_number_leads_below_the_first_timestep_or_beyond_the_last() -> None:
     first = torch.tensor([0, 1, 998, 999])
-    visits = Visits(first, torch.tensor([1e-6, 1.0, 1.0, 3.0]), 1000)
+    visits = LevelBalancedSampler(first, torch.tensor([1e-6, 1.0, 1.0, 3.0]), 1000)
     for u in (0.0, 1e-300, 0.5, 1 - 2**-53):
         t = visits.timesteps(torch.arange(4), torch.full((4,), u).double())
         assert (t >= first).all()
@@ -57,7 +57,7 @@ def test_no_number_leads_below_the_first_timestep_or_beyond_the_last() -> None:
 
 
 def test_images_and_timesteps_together_follow_the_table() -> None:
-    visits, p, passes = Visits(FIRST, WEIGHT, T), table(FIRST, WEIGHT), 4000
+    visits, p, passes = LevelBalancedSampler(FIRST, WEIGHT, T), table(FIRST, WEIGHT), 4000
     generator = seeded(0)
     places = torch.cat([visits.order(generator) for _ in range(passes)])
     t = visits.timesteps(places, torch.rand(len(places), generator=generator, dtype=torch.float64))
@@ -72,7 +72,7 @@ def test_images_and_timesteps_together_follow_the_table() -> None:
 
 def test_few_images_are_not_used_more_than_so_many_times_their_due() -> None:
     first, weight = torch.tensor([0] + [5] * 999), torch.ones(1000)
-    visits, p = Visits(first, weight, T), table(first, weight)
+    visits, p = LevelBalancedSampler(first, weight, T), table(first, weight)
     torch.testing.assert_close(visits.share, p.sum(1))
     assert p[:, 0].sum() == pytest.approx(MOST_OFTEN / 1000 * p[:, 9].sum())
     assert p[0, 0] == pytest.approx(MOST_OFTEN * p[0, 9])
@@ -81,7 +81,7 @@ def test_few_images_are_not_used_more_than_so_many_times_their_due() -> None:
 def test_a_pass_has_each_image_as_often_as_its_share_says_rounded_up_or_down() -> None:
     first = torch.randint(0, T, (200,), generator=seeded(1))
     weight = torch.rand(200, generator=seeded(2)).double() * (torch.arange(200) % 5 > 0)
-    visits, generator = Visits(first, weight, T), seeded(3)
+    visits, generator = LevelBalancedSampler(first, weight, T), seeded(3)
     due = visits.share * 160
     orders = [visits.order(generator) for _ in range(300)]
     for order in orders:
@@ -97,7 +97,7 @@ def test_a_pass_has_each_image_as_often_as_its_share_says_rounded_up_or_down() -
 
 
 def test_where_no_image_may_be_used_no_timestep_is_drawn() -> None:
-    visits = Visits(torch.tensor([4, 6]), torch.ones(2), T)
+    visits = LevelBalancedSampler(torch.tensor([4, 6]), torch.ones(2), T)
     torch.testing.assert_close(visits.share, table(visits.first, visits.weight).sum(1))
     assert visits.timesteps(torch.tensor([0, 1]), torch.zeros(2).double()).tolist() == [4, 6]
 
@@ -117,5 +117,5 @@ def test_where_no_image_may_be_used_no_timestep_is_drawn() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(first: list, weight: list) -> None:
-    with pytest.raises(ValueError, match="Visits needs"):
-        Visits(torch.tensor(first, dtype=torch.long), torch.tensor(weight), T)
+    with pytest.raises(ValueError, match="LevelBalancedSampler needs"):
+        LevelBalancedSampler(torch.tensor(first, dtype=torch.long), torch.tensor(weight), T)

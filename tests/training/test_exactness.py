@@ -9,17 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_UNET, Calls, SmallNet, assert_same_but_rounding
 from PIL import Image
 from safetensors.torch import load_file
 
-from robustdiff import TrainConfig, train, training
-from robustdiff.batches import Batches, Shares, feed
-from robustdiff.corruption import Corruption
-from robustdiff.images import load_images
-from robustdiff.objective import RobustObjective
-from robustdiff.planning import build_objective
-from robustdiff.process import NoiseProcess
+from helpers import TINY_UNET, Calls, SmallNet, assert_same_but_rounding
+from robustdiff.data.corruption import Corruption
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.losses.equivariance import EquivarianceLoss
+from robustdiff.training import trainer
+from robustdiff.training.config import TrainConfig
+from robustdiff.training.loader import Batches, RankSampler, iterate_batches
+from robustdiff.training.setup import build_objective
+from robustdiff.training.trainer import train
 
 STEPS = 8
 DIRT = ("gaussian:sigma=0.2,fraction=0.5", "missing:amount=0.2")
@@ -112,11 +114,11 @@ def run(base: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
             yield status
 
         with monkeypatch.context() as patch:
-            patch.setattr(training, "stop_signals", signals)
+            patch.setattr(trainer, "stop_signals", signals)
             config = dataclasses.replace(base, output_dir=str(folder), **changes)
             if not after:
                 return train(config)
-            with pytest.raises(training.Interrupted, match=r"saved; go on with .*--resume"):
+            with pytest.raises(trainer.Interrupted, match=r"saved; go on with .*--resume"):
                 train(config)
             return folder
 
@@ -285,8 +287,8 @@ def test_workers_and_processes_get_the_images_of_the_counter(batches: Batches, w
     alone = one_by_one(batches, range(24))
     seen = []
     for process in range(2):
-        shares = Shares(1, 3, 8, 2, process, 2)
-        for counters, (x0, generators, labels, _) in feed(fresh(batches.images), shares, workers):
+        shares = RankSampler(1, 3, 8, 2, process, 2)
+        for counters, (x0, generators, labels, _) in iterate_batches(fresh(batches.images), shares, workers):
             for place, counter in enumerate(counters):
                 image, draws, label = alone[counter]
                 assert torch.equal(x0[place], image)
@@ -299,20 +301,20 @@ def test_workers_and_processes_get_the_images_of_the_counter(batches: Batches, w
 def test_global_randomness_rules_nothing_and_is_left_alone(batches: Batches) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = [batch[0] for _, batch in feed(fresh(batches.images), Shares(0, 3, 4, 4, 0, 1), 1)]
+    first = [batch[0] for _, batch in iterate_batches(fresh(batches.images), RankSampler(0, 3, 4, 4, 0, 1), 1)]
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    second = [batch[0] for _, batch in feed(fresh(batches.images), Shares(0, 3, 4, 4, 0, 1), 1)]
+    second = [batch[0] for _, batch in iterate_batches(fresh(batches.images), RankSampler(0, 3, 4, 4, 0, 1), 1)]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("preset", ["gated", "paper"])
 def test_timesteps_noise_and_perturbation_belong_to_the_counter(batches: Batches, base, preset: str) -> None:
     """What the network is given, pass by pass, is bitwise the same in a batch of 12 and one by one."""
-    process = NoiseProcess(torch.linspace(0.999, 0.01, 100))
+    process = NoiseSchedule(torch.linspace(0.999, 0.01, 100))
     gate = "0:1" if preset == "gated" else None
     objective = build_objective(dataclasses.replace(base, preset=preset, gate=gate), process)
-    assert isinstance(objective, RobustObjective)
+    assert isinstance(objective, EquivarianceLoss)
 
     class Half(torch.nn.Module):  # works on each number alone: batches cannot change its rounding
         def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -339,7 +341,7 @@ def test_timesteps_noise_and_perturbation_belong_to_the_counter(batches: Batches
 
 
 def test_losses_of_a_real_network_follow(batches: Batches) -> None:
-    objective = RobustObjective.preset("paper", NoiseProcess(torch.linspace(0.999, 0.01, 100)))
+    objective = EquivarianceLoss.preset("paper", NoiseSchedule(torch.linspace(0.999, 0.01, 100)))
     network = SmallNet(channels=1, dtype=torch.float32)
 
     def totals(counters: range) -> torch.Tensor:

@@ -12,6 +12,12 @@ import pytest
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
 from diffusers import DiffusionPipeline
+
+from robustdiff.commands import main
+from robustdiff.losses.equivariance import EquivarianceLoss
+from robustdiff.training import trainer
+from robustdiff.training.checkpoint import find_checkpoint, list_checkpoints
+from robustdiff.utils import atomic_io
 from runs import (
     EVERY,
     STEPS,
@@ -26,10 +32,6 @@ from runs import (
     started_at,
     write_inputs,
 )
-
-from robustdiff import cli, durable, training
-from robustdiff.checkpoint import find_checkpoint, list_checkpoints
-from robustdiff.objective import RobustObjective
 
 pytestmark = pytest.mark.slow
 KILLS = 50
@@ -175,7 +177,7 @@ def test_sigterm_to_the_whole_group_saves_and_exits_143(inputs, whole, tmp_path,
 
 def signals(monkeypatch, step: int, *numbers: int) -> None:
     """Send this process signals in the second pass of a step."""
-    calls, original = [], RobustObjective.__call__
+    calls, original = [], EquivarianceLoss.__call__
 
     def call(self, *arguments, **draws):
         calls.append(1)
@@ -184,7 +186,7 @@ def signals(monkeypatch, step: int, *numbers: int) -> None:
                 os.kill(os.getpid(), number)
         return original(self, *arguments, **draws)
 
-    monkeypatch.setattr(RobustObjective, "__call__", call)
+    monkeypatch.setattr(EquivarianceLoss, "__call__", call)
 
 
 @pytest.mark.parametrize(
@@ -204,11 +206,11 @@ def test_a_signal_saves_and_a_second_ctrl_c_stops_at_once(
     folder, before = tmp_path / "run", signal.getsignal(signal.SIGINT)  # a background job ignores it
     with monkeypatch.context() as patch:
         signals(patch, 4, *numbers)
-        assert cli.main(command(inputs, folder)) == status
+        assert main.main(command(inputs, folder)) == status
     assert ("saved; go on with" if saved == 5 else "stopped at once") in complaint(capfd.readouterr().err)
     assert find_checkpoint(folder / "checkpoints").name == f"step-{saved:08d}"
     assert signal.getsignal(signal.SIGINT) is before
-    assert cli.main(command(inputs, folder, "--resume")) == 0
+    assert main.main(command(inputs, folder, "--resume")) == 0
     assert started_at(capfd.readouterr().out) == saved
     assert_same_run(folder, whole)
 
@@ -224,7 +226,7 @@ def test_a_signal_saves_and_a_second_ctrl_c_stops_at_once(
 def test_a_signal_while_saving_leaves_the_last_checkpoint_good(
     inputs, whole, tmp_path, monkeypatch, capfd, place, numbers, status, saved
 ) -> None:
-    folder, original = tmp_path / "run", getattr(durable, place)
+    folder, original = tmp_path / "run", getattr(atomic_io, place)
 
     def write(path, *arguments, **about):
         if path.name == ".step-00000006.tmp":
@@ -233,11 +235,11 @@ def test_a_signal_while_saving_leaves_the_last_checkpoint_good(
         return original(path, *arguments, **about)
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable, place, write)
-        assert cli.main(command(inputs, folder)) == status
+        patch.setattr(atomic_io, place, write)
+        assert main.main(command(inputs, folder)) == status
     complaint(capfd.readouterr().err)
     assert int(find_checkpoint(folder / "checkpoints").name.strip(".")[5:13]) == saved
-    assert cli.main(command(inputs, folder, "--resume")) == 0
+    assert main.main(command(inputs, folder, "--resume")) == 0
     assert started_at(capfd.readouterr().out) == saved
     assert_same_run(folder, whole)
 
@@ -252,7 +254,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         signals(patch, 4, signal.SIGTERM)
-        assert cli.main(command(inputs, folder)) == 143
+        assert main.main(command(inputs, folder)) == 143
     victim = checkpoint(folder, 5) / "model.safetensors"
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
@@ -260,7 +262,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     if damage == "missing":
         victim.unlink()
     capfd.readouterr()
-    assert cli.main(command(inputs, folder, "--resume")) == 0
+    assert main.main(command(inputs, folder, "--resume")) == 0
     text = capfd.readouterr()
     assert started_at(text.out) == 3
     warned = [line for line in text.err.splitlines() if "warning" in line]
@@ -273,23 +275,23 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
 
 def test_exit_statuses_without_a_good_checkpoint(inputs, tmp_path, monkeypatch, capfd) -> None:
     folder = tmp_path / "run"
-    assert cli.main(command(inputs, folder, "--resume")) == 2
+    assert main.main(command(inputs, folder, "--resume")) == 2
     assert "start anew with --overwrite" in complaint(capfd.readouterr().err)
     with monkeypatch.context() as patch:
         signals(patch, 1, signal.SIGINT, signal.SIGINT)
-        assert cli.main(command(inputs, folder)) == 130
+        assert main.main(command(inputs, folder)) == 130
     assert (folder / "config.json").exists()
     capfd.readouterr()
     for more in ((), ("--resume",)):
-        assert cli.main(command(inputs, folder, *more)) == 2
+        assert main.main(command(inputs, folder, *more)) == 2
         assert "--overwrite" in complaint(capfd.readouterr().err)
     with monkeypatch.context() as patch:
         signals(patch, 4, signal.SIGTERM)
-        assert cli.main(command(inputs, folder, "--overwrite")) == 143
+        assert main.main(command(inputs, folder, "--overwrite")) == 143
     for path in (folder / "checkpoints").iterdir():
         (path / "state.json").write_text("{}")
     capfd.readouterr()
-    assert cli.main(command(inputs, folder, "--resume")) == 2
+    assert main.main(command(inputs, folder, "--resume")) == 2
     message = complaint(capfd.readouterr().err)
     assert "step-00000003: state.json" in message
     assert "step-00000005: state.json" in message
@@ -302,7 +304,7 @@ def test_lines_are_cut_back_to_the_checkpoint(inputs, whole, tmp_path, capfd) ->
     shutil.rmtree(checkpoint(folder))
     text = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(text[:-1])
-    assert cli.main(command(inputs, folder, "--resume")) == 0
+    assert main.main(command(inputs, folder, "--resume")) == 0
     assert started_at(capfd.readouterr().out) == STEPS - EVERY
     assert len(lines(folder)) == STEPS // 2
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {
@@ -345,10 +347,10 @@ def test_a_failing_tracker_costs_one_warning_and_nothing_else(inputs, whole, tmp
 
     monkeypatch.setattr(Accelerator, "init_trackers", init_trackers)
     monkeypatch.setattr(Accelerator, "log", log)
-    monkeypatch.setattr(training, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    monkeypatch.setattr(trainer, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
     monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [LoggerType.TENSORBOARD])
     folder = tmp_path / "run"
-    assert cli.main(command(inputs, folder, "--logger", "tensorboard")) == 0
+    assert main.main(command(inputs, folder, "--logger", "tensorboard")) == 0
     warned = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     if fails == "nothing":
         assert not warned

@@ -19,6 +19,14 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
+
+from robustdiff.commands import main
+from robustdiff.data.dataset import load_images
+from robustdiff.losses.equivariance import EquivarianceLoss
+from robustdiff.training import trainer
+from robustdiff.training.checkpoint import list_checkpoints, verify
+from robustdiff.training.loader import Batches
 from runs import (
     EVERY,
     STEPS,
@@ -38,13 +46,6 @@ from runs import (
     tensors,
     write_inputs,
 )
-from safetensors.torch import load_file
-
-from robustdiff import cli, training
-from robustdiff.batches import Batches
-from robustdiff.checkpoint import list_checkpoints, verify
-from robustdiff.images import load_images
-from robustdiff.objective import RobustObjective
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +74,7 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finish(inputs: Path, whole: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> int:
     """Resume, and compare; returns the step gone on from."""
     capfd.readouterr()
-    assert cli.main(command(inputs, folder, "--resume")) == 0
+    assert main.main(command(inputs, folder, "--resume")) == 0
     assert_same_run(folder, whole)
     return started_at(capfd.readouterr().out)
 
@@ -136,7 +137,7 @@ def test_a_read_only_output_is_one_line_before_anything_starts(inputs, whole, tm
         else:
             with monkeypatch.context() as patch:
                 patch.setattr(os, "access", lambda path, mode: Path(path) != folder and original(path, mode))
-                status, text = cli.main(arguments), capfd.readouterr().err
+                status, text = main.main(arguments), capfd.readouterr().err
         assert status == 2
         assert "--output-dir" in complaint(text)
         assert "read-only" in complaint(text)
@@ -153,7 +154,7 @@ def test_a_disk_that_becomes_read_only_is_one_line_that_names_the_file(inputs, w
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "mkdir", mkdir)
-        assert cli.main(command(inputs, folder)) == 2
+        assert main.main(command(inputs, folder)) == 2
     assert "step-00000006" in complaint(capfd.readouterr().err)
     assert finish(inputs, whole, folder, capfd) == EVERY
 
@@ -172,7 +173,7 @@ def test_an_output_on_another_file_system_than_data_and_temporary_files(inputs, 
 
         monkeypatch.setattr(os, name, move)
     monkeypatch.setattr("tempfile.mkdtemp", lambda *_, **__: pytest.fail("a temporary folder"))
-    assert cli.main(command(inputs, folder)) == 0
+    assert main.main(command(inputs, folder)) == 0
     assert_same_run(folder, whole)
 
 
@@ -183,7 +184,7 @@ def test_a_clock_that_goes_backwards_or_stands_still_changes_nothing(
     folder, clock = tmp_path / "run", itertools.count()
     for name in ("time", "perf_counter", "monotonic"):
         monkeypatch.setattr(time, name, lambda: 2e9 + tick * next(clock))
-    assert cli.main(command(inputs, folder, "--logging-steps", "2")) == 0
+    assert main.main(command(inputs, folder, "--logging-steps", "2")) == 0
     assert_same_run(folder, whole)
 
 
@@ -224,7 +225,7 @@ def test_an_old_pipeline_that_resists_deletion_does_not_stop_the_run(inputs, who
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", rmtree)
-        assert cli.main(command(inputs, folder)) == 0, capfd.readouterr().err
+        assert main.main(command(inputs, folder)) == 0, capfd.readouterr().err
     assert any(Path(path).name == "unet" for path in resisted)
     pipeline = DiffusionPipeline.from_pretrained(folder)
     assert_same_tensors(dict(pipeline.unet.state_dict()), load_file(checkpoint(folder) / "ema.safetensors"))
@@ -236,13 +237,13 @@ def test_an_old_pipeline_that_resists_deletion_does_not_stop_the_run(inputs, who
 
 def broken(monkeypatch: pytest.MonkeyPatch, change, first: int = 0) -> None:
     """Let ``change(terms, step, part)`` act on what the objective returns; the two timed passes before are let be."""
-    original, calls = RobustObjective.__call__, itertools.count(2 * first - 2)
+    original, calls = EquivarianceLoss.__call__, itertools.count(2 * first - 2)
 
     def call(self, *arguments, **draws):
         terms, number = original(self, *arguments, **draws), next(calls)
         return terms if number < 2 * first else change(terms, *divmod(number, 2))
 
-    monkeypatch.setattr(RobustObjective, "__call__", call)
+    monkeypatch.setattr(EquivarianceLoss, "__call__", call)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_out_of_memory_in_a_step_names_the_batch_size(inputs, whole, tmp_path, m
 
     with monkeypatch.context() as patch:
         broken(patch, fail)
-        assert cli.main(command(inputs, folder)) == 2
+        assert main.main(command(inputs, folder)) == 2
     assert "--train-batch-size" in complaint(capfd.readouterr().err)
     assert finish(inputs, whole, folder, capfd) == EVERY
 
@@ -275,8 +276,8 @@ def test_out_of_memory_in_a_preview_names_its_batch_size_after_saving(inputs, wh
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "sample", fail)
-        assert cli.main(command(inputs, folder)) == 2
+        patch.setattr(trainer, "sample", fail)
+        assert main.main(command(inputs, folder)) == 2
     message = complaint(capfd.readouterr().err)
     for word in ("--eval-batch-size", "--preview-images", "--resume", f"step {EVERY}"):
         assert word in message
@@ -292,7 +293,7 @@ def test_a_half_written_preview_is_drawn_again_on_resuming(inputs, whole, tmp_pa
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", save)
-        assert cli.main(command(inputs, folder)) == 2
+        assert main.main(command(inputs, folder)) == 2
     assert "no space left" in complaint(capfd.readouterr().err)
     assert finish(inputs, whole, folder, capfd) == EVERY
 
@@ -334,7 +335,7 @@ def test_what_is_not_finite_stops_the_run_and_is_written_down(inputs, whole, tmp
     arguments = command(inputs, folder, "--checkpointing-steps", "2")
     with monkeypatch.context() as patch:
         broken(patch, lambda terms, step, part: poison(terms, how) if (step, part) == (BAD, 1) else terms)
-        assert cli.main(arguments) == 1
+        assert main.main(arguments) == 1
         message = complaint(capfd.readouterr().err)
         record = json.loads((folder / "nonfinite.jsonl").read_text())
         for word in (f"step {BAD},", f"after {4 * BAD} images", "step-00000004", str(folder / "nonfinite.jsonl")):
@@ -355,9 +356,9 @@ def test_what_is_not_finite_stops_the_run_and_is_written_down(inputs, whole, tmp
         assert all(value.isfinite().all() for value in tensors(folder, 4).values())
     with monkeypatch.context() as patch:  # the same again: the same record, once
         broken(patch, lambda terms, step, part: poison(terms, how) if (step, part) == (BAD, 1) else terms, first=4)
-        assert cli.main([*arguments, "--resume"]) == 1
+        assert main.main([*arguments, "--resume"]) == 1
     assert [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()] == [record]
-    assert cli.main([*arguments, "--resume"]) == 0
+    assert main.main([*arguments, "--resume"]) == 0
     assert_same_tensors(tensors(folder), tensors(whole))
 
 
@@ -371,11 +372,11 @@ def test_a_skipped_step_is_a_step_without_its_update(inputs, tmp_path, monkeypat
             return None if next(steps) == BAD else original(self, *arguments)
 
         patch.setattr(torch.optim.AdamW, "step", step)
-        assert cli.main(command(inputs, reference, "--logging-steps", "1")) == 0
+        assert main.main(command(inputs, reference, "--logging-steps", "1")) == 0
     with monkeypatch.context() as patch:
         broken(patch, lambda terms, step, part: poison(terms, how) if (step, part) == (BAD, 1) else terms)
         arguments = command(inputs, folder, "--logging-steps", "1", "--on-nonfinite", "skip")
-        assert cli.main(arguments) == 0
+        assert main.main(arguments) == 0
     assert f"skipped a step: the {'loss' if how == 'inf' else 'gradient'} is not finite" in capfd.readouterr().out
     assert_same_tensors(tensors(folder), tensors(reference))
     for line, other in zip(lines(folder), lines(reference), strict=True):
@@ -394,7 +395,7 @@ def test_ten_skipped_steps_in_a_row_stop_the_run_across_a_checkpoint_and_a_resum
 
     with monkeypatch.context() as patch:
         broken(patch, nine_good_one_bad)
-        original = training.save_checkpoint
+        original = trainer.save_checkpoint
 
         def save(place, step, *more):
             result = original(place, step, *more)
@@ -402,15 +403,15 @@ def test_ten_skipped_steps_in_a_row_stop_the_run_across_a_checkpoint_and_a_resum
                 raise KeyboardInterrupt
             return result
 
-        patch.setattr(training, "save_checkpoint", save)
-        assert cli.main(arguments) == 130  # after the steps 4 to 8 of the row
+        patch.setattr(trainer, "save_checkpoint", save)
+        assert main.main(arguments) == 130  # after the steps 4 to 8 of the row
     before = tensors(folder, 9)
     record = json.loads((checkpoint(folder, 9) / "state.json").read_text())["metrics"]
     assert (record["skipped"], record["streak"]) == (8, 5)
     capfd.readouterr()
     with monkeypatch.context() as patch:
         broken(patch, nine_good_one_bad, first=9)
-        assert cli.main([*arguments, "--resume"]) == 1
+        assert main.main([*arguments, "--resume"]) == 1
     message = complaint(capfd.readouterr().err)
     assert "step 13," in message
     assert "10 steps in a row" in message
@@ -430,7 +431,7 @@ def test_a_row_of_bad_steps_deletes_no_checkpoint_from_before_it(inputs, tmp_pat
     arguments = command(inputs, folder, "--on-nonfinite", "skip", "--checkpoints-total-limit", "1")
     with monkeypatch.context() as patch:
         broken(patch, lambda terms, step, part: poison(terms, "nan") if step >= 8 else terms)
-        assert cli.main(arguments) == 1
+        assert main.main(arguments) == 1
     message = complaint(capfd.readouterr().err)
     assert "step 17," in message
     assert f"last good checkpoint: {checkpoint(folder, 6)};" in message
@@ -440,18 +441,18 @@ def test_a_row_of_bad_steps_deletes_no_checkpoint_from_before_it(inputs, tmp_pat
 def test_the_checkpoint_just_before_a_row_of_bad_steps_is_the_one_named(inputs, tmp_path, monkeypatch, capfd) -> None:
     folder = tmp_path / "run"
     broken(monkeypatch, lambda terms, step, part: poison(terms, "nan") if step >= 6 else terms)
-    assert cli.main(command(inputs, folder, "--on-nonfinite", "skip")) == 1
+    assert main.main(command(inputs, folder, "--on-nonfinite", "skip")) == 1
     assert f"last good checkpoint: {checkpoint(folder, 6)};" in complaint(capfd.readouterr().err)
 
 
 def test_after_a_row_of_bad_steps_superfluous_checkpoints_go(inputs, tmp_path, monkeypatch) -> None:
     folder = tmp_path / "run"
     broken(monkeypatch, lambda terms, step, part: poison(terms, "nan") if 4 <= step < 13 else terms)
-    assert cli.main(command(inputs, folder, "--on-nonfinite", "skip")) == 0
+    assert main.main(command(inputs, folder, "--on-nonfinite", "skip")) == 0
     assert good_steps(folder) == [STEPS - EVERY, STEPS]
 
 
 def test_skipped_steps_that_are_not_in_a_row_never_stop_it(inputs, tmp_path, monkeypatch) -> None:
     broken(monkeypatch, lambda terms, step, part: poison(terms, "nan") if step != 9 else terms)
-    assert cli.main(command(inputs, tmp_path / "run", "--on-nonfinite", "skip")) == 0
+    assert main.main(command(inputs, tmp_path / "run", "--on-nonfinite", "skip")) == 0
     assert lines(tmp_path / "run")[-1]["skipped"] == STEPS - 1

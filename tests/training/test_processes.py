@@ -19,16 +19,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fields import natural
-from helpers import TINY_UNET as UNET
 from PIL import Image
 from safetensors.torch import load_file
 
-from robustdiff import TrainConfig, cli, train
-from robustdiff.config import UsageError
-from robustdiff.images import load_images
-from robustdiff.machine import check_launcher
-from robustdiff.training import Batches, steps_between_votes
+from fields import natural
+from helpers import TINY_UNET as UNET
+from robustdiff.commands import main
+from robustdiff.data.dataset import load_images
+from robustdiff.training.config import TrainConfig
+from robustdiff.training.trainer import Batches, steps_between_votes, train
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.resources import check_launcher
 
 STEPS, EVERY = 40, 20
 """Steps of a run, and between its checkpoints: after twenty, rounding has not grown yet."""
@@ -117,7 +118,7 @@ def command(*arguments: str, processes: int) -> list[str]:
     several = ["--multi_gpu", "--main_process_port", str(port)] if processes > 1 else []
     fixed = ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *several, *fixed, "--dynamo_backend", "no"]
-    return [*launcher, *(("-m", "robustdiff") if arguments[0] in cli.COMMANDS else ()), *arguments]
+    return [*launcher, *(("-m", "robustdiff") if arguments[0] in main.COMMANDS else ()), *arguments]
 
 
 def environment(folder: Path | None = None, **more: str) -> dict[str, str]:
@@ -327,7 +328,7 @@ def test_four_processes_evaluate_and_sample_as_one_and_go_on_with_its_run(base, 
     wanted = [[i, data.names[i], float(data.x0(i).double().sum())] for i in range(len(data))]
     assert found == 2 * [wanted, wanted[:3], wanted[:1]]
 
-    assert cli.main([*sample, str(tmp_path / "alone")]) == 0
+    assert main.main([*sample, str(tmp_path / "alone")]) == 0
     alone, four = (sorted((tmp_path / name).iterdir()) for name in ("alone", "four"))
     assert [path.name for path in alone] == [path.name for path in four]
     assert len(alone) == 7

@@ -21,23 +21,34 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
-from helpers import TINY_UNET as UNET
-from helpers import assert_same_but_rounding
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    UNet2DModel,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
-from robustdiff import TrainConfig, cli, train, training
-from robustdiff.baselines import InvarianceObjective
-from robustdiff.config import UsageError
-from robustdiff.corruption import Corruption, derive_seed
-from robustdiff.images import load_images
-from robustdiff.networks import build_unet
-from robustdiff.objective import Gate, LossTerms, PlainObjective, RobustObjective
-from robustdiff.planning import build_objective
-from robustdiff.process import NoiseProcess
-from robustdiff.recording import Metrics, TrainingError
-from robustdiff.training import Batches
+from helpers import TINY_UNET as UNET
+from helpers import assert_same_but_rounding
+from robustdiff.commands import main
+from robustdiff.data.corruption import Corruption
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.networks import build_unet
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.losses.baselines import InvarianceLoss
+from robustdiff.losses.denoising import DenoisingLoss, LossOutput
+from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
+from robustdiff.training import trainer
+from robustdiff.training.config import TrainConfig
+from robustdiff.training.metrics import Metrics, TrainingError
+from robustdiff.training.setup import build_objective
+from robustdiff.training.trainer import Batches, train
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.seeds import derive_seed
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +149,7 @@ def test_dry_run_writes_nothing_and_prints_the_plan(config: TrainConfig, capsys)
     folder = train(changed(config, dry_run=True))
     assert not folder.exists()
     plan = capsys.readouterr().out
-    for word in ("8 images, 8 x 8 grey", "parameters", "RobustObjective", "12 steps of 4", "estimated time"):
+    for word in ("8 images, 8 x 8 grey", "parameters", "EquivarianceLoss", "12 steps of 4", "estimated time"):
         assert word in plan
 
 
@@ -170,7 +181,7 @@ def test_a_class_name_of_two_lines_is_one_row_of_the_plan(config: TrainConfig, p
 
 def test_with_no_flag_at_all_the_plan_is_complete(photos: Path, capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", str(photos), "--dry-run"]) == 0
+    assert main.main(["train", str(photos), "--dry-run"]) == 0
     plan = capsys.readouterr().out
     assert "UNet2DModel tiny" in plan
     assert "499,968 images" in plan
@@ -196,9 +207,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: TrainConfig, preset: 
     config = changed(config, preset=preset, random_flip=True, corrupt=("impulse:amount=0.1",))
     whole = train(changed(config, output_dir=config.output_dir + "-whole"))
 
-    import robustdiff.training as training
-
-    original = training.save_pipeline
+    original = trainer.save_pipeline
     saves = []
 
     def dies_after_the_second_checkpoint(*arguments: object) -> None:
@@ -207,10 +216,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: TrainConfig, preset: 
             raise RuntimeError("power cut")
         original(*arguments)
 
-    monkeypatch.setattr(training, "save_pipeline", dies_after_the_second_checkpoint)
+    monkeypatch.setattr(trainer, "save_pipeline", dies_after_the_second_checkpoint)
     with pytest.raises(RuntimeError, match="power cut"):
         train(config)
-    monkeypatch.setattr(training, "save_pipeline", original)
+    monkeypatch.setattr(trainer, "save_pipeline", original)
     resumed = train(changed(config, resume=True))
     assert same(weights(whole), weights(resumed))
     assert metrics(whole) == metrics(resumed)
@@ -304,12 +313,12 @@ def test_flips_are_mirrored_half_of_the_time(photos: Path) -> None:
 
 
 def test_objective_flags_reach_the_objective() -> None:
-    process = NoiseProcess(torch.linspace(0.99, 0.01, 10))
+    process = NoiseSchedule(torch.linspace(0.99, 0.01, 10))
     paper = build_objective(TrainConfig("x", preset="paper"), process)
-    assert paper == RobustObjective.preset("paper", process)
+    assert paper == EquivarianceLoss.preset("paper", process)
     gated = build_objective(TrainConfig("x"), process)
-    assert gated == RobustObjective.preset("gated", process)
-    assert isinstance(gated.strength, Gate)
+    assert gated == EquivarianceLoss.preset("gated", process)
+    assert isinstance(gated.strength, SigmaRange)
     flags = TrainConfig(
         "x",
         preset="paper",
@@ -326,18 +335,18 @@ def test_objective_flags_reach_the_objective() -> None:
     )
     flags.validate()
     robust = build_objective(flags, process)
-    assert robust.strength == Gate(0.1, 0.5, 2.0)
+    assert robust.strength == SigmaRange(0.1, 0.5, 2.0)
     assert dataclasses.astuple(robust.radius) == (1.0, 0.5, 0.0, False)
     assert dataclasses.astuple(robust.perturbation) == (3, "residual", 0.7)
     assert robust.gradient == "perturbed"
     assert build_objective(TrainConfig("x", preset="plain"), process).perturbation is None
     assert build_objective(TrainConfig("x", perturbation="none"), process).perturbation is None
     assert build_objective(TrainConfig("x", gate="0:inf", strength=1.0), process).strength == 1.0
-    assert type(build_objective(TrainConfig("x", objective="invariance"), process)) is InvarianceObjective
+    assert type(build_objective(TrainConfig("x", objective="invariance"), process)) is InvarianceLoss
     for name in ("input-perturbation", "pseudo-huber"):
         peer = build_objective(TrainConfig("x", objective=name), process)
-        assert isinstance(peer, PlainObjective)
-        assert not isinstance(peer, RobustObjective)
+        assert isinstance(peer, DenoisingLoss)
+        assert not isinstance(peer, EquivarianceLoss)
 
 
 @pytest.mark.parametrize("objective", ["invariance", "input-perturbation", "pseudo-huber"])
@@ -452,7 +461,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_130(config: TrainConfig, tmp_
     assert metrics(run)[-1]["step"] == step
     DiffusionPipeline.from_pretrained(run)  # what was saved is a pipeline already
 
-    assert cli.main(["train", config.data, *flags, "--resume"]) == 0
+    assert main.main(["train", config.data, *flags, "--resume"]) == 0
     whole = train(changed(config, output_dir=str(tmp_path / "whole")))
     assert same(weights(run), weights(whole))
     assert metrics(run) == metrics(whole)
@@ -468,14 +477,13 @@ def test_a_non_finite_loss_stops_with_step_noise_level_and_last_good_checkpoint(
 
 
 def test_no_space_left_is_one_line(config: TrainConfig, monkeypatch, capsys) -> None:
-    import robustdiff.training as training
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training, "save_checkpoint", full)
+    monkeypatch.setattr(trainer, "save_checkpoint", full)
     flags = ["--output-dir", config.output_dir, "--images", "4", "--train-batch-size", "4", "--preview-images", "0"]
-    assert cli.main(["train", config.data, *flags, "--network", "tiny"]) == 2
+    assert main.main(["train", config.data, *flags, "--network", "tiny"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "no space left" in error
     assert "--resume" in error
@@ -548,9 +556,8 @@ def test_a_class_conditional_configuration_needs_classes(config: TrainConfig, tm
 
 
 def test_a_non_finite_gradient_is_never_saved(config: TrainConfig, monkeypatch) -> None:
-    import robustdiff.training as training
 
-    original = training.build_objective
+    original = trainer.build_objective
 
     def poisoned(*arguments: object):
         objective, calls = original(*arguments), []
@@ -564,8 +571,8 @@ def test_a_non_finite_gradient_is_never_saved(config: TrainConfig, monkeypatch) 
 
         return call
 
-    monkeypatch.setattr(training, "build_objective", poisoned)
-    monkeypatch.setattr(training, "describe_objective", lambda _: "poisoned")
+    monkeypatch.setattr(trainer, "build_objective", poisoned)
+    monkeypatch.setattr(trainer, "describe_objective", lambda _: "poisoned")
     with pytest.raises(TrainingError, match=r"gradient is not finite at step 7.*step-00000004"):
         train(config)
     for name in ("model", "ema"):
@@ -595,7 +602,7 @@ def test_metrics_that_wait_keep_no_graph_alive() -> None:
     for step in range(3):
         values = Square.apply(torch.ones(4, requires_grad=True))
         steady = torch.ones(4)
-        terms = LossTerms(values, values, values, t=torch.arange(4), radius=steady, strength=steady)
+        terms = LossOutput(values, values, values, t=torch.arange(4), radius=steady, strength=steady)
         assert kept[-1]() is not None
         assert metrics.add(step, [terms], torch.tensor(1.0)) == 0
     del values, terms
@@ -605,7 +612,7 @@ def test_metrics_that_wait_keep_no_graph_alive() -> None:
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_a_network_that_accelerate_would_split_is_refused(config: TrainConfig, monkeypatch, kind) -> None:
-    monkeypatch.setattr(training, "Accelerator", lambda **_: SimpleNamespace(distributed_type=kind))
+    monkeypatch.setattr(trainer, "Accelerator", lambda **_: SimpleNamespace(distributed_type=kind))
     with pytest.raises(UsageError, match=f"{kind.value}, which splits the network: .*--multi_gpu"):
         train(config)
     assert not Path(config.output_dir).exists()
@@ -665,7 +672,7 @@ def test_bad_input_to_train_is_one_line_that_names_the_flag(photos, tmp_path, ca
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "file"
     file.write_text("x")
-    assert cli.main(["train", str(photos), "--dry-run", *(flag.format(file=file) for flag in flags)]) == 2
+    assert main.main(["train", str(photos), "--dry-run", *(flag.format(file=file) for flag in flags)]) == 2
     error = capsys.readouterr().err
     assert names in error
     assert error.count("\n") == 1
@@ -682,7 +689,7 @@ def test_diffusers_flag_names_are_accepted_with_underscores_and_dashes(photos, t
         *("--ddpm_num_steps", "100", "--ddpm_num_inference_steps", "50", "--ddpm_beta_schedule", "linear"),
         *("--checkpointing_steps", "2", "--checkpoints_total_limit", "1", "--overwrite_output_dir", "--dry-run"),
     ]
-    assert cli.main(["train", *flags]) == 0
+    assert main.main(["train", *flags]) == 0
     assert "16 images = 4 steps of 4" in capsys.readouterr().out
 
 

@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from robustdiff import durable
-from robustdiff.durable import check_manifest, fsync_file, fsync_folder, replace_folder, sha256, write_json, write_text
+from robustdiff.utils import atomic_io
+from robustdiff.utils.atomic_io import (
+    check_manifest,
+    fsync_file,
+    fsync_folder,
+    replace_folder,
+    sha256,
+    write_json,
+    write_text,
+)
 
 
 def failing(code: int):
@@ -84,7 +92,7 @@ def test_text_and_json_are_written_as_given(tmp_path: Path) -> None:
 def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch, name: str, there) -> None:
     if there:
         write_text(tmp_path / "a", "old")
-    monkeypatch.setattr(durable if name == "open" else os, name, failing(errno.ENOSPC), raising=name != "open")
+    monkeypatch.setattr(atomic_io if name == "open" else os, name, failing(errno.ENOSPC), raising=name != "open")
     with pytest.raises(OSError, match="No space left"):
         write_text(tmp_path / "a", "new")
     monkeypatch.undo()
@@ -131,7 +139,7 @@ def test_the_hash_is_that_of_the_whole_file(tmp_path: Path, size: int) -> None:
 @pytest.mark.parametrize("there", [True, False])
 def test_a_folder_is_replaced_and_nothing_is_left_over(tmp_path: Path, monkeypatch, exchange: bool, there) -> None:
     if not exchange:
-        monkeypatch.setattr(durable, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(atomic_io, "_exchange", lambda a, b: False)
     if there:
         folder(tmp_path / "final", "old")
         folder(tmp_path / ".final.old", "older")  # of an earlier kill
@@ -178,7 +186,7 @@ def test_a_kill_between_two_operations_leaves_old_or_new_where_it_is_said_to_be(
         with pytest.MonkeyPatch.context() as patch:
             for name in ("rename", "fsync", "unlink", "rmdir"):
                 patch.setattr(os, name, dies(getattr(os, name)))
-            patch.setattr(durable, "_exchange", dies(durable._exchange) if exchange else lambda a, b: False)
+            patch.setattr(atomic_io, "_exchange", dies(atomic_io._exchange) if exchange else lambda a, b: False)
             try:
                 replace_folder(staging, final)
             except Killed:
@@ -203,7 +211,7 @@ def test_a_kill_between_two_operations_leaves_old_or_new_where_it_is_said_to_be(
 
 
 def test_a_swap_that_fails_half_way_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(atomic_io, "_exchange", lambda a, b: False)
     folder(tmp_path / "final", "old")
     with pytest.raises(FileNotFoundError):
         replace_folder(tmp_path / "staging", tmp_path / "final")
@@ -213,17 +221,17 @@ def test_a_swap_that_fails_half_way_is_undone(tmp_path: Path, monkeypatch: pytes
 
 def test_where_names_cannot_be_swapped_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = folder(tmp_path / "a", "a"), folder(tmp_path / "b", "b")
-    assert not durable._exchange(a, tmp_path / "nowhere")
-    monkeypatch.setattr(durable.sys, "platform", "darwin")
-    assert not durable._exchange(a, b)
+    assert not atomic_io._exchange(a, tmp_path / "nowhere")
+    monkeypatch.setattr(atomic_io.sys, "platform", "darwin")
+    assert not atomic_io._exchange(a, b)
     monkeypatch.undo()
 
     class OldLibrary:
         def __init__(self, _: None) -> None:
             pass
 
-    monkeypatch.setattr(durable.ctypes, "CDLL", OldLibrary)
-    assert not durable._exchange(a, b)
+    monkeypatch.setattr(atomic_io.ctypes, "CDLL", OldLibrary)
+    assert not atomic_io._exchange(a, b)
     assert (content(a), content(b)) == ("a", "b")
 
 
@@ -233,7 +241,7 @@ def test_where_names_cannot_be_swapped_it_says_so(tmp_path: Path, monkeypatch: p
 def test_a_manifest_tells_any_change(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
-    durable.write_manifest(tmp_path, version=3)
+    atomic_io.write_manifest(tmp_path, version=3)
     assert check_manifest(tmp_path, ["a"], ["b", "c"], version=3) == ""
     assert check_manifest(tmp_path, ["a", "b"]) == ""
     assert "version is 3 instead of 4" in check_manifest(tmp_path, ["a", "b"], version=4)

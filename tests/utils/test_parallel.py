@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from robustdiff.evaluation.side_by_side import Meter, metered, side_by_side
+from robustdiff.utils.parallel import Meter, metered, side_by_side
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -70,7 +70,7 @@ def test_what_the_check_raises_ends_all() -> None:
 
 
 def test_without_a_terminal_a_line_now_and_then_says_how_long(capsys, monkeypatch) -> None:
-    monkeypatch.setattr("robustdiff.evaluation.side_by_side.SPOKEN_EVERY", 0.0)
+    monkeypatch.setattr("robustdiff.utils.parallel.SPOKEN_EVERY", 0.0)
     with metered(4, lambda: None) as meter:
         for _ in range(4):
             meter.tell("attack", 1)

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from robustdiff.stopping import stop_signals
+from robustdiff.utils.signals import stop_signals
 
 
 class Busy(io.StringIO):

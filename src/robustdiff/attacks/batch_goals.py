@@ -14,23 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from robustdiff.threat import Displacement
+from robustdiff.attacks.goals import FinalImageShift
+from robustdiff.evaluation.distances import _kernel, _within
 
 Distance = Literal["mean", "kernel"]
-ROWS = 1024
-"""Rows of a kernel matrix at a time."""
-
-
-def _kernel(a: Tensor, b: Tensor) -> Tensor:
-    """``(x . y / d + 1)^3`` of every pair, shape (n, m)."""
-    return (a @ b.T / a.shape[1] + 1).pow(3)
-
-
-def _within(rows: Tensor) -> Tensor:
-    """Mean of the kernel over pairs of different rows, shape ()."""
-    total = torch.stack([_kernel(part, rows).sum() for part in torch.split(rows, ROWS)]).sum()
-    alone = (rows.square().sum(1) / rows.shape[1] + 1).pow(3).sum()
-    return (total - alone) / (len(rows) * (len(rows) - 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +76,7 @@ class BatchDistance:
             computed once for its features and again for its gradient, a quarter more network calls.
     """
 
-    batch: Displacement
+    batch: FinalImageShift
     distance: FeatureDistance
     at_once: int | None = None
     joint: ClassVar[bool] = True

@@ -2,7 +2,7 @@
 
 A perturbation ``omega`` has shape (B, K, ...): per image, one push for each of K attacked sampler steps, in units of
 the noise scale, so that the state before step k moves by ``s_k omega_k``
-(:class:`~robustdiff.trajectory.Trajectory`).
+(:class:`~robustdiff.diffusion.samplers.DifferentiableSampler`).
 """
 
 from __future__ import annotations
@@ -15,91 +15,16 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from robustdiff.calling import call_model
-from robustdiff.process import Generators, draw_normal, draw_uniform
-from robustdiff.trajectory import Trajectory
-
-Norm = Literal["linf", "l2"]
-
+from robustdiff.diffusion.model import call_model
+from robustdiff.diffusion.samplers import DifferentiableSampler
 
 # -- constraints -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Ball:
-    """``|omega_k|_p <= radius`` for every attacked step by itself.
-
-    Args:
-        norm: ``"linf"``: the largest element; ``"l2"``: the Euclidean length of the whole omega_k.
-        radius: In units of the noise scale s_k, > 0; one for all steps, or of shape (K,).
-
-    Raises:
-        ValueError: If the norm is unknown or a radius is not above 0.
-    """
-
-    norm: Norm
-    radius: float | Tensor
-
-    def __post_init__(self) -> None:
-        """Check the settings."""
-        if self.norm not in ("linf", "l2"):
-            raise ValueError(f"norm {self.norm!r} is not one of linf, l2")
-        if not bool((torch.as_tensor(self.radius) > 0).all()):
-            raise ValueError(f"a ball needs radius > 0, got {self.radius}")
-
-    def bound(self, omega: Tensor) -> Tensor:
-        """The radius shaped to broadcast against ``omega``, (B, K, ...)."""
-        radius = torch.as_tensor(self.radius, dtype=omega.dtype, device=omega.device)
-        return radius.reshape(1, -1, *(1,) * (omega.ndim - 2))
-
-    def length(self, omega: Tensor) -> Tensor:
-        """The norm of every omega_k, shape (B, K)."""
-        flat = omega.flatten(2) if omega.ndim > 2 else omega.unsqueeze(-1)
-        return flat.abs().amax(-1) if self.norm == "linf" else flat.norm(dim=-1)
-
-    def project(self, omega: Tensor) -> Tensor:
-        """The nearest point of the ball."""
-        bound = self.bound(omega)
-        if self.norm == "linf":
-            return omega.clamp(-bound, bound)
-        length = self.length(omega).reshape(*omega.shape[:2], *(1,) * (omega.ndim - 2))
-        return omega * (bound / length.clamp(min=torch.finfo(omega.dtype).tiny)).clamp(max=1)
-
-    def direction(self, gradient: Tensor) -> Tensor:
-        """The steepest ascent of unit norm: signs, or the gradient divided by its length; 0 where it is 0."""
-        if self.norm == "linf":
-            return gradient.sign()
-        length = self.length(gradient).reshape(*gradient.shape[:2], *(1,) * (gradient.ndim - 2))
-        return gradient / length.clamp(min=torch.finfo(gradient.dtype).tiny)
-
-    def draw(self, like: Tensor, generator: Generators = None, *, surface: bool = False) -> Tensor:
-        """A random point: uniform in the ball, or on its surface with the largest energy it allows (signs, a sphere).
-
-        Args:
-            like: A tensor of the wanted shape (B, K, ...), device and dtype.
-            generator: One, or one per image.
-            surface: As told.
-        """
-        bound = self.bound(like)
-        if self.norm == "linf":
-            centred = 2 * draw_uniform(like, generator) - 1
-            return bound * (torch.where(centred < 0, -1.0, 1.0).to(like.dtype) if surface else centred)
-        normal = self.direction(draw_normal(like, generator))
-        if surface:
-            return bound * normal
-        size = draw_uniform(like.flatten(2)[..., 0], generator) ** (1 / like[0, 0].numel())
-        return bound * normal * size.reshape(*like.shape[:2], *(1,) * (like.ndim - 2))
-
-    def excess(self, omega: Tensor) -> Tensor:
-        """The largest norm divided by its radius, shape (): at most 1 in the ball."""
-        radius = torch.as_tensor(self.radius, dtype=omega.dtype, device=omega.device)
-        return (self.length(omega) / radius).max()
 
 
 # -- objectives --------------------------------------------------------------------------------------
 
 
-class Objective(Protocol):
+class AttackGoal(Protocol):
     """What an attack makes large: a mean of terms, so that memory is that of one term."""
 
     @property
@@ -123,14 +48,14 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Function:
+class CallableGoal:
     """Any function of omega as an objective: a classifier's loss, a whole chain of purification and classifier.
 
     Args:
         function: Maps omega (B, K, ...) to one value per image, (B,); asked ``terms`` times, with new randomness if it
             has any of its own (expectation over transformations, Athalye et al. 2018).
         terms: See there.
-        modules: See :class:`Objective`.
+        modules: See :class:`AttackGoal`.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -144,7 +69,7 @@ class Function:
 
 
 @dataclass(frozen=True, eq=False)
-class Displacement:
+class FinalImageShift:
     """End to end: squared distance of the final image from where it would have been, through all remaining steps.
 
     Args:
@@ -163,7 +88,7 @@ class Displacement:
     The gradient is exactly 0 at omega = 0 (unless there is a target): start elsewhere.
     """
 
-    trajectory: Trajectory
+    trajectory: DifferentiableSampler
     x: Tensor
     attacked: Sequence[int]
     noise: Callable[[int], Sequence[Tensor | None]] = lambda term: ()
@@ -184,7 +109,7 @@ class Displacement:
         """A tensor of the shape of omega, (B, K, ...)."""
         return _like(self.x, len(self.attacked))
 
-    def part(self, rows: slice) -> Displacement:
+    def part(self, rows: slice) -> FinalImageShift:
         """Some images of the batch; noise is to be given to :meth:`images`."""
         target = None if self.target is None else self.target[rows]
         return dataclasses.replace(self, trajectory=self.trajectory.part(rows), x=self.x[rows], target=target)
@@ -215,7 +140,7 @@ class Displacement:
 
 
 @dataclass(frozen=True, eq=False)
-class OneStep:
+class NoisePredictionShift:
     """What training attacks: how far the network's answer moves at each attacked step by itself.
 
     Args:
@@ -227,7 +152,7 @@ class OneStep:
     Each step is one term, and depends on its own omega_k only; the sampler is not run.
     """
 
-    trajectory: Trajectory
+    trajectory: DifferentiableSampler
     states: Sequence[Tensor]
     attacked: Sequence[int]
     inner: Literal["shift", "residual"] = "shift"
@@ -278,13 +203,13 @@ class NoGradient(ValueError):
     """The objective does not depend on omega in a way that gives gradients."""
 
 
-def evaluate(objective: Objective, omega: Tensor) -> Tensor:
+def evaluate(objective: AttackGoal, omega: Tensor) -> Tensor:
     """The mean over the terms, shape (B,), without gradients."""
     with torch.no_grad():
         return torch.stack([objective(omega, term) for term in range(objective.terms)]).mean(0)
 
 
-def value_and_gradient(objective: Objective, omega: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_gradient(objective: AttackGoal, omega: Tensor) -> tuple[Tensor, Tensor]:
     """The mean over the terms, (B,), and the gradient of every image's with respect to its own omega, (B, K, ...).
 
     Of a joint objective the gradient is that of its one value.

@@ -20,9 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robustdiff.process import Generators
-from robustdiff.threat import Ball, Objective, evaluate, value_and_gradient
-from robustdiff.trajectory import frozen
+from robustdiff.attacks.constraints import LpBall
+from robustdiff.attacks.goals import AttackGoal, evaluate, value_and_gradient
+from robustdiff.diffusion.samplers import frozen
+from robustdiff.utils.random import Generators
 
 Progress = Callable[[], object]
 """Called after each evaluation of the objective; may raise, to stop."""
@@ -31,7 +32,7 @@ TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class AttackResult:
     """What an attack found.
 
     Attributes:
@@ -61,7 +62,7 @@ class _Best:
         self.omega = torch.where(better.reshape(-1, *(1,) * (omega.ndim - 1)), omega, self.omega)
         return better
 
-    def found(self, ball: Ball, trace: Sequence[Tensor], restarts: Sequence[Tensor]) -> Found:
+    def found(self, ball: LpBall, trace: Sequence[Tensor], restarts: Sequence[Tensor]) -> AttackResult:
         """The result, checked.
 
         Raises:
@@ -72,7 +73,7 @@ class _Best:
             raise ArithmeticError(f"the attack left its ball: {excess:.7g} times the radius")
         if not bool(torch.isfinite(self.value).all()):
             raise ArithmeticError("the objective is not finite, whatever the perturbation")
-        return Found(self.omega, self.value, torch.stack(list(trace)), torch.stack(list(restarts)))
+        return AttackResult(self.omega, self.value, torch.stack(list(trace)), torch.stack(list(restarts)))
 
 
 def _nothing() -> None:
@@ -95,8 +96,8 @@ class RandomSearch:
             raise ValueError(f"RandomSearch needs draws >= 1, got {self.draws}")
 
     def __call__(
-        self, objective: Objective, ball: Ball, like: Tensor, generator: Generators = None, tell: Progress = _nothing
-    ) -> Found:
+        self, objective: AttackGoal, ball: LpBall, like: Tensor, generator: Generators = None, tell: Progress = _nothing
+    ) -> AttackResult:
         """Draw and compare; arguments as of :class:`PGD`."""
         best, trace = _Best(torch.zeros_like(like)), []
         with frozen(objective.modules):
@@ -149,13 +150,13 @@ class PGD:
 
     def __call__(
         self,
-        objective: Objective,
-        ball: Ball,
+        objective: AttackGoal,
+        ball: LpBall,
         like: Tensor,
         generator: Generators = None,
         tell: Progress = _nothing,
         start: Tensor | None = None,
-    ) -> Found:
+    ) -> AttackResult:
         """Ascend.
 
         Args:
@@ -237,8 +238,8 @@ class APGD:
         return sorted({math.ceil(round(share * self.steps, 6)) for share in shares if share <= 1})
 
     def __call__(
-        self, objective: Objective, ball: Ball, like: Tensor, generator: Generators = None, tell: Progress = _nothing
-    ) -> Found:
+        self, objective: AttackGoal, ball: LpBall, like: Tensor, generator: Generators = None, tell: Progress = _nothing
+    ) -> AttackResult:
         """Ascend; arguments and errors as of :class:`PGD`."""
         best = _Best(torch.zeros_like(like))
         trace: list[Tensor] = []
@@ -252,7 +253,7 @@ class APGD:
                 restarts.append(best.value)
         return best.found(ball, trace, restarts)
 
-    def _ascend(self, objective: Objective, ball: Ball, omega: Tensor, tell: Progress) -> tuple[_Best, list[Tensor]]:
+    def _ascend(self, objective: AttackGoal, ball: LpBall, omega: Tensor, tell: Progress) -> tuple[_Best, list[Tensor]]:
         """One restart."""
         column = (-1, *(1,) * (omega.ndim - 1))
         size = torch.full_like(omega[:, 0].flatten(1)[:, 0], 2.0)

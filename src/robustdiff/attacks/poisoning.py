@@ -15,15 +15,23 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from robustdiff.attack import PGD
-from robustdiff.calling import Model, call_model
-from robustdiff.config import CorruptConfig, UsageError
-from robustdiff.corruption import from_uint8, is_hit, to_uint8
-from robustdiff.fitting import labels_for, load_fitting, place_generators
-from robustdiff.images import ImageSet
-from robustdiff.process import NoiseProcess, draw_normal, draw_uniform
-from robustdiff.sampling import load_pipeline, weights_sha256, without_accelerator
-from robustdiff.threat import Ball, evaluate
+from robustdiff.attacks.config import CorruptConfig
+from robustdiff.attacks.constraints import LpBall
+from robustdiff.attacks.goals import evaluate
+from robustdiff.attacks.optimizers import PGD
+from robustdiff.data.corruption import is_hit
+from robustdiff.data.dataset import ImageDataset
+from robustdiff.data.match_model import labels_for, load_fitting
+from robustdiff.diffusion.model import Model, call_model
+from robustdiff.diffusion.pipeline import (
+    load_pipeline,
+    weights_sha256,
+    without_accelerator,
+)
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.images import from_uint8, to_uint8
+from robustdiff.utils.random import draw_normal, draw_uniform, place_generators
 
 OBJECTIVE = "denoising loss"
 VERDICTS = 32
@@ -31,7 +39,7 @@ VERDICTS = 32
 
 
 @dataclass(frozen=True, eq=False)
-class DenoisingLoss:
+class DenoisingLossGoal:
     """The loss that training would have at an image, over random timesteps and noise: an objective of attacks.
 
     Every evaluation draws anew, one timestep from each of ``terms`` equal parts of the noise levels, so keep an
@@ -52,7 +60,7 @@ class DenoisingLoss:
     """
 
     model: Model
-    process: NoiseProcess
+    process: NoiseSchedule
     images: Tensor
     generators: Sequence[torch.Generator]
     terms: int = 4
@@ -125,7 +133,7 @@ class Poison:
         return math.floor(127.5 * self.radius + 1e-6)
 
     def hits(self, seed: int, index: int, position: int) -> bool:
-        """Whether image ``index`` is hit, as for the kinds of :mod:`robustdiff.corruption`."""
+        """Whether image ``index`` is hit, as for the kinds of :mod:`robustdiff.data.corruption`."""
         return is_hit(self.fraction, seed, position, "poison", index)
 
     def __call__(self, images: Tensor, places: Sequence[int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +160,7 @@ class Poison:
             raise UsageError(f"--poison {self.model}: its loss is not finite at some images: name another model")
         loss = self.loss(x0, places, seed, "poison", self.draws)
         generators = place_generators("poison start", seed, places)
-        found = PGD(self.steps, keep="last")(loss, Ball("linf", self.radius), loss.like, generators)
+        found = PGD(self.steps, keep="last")(loss, LpBall("linf", self.radius), loss.like, generators)
         pushed = to_uint8((x0 + found.omega[:, 0]).cpu().float()).short()
         whole = images.short()
         pushed = pushed.clamp(whole - self.levels, whole + self.levels).to(torch.uint8)
@@ -169,19 +177,19 @@ class Poison:
         unet.train(was_training)
         return value.cpu()
 
-    def loss(self, x0: Tensor, places: Sequence[int], seed: int, what: str, terms: int) -> DenoisingLoss:
+    def loss(self, x0: Tensor, places: Sequence[int], seed: int, what: str, terms: int) -> DenoisingLossGoal:
         """The objective at some images of the set."""
-        process = NoiseProcess.from_scheduler(self.pipeline.scheduler)
+        process = NoiseSchedule.from_scheduler(self.pipeline.scheduler)
         kwargs = {} if self.labels is None else {"class_labels": self.labels[list(places)].to(x0.device)}
-        return DenoisingLoss(self.pipeline.unet, process, x0, place_generators(what, seed, places), terms, kwargs)
+        return DenoisingLossGoal(self.pipeline.unet, process, x0, place_generators(what, seed, places), terms, kwargs)
 
 
-def load_poison(config: CorruptConfig, /, **settings: Any) -> tuple[ImageSet, Poison]:  # noqa: ANN401 - passed through
+def load_poison(config: CorruptConfig, /, **settings: Any) -> tuple[ImageDataset, Poison]:  # noqa: ANN401 - passed through
     """The images of ``robustdiff corrupt --poison``, as its model takes them, and the poison.
 
     Args:
         config: With ``poison``.
-        settings: Of :func:`robustdiff.images.load_images`.
+        settings: Of :func:`robustdiff.data.dataset.load_images`.
 
     Raises:
         UsageError: If the model cannot be used, or does not fit the images.

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from robustdiff.corruption import derive_seed
-from robustdiff.process import Generators, draw_normal
-from robustdiff.sampling import trajectory_of
-from robustdiff.trajectory import trailing
+from robustdiff.diffusion.pipeline import trajectory_of
+from robustdiff.diffusion.samplers import trailing
+from robustdiff.utils.random import Generators, draw_normal
+from robustdiff.utils.seeds import derive_seed
 
 Classifier = Callable[[Tensor], Tensor]
 """Images in [-1, 1], shape (B, C, H, W), to logits, shape (B, classes)."""

@@ -10,18 +10,25 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from robustdiff import durable
-from robustdiff.config import PurifyConfig, UsageError
-from robustdiff.corruption import to_uint8
-from robustdiff.dirty_copy import check_destination, png_names, write_copy
-from robustdiff.fitting import labels_for, load_fitting, place_generators
-from robustdiff.images import ImageSet
-from robustdiff.machine import check_launcher, processes
-from robustdiff.parallel import progress_bar
-from robustdiff.purification import purify
-from robustdiff.sampling import load_pipeline, trajectory_of, weights_sha256, without_accelerator
-from robustdiff.trajectory import trailing
-from robustdiff.version import __version__
+from robustdiff import __version__
+from robustdiff.attacks.config import PurifyConfig
+from robustdiff.attacks.purification import purify
+from robustdiff.data.dataset import ImageDataset
+from robustdiff.data.decode_pool import progress_bar
+from robustdiff.data.image_folder import check_destination, png_names, write_copy
+from robustdiff.data.match_model import labels_for, load_fitting
+from robustdiff.diffusion.pipeline import (
+    load_pipeline,
+    trajectory_of,
+    weights_sha256,
+    without_accelerator,
+)
+from robustdiff.diffusion.samplers import trailing
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.images import to_uint8
+from robustdiff.utils.random import place_generators
+from robustdiff.utils.resources import check_launcher, processes
 
 MANIFEST_FORMAT = "robustdiff purified 1"
 
@@ -44,7 +51,7 @@ def purify_to_files(config: PurifyConfig) -> dict[str, Any]:
     folder = check_destination(
         config.data, output, overwrite=config.overwrite, written=MANIFEST_FORMAT, what="a folder of purified images"
     )
-    if there := durable.read_only(folder.parent):
+    if there := atomic_io.read_only(folder.parent):
         raise UsageError(f"--output {output}: {there} is read-only: name another place")
     pipeline: Any = load_pipeline(config.model)
     levels = max(1, round(config.strength * pipeline.scheduler.config.num_train_timesteps))
@@ -89,7 +96,7 @@ def purify_to_files(config: PurifyConfig) -> dict[str, Any]:
 
 
 def purified(
-    images: ImageSet,
+    images: ImageDataset,
     pipeline: Any,  # noqa: ANN401 - pipelines share no typed base with a network
     labels: Tensor | None,
     config: PurifyConfig,

@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from robustdiff import durable
-from robustdiff.audit import Audit
-from robustdiff.decoding import DataError
-from robustdiff.images import image_grid, save_png
+from robustdiff.audit.statistics import Audit
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import DataError
+from robustdiff.utils.images import image_grid, save_png
 
 AUDIT_FORMAT = "robustdiff audit 1"
 SHEETS = ("noisy", "holed", "soft", "odd", "copies", "far")
@@ -28,7 +28,7 @@ def check_output(data: str, folder: str | Path, *, overwrite: bool = False) -> N
     path, images = Path(folder).expanduser().absolute(), Path(data).expanduser()
     if data and images.is_dir() and images.resolve() in (path.resolve(), *path.resolve().parents):
         raise DataError(f"--output {folder}: lies in {data}, whose images it would join; choose another folder")
-    if there := durable.read_only(path.parent):  # where it is made ready
+    if there := atomic_io.read_only(path.parent):  # where it is made ready
         raise DataError(f"--output {folder}: {there} is read-only; choose another folder")
     if not os.path.lexists(path):
         return
@@ -87,6 +87,6 @@ def write_audit(
             save_png(image_grid(audit.thumbnails, columns=5), unfinished / "worst.png")
         if also is not None:
             also(unfinished)
-        durable.replace_folder(unfinished, path)  # which is empty, or an audit that may be replaced
+        atomic_io.replace_folder(unfinished, path)  # which is empty, or an audit that may be replaced
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdiff import durable, gaps
-from robustdiff.config import UsageError
-from robustdiff.gaps import Gap
-from robustdiff.levels import Visits, first_timesteps
-from robustdiff.process import NoiseProcess
+from robustdiff.audit.detectors import missing_pixels
+from robustdiff.audit.detectors.missing_pixels import Gap
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Finding:
     """One thing found.
 
     Attributes:
-        part: One of :data:`robustdiff.config.AUTO_PARTS`.
+        part: One of :data:`robustdiff.audit.parts.AUTO_PARTS`.
         count: Images it concerns.
         what: What was found and how sure it is; action: what training does about it.
         level: Noise level or level of use, in the [-1, 1] range, if it has one.
@@ -46,7 +45,7 @@ class Finding:
 
 
 @dataclass(frozen=True, eq=False)
-class Trust:
+class AuditResult:
     """What was found about every image.
 
     Attributes:
@@ -87,34 +86,6 @@ class Trust:
         """Least noise level sigma/alpha at which each image is trained, whole or in part, float64, shape (N,)."""
         return torch.where(self.holed & self.masked, self.noise, self.usable)
 
-    def visits(self, process: NoiseProcess) -> Visits | None:
-        """When each image is used; None if there is nothing to rule.
-
-        A level at or above the largest of the process leaves that image out.
-
-        Raises:
-            UsageError: If that leaves none.
-        """
-        if self.trivial:
-            return None
-        largest = float(process.noise_to_signal(torch.tensor(process.num_timesteps - 1)))
-        lowest = self.lowest
-        inside = lowest < largest
-        if not bool((inside & (self.weight > 0)).any()):
-            raise UsageError("--auto found no image that can be trained on: look at them with robustdiff audit")
-        first = first_timesteps(process, torch.where(inside, lowest, torch.zeros_like(lowest)))
-        return Visits(first, torch.where(inside, self.weight, torch.zeros_like(self.weight)), process.num_timesteps)
-
-    def whole_from(self, process: NoiseProcess) -> Tensor | None:
-        """The timestep from which lost pixels, filled in, count in the loss, int64, shape (N,); None: all do."""
-        if not (self.masked and bool((self.holed & (self.usable > self.noise)).any())):
-            return None
-        never = torch.full_like(self.usable, process.num_timesteps, dtype=torch.long)
-        largest = float(process.noise_to_signal(torch.tensor(process.num_timesteps - 1)))
-        inside = self.usable < largest
-        first = first_timesteps(process, torch.where(inside & self.holed, self.usable, torch.zeros_like(self.usable)))
-        return torch.where(inside, first, never)
-
     @property
     def clean(self) -> Tensor:
         """Images that are used like clean ones at every noise level, bool, shape (N,): none if ``regularise``."""
@@ -138,8 +109,8 @@ class Trust:
         """
         if not self.lost or not bool(self.holed[list(places)].any()):
             return images, None
-        lost = gaps.holes(images, self.lost) & self.holed[list(places)][:, None, None]
-        return gaps.fill(images, lost), lost
+        lost = missing_pixels.holes(images, self.lost) & self.holed[list(places)][:, None, None]
+        return missing_pixels.fill(images, lost), lost
 
     def rows(self) -> dict[str, str]:
         """What the plan and the model card say."""
@@ -170,7 +141,7 @@ class Trust:
 FORMAT = "robustdiff auto 1"
 
 
-def save(trust: Trust, path: Path, names: Sequence[str], more: Mapping[str, Tensor] | None = None) -> None:
+def save(trust: AuditResult, path: Path, names: Sequence[str], more: Mapping[str, Tensor] | None = None) -> None:
     """Write everything that was found, in words and image by image, as JSON: whole or not at all.
 
     Args:
@@ -186,10 +157,10 @@ def save(trust: Trust, path: Path, names: Sequence[str], more: Mapping[str, Tens
     for image in images:
         image.update({name: None for name, value in image.items() if isinstance(value, float) and math.isnan(value)})
     alike = [[names[place] for place in group] for group in trust.copies]
-    durable.write_json(path, {"format": FORMAT, **trust.describe(), "copies": alike, "images": images})
+    atomic_io.write_json(path, {"format": FORMAT, **trust.describe(), "copies": alike, "images": images})
 
 
-def load(path: Path, count: int) -> Trust:
+def load(path: Path, count: int) -> AuditResult:
     """What :func:`save` wrote: a run goes on with what it began with.
 
     Args:
@@ -200,7 +171,7 @@ def load(path: Path, count: int) -> Trust:
         UsageError: If it cannot be read, or is of other images.
     """
     try:
-        found = durable.read_json(path)
+        found = atomic_io.read_json(path)
         if found["format"] != FORMAT or len(found["images"]) != count:
             raise ValueError(f"not {FORMAT} of {count} images")
         noise, usable, weight, sigma = (
@@ -212,7 +183,7 @@ def load(path: Path, count: int) -> Trust:
         error = torch.tensor([math.nan if one is None else float(one) for one in errors], dtype=torch.float64)
         gate, values = found["regularise"], found["lost_values"]
         blocks = found.get("lost_blocks", [1] * len(values))
-        trust = Trust(
+        trust = AuditResult(
             noise,
             usable,
             weight,
@@ -228,7 +199,7 @@ def load(path: Path, count: int) -> Trust:
             raise ValueError("its digest does not fit its contents")
     except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise UsageError(
-            f"--resume: {path} cannot be used ({durable.one_line(error)}): put it back, start anew, or leave out "
+            f"--resume: {path} cannot be used ({atomic_io.one_line(error)}): put it back, start anew, or leave out "
             "--auto if the run began without it"
         ) from None
     return trust

@@ -14,17 +14,28 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from robustdiff import copies, damage, gaps, groups
-from robustdiff.config import AUTO_PARTS
-from robustdiff.noisy import LEFT_OUT, noisy_images
-from robustdiff.spectrum import SIDES, Energies, Load, SpectralFit, batches, energies_of, held, same_above, separate
-from robustdiff.trust import Finding, Trust
+from robustdiff.audit import mixture
+from robustdiff.audit.detectors import blur_jpeg, duplicates, missing_pixels
+from robustdiff.audit.detectors.noise import LEFT_OUT, noisy_images
+from robustdiff.audit.parts import AUTO_PARTS
+from robustdiff.audit.result import AuditResult, Finding
+from robustdiff.audit.spectral_model import (
+    SIDES,
+    Energies,
+    Load,
+    SpectralFit,
+    batches,
+    energies_of,
+    held,
+    same_above,
+    separate,
+)
 
 BLURRED, GRIDDED = -1.6, -0.6
 """Highest mean of a group that is called blurred, or compressed: photographs as they are lie above."""
 ODD = 6.0
 """Robust deviations of the misfit beyond which an image weighs less."""
-MATTER = groups.LEAST_SHARE
+MATTER = mixture.LEAST_SHARE
 """Least share of odd images that is acted on: every large set has some in its tail, and training is plain without."""
 ALIKE, MANY = 0.01, 5
 """Near copies count once from this share of all images on; fewer, of every large set, only where a picture is there so
@@ -39,7 +50,7 @@ PAIRED = 512
 """Clean images on which a repair is tried, to measure it."""
 
 
-def examine(load: Load, count: int, without: Sequence[str] = (), memory: int = 0) -> Trust:
+def examine(load: Load, count: int, without: Sequence[str] = (), memory: int = 0) -> AuditResult:
     """Look at every image of a set, all of one size.
 
     Args:
@@ -57,19 +68,19 @@ def examine(load: Load, count: int, without: Sequence[str] = (), memory: int = 0
     if min(load(range(1)).shape[2:]) < SIDES[-1]:  # too small to have detail
         without = [part for part in AUTO_PARTS if part != "duplicates" or part in without]
     nothing, zero = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.float64)
-    trust = Trust(zero, zero, zero + 1, (), nothing, None, (), zero, zero + math.nan)
+    trust = AuditResult(zero, zero, zero + 1, (), nothing, None, (), zero, zero + math.nan)
     blank = torch.cat(
         [load(places).flatten(2).std(2, correction=0).amax(1) <= NEAR_CONSTANT for places in batches(count)]
     )
     if "holes" not in without:
-        lost, holed = gaps.find(load, count)
+        lost, holed = missing_pixels.find(load, count)
         trust = replace(trust, lost=lost, holed=holed & ~blank)
 
     def repaired(places: range) -> Tensor:
         return trust.repaired(load(places), places)[0]
 
     whole, low, signs = ~trust.holed & ~blank, {"blur": nothing, "jpeg": nothing}, {"lost": _lost_share(trust, load)}
-    for part, measure, most in (("blur", damage.sharpness, BLURRED), ("jpeg", damage.jpeg_grid, GRIDDED)):
+    for part, measure, most in (("blur", blur_jpeg.sharpness, BLURRED), ("jpeg", blur_jpeg.jpeg_grid, GRIDDED)):
         if part not in without:
             signs[measure.__name__] = _all(measure, repaired, count)
             low[part] = _lowest(signs[measure.__name__], whole & ~low["blur"], most)
@@ -94,7 +105,7 @@ def examine(load: Load, count: int, without: Sequence[str] = (), memory: int = 0
     return trust if "regulariser" in without else _fall_back(trust)
 
 
-def _fall_back(trust: Trust) -> Trust:
+def _fall_back(trust: AuditResult) -> AuditResult:
     """If no image is right at every level, some must be trained there all the same, or nothing would be.
 
     The noisy ones, and regularised below their noise; if there are none, those with lost pixels, by the others that
@@ -133,11 +144,14 @@ def _all(measure: Callable[[Tensor], Tensor], load: Load, count: int) -> Tensor:
     return torch.cat([measure(load(places)) for places in batches(count)])
 
 
-def _lost_share(trust: Trust, load: Load) -> Tensor:
+def _lost_share(trust: AuditResult, load: Load) -> Tensor:
     """Share of lost pixels of every image, float64, shape (N,)."""
     if not trust.lost:
         return torch.zeros(len(trust.holed), dtype=torch.float64)
-    parts = [gaps.holes(load(places), trust.lost).flatten(1).double().mean(1) for places in batches(len(trust.holed))]
+    parts = [
+        missing_pixels.holes(load(places), trust.lost).flatten(1).double().mean(1)
+        for places in batches(len(trust.holed))
+    ]
     return torch.where(trust.holed, torch.cat(parts), 0.0)
 
 
@@ -146,14 +160,14 @@ def _lowest(values: Tensor, asked: Tensor, most: float) -> Tensor:
     asked = asked & values.isfinite()
     low = torch.zeros_like(asked)
     if int(asked.sum()) >= FEWEST:
-        found, places = groups.split(values[asked]), asked.nonzero().flatten()
+        found, places = mixture.split(values[asked]), asked.nonzero().flatten()
         for group in range(len(found) - 1):
             if found.mean[group] <= most:
                 low[places[found.members(group)]] = True
     return low
 
 
-def _noise(trust: Trust, load: Load, asked: Tensor) -> tuple[Trust, Tensor]:
+def _noise(trust: AuditResult, load: Load, asked: Tensor) -> tuple[AuditResult, Tensor]:
     """Noisy images are usable above their noise; those without a picture left are not.
 
     Beside it, images of another kind than most, bool, shape (N,).
@@ -187,7 +201,7 @@ def _noise(trust: Trust, load: Load, asked: Tensor) -> tuple[Trust, Tensor]:
     return trust, foreign
 
 
-def _soft(trust: Trust, energies: Energies, low: Tensor, clean: Tensor, part: str) -> Trust:
+def _soft(trust: AuditResult, energies: Energies, low: Tensor, clean: Tensor, part: str) -> AuditResult:
     """Blurred or compressed images are usable where what they lack drowns in noise."""
     if not bool(low.any()):
         return trust
@@ -200,7 +214,7 @@ def _soft(trust: Trust, energies: Energies, low: Tensor, clean: Tensor, part: st
     return replace(trust, usable=usable, findings=(*trust.findings, finding))
 
 
-def _holes(trust: Trust, energies: Energies, load: Load, repaired: Load, clean: Tensor) -> Trust:
+def _holes(trust: AuditResult, energies: Energies, load: Load, repaired: Load, clean: Tensor) -> AuditResult:
     """Images with lost pixels are filled in, and used where the same repair of clean images no longer shows.
 
     If none is whole, the repair is tried on repaired ones, each with the lost pixels of the next.
@@ -211,8 +225,8 @@ def _holes(trust: Trust, energies: Energies, load: Load, repaired: Load, clean: 
     holed, whole = (mask.nonzero().flatten()[:PAIRED].tolist() for mask in (trust.holed, clean))
     pairs = list(zip(holed[1:] + holed[:1], whole, strict=False))
     original = torch.cat([repaired(range(place, place + 1)) for _, place in pairs])
-    lost = torch.cat([gaps.holes(load(range(place, place + 1)), trust.lost) for place, _ in pairs])
-    mended = gaps.fill(original, lost)
+    lost = torch.cat([missing_pixels.holes(load(range(place, place + 1)), trust.lost) for place, _ in pairs])
+    mended = missing_pixels.fill(original, lost)
     level = same_above(energies.of(original).mean(0), energies.of(mended).mean(0), energies.values)
     level = max(level, 2 * float((mended - original).double().square().mean().sqrt()))
     kinds = [f"pixels of the value {one.value:.3g}" for one in trust.lost if one.block == 1]
@@ -224,7 +238,7 @@ def _holes(trust: Trust, energies: Energies, load: Load, repaired: Load, clean: 
     return replace(trust, usable=usable, findings=(*trust.findings, finding))
 
 
-def _odd(trust: Trust, seen: SpectralFit, clean: Tensor, foreign: Tensor) -> Trust:
+def _odd(trust: AuditResult, seen: SpectralFit, clean: Tensor, foreign: Tensor) -> AuditResult:
     """Pictures that the common spectrum does not describe weigh less, the less the further off they are."""
     z = seen.oddness(clean)
     odd = (clean | foreign) & (z > ODD)
@@ -237,7 +251,7 @@ def _odd(trust: Trust, seen: SpectralFit, clean: Tensor, foreign: Tensor) -> Tru
     return replace(trust, weight=weight, findings=(*trust.findings, finding))
 
 
-def _blank(trust: Trust, blank: Tensor) -> Trust:
+def _blank(trust: AuditResult, blank: Tensor) -> AuditResult:
     """Images of one colour hold no picture."""
     if not bool(blank.any()):
         return trust
@@ -246,15 +260,15 @@ def _blank(trust: Trust, blank: Tensor) -> Trust:
     return replace(trust, weight=weight, findings=(*trust.findings, finding))
 
 
-def _copies(trust: Trust, load: Load) -> Trust:
+def _copies(trust: AuditResult, load: Load) -> AuditResult:
     """Images of equal pixels count as one; near copies do where they are many."""
     count, weight = len(trust.noise), trust.weight.clone()
-    same = copies.equal(load, count)
+    same = duplicates.equal(load, count)
     asked = trust.weight > 0
     for group in same:
         asked[group[1:]] = False
     equals = {group[0]: group for group in same}
-    near = [sorted(i for one in group for i in equals.get(one, [one])) for group in copies.near(load, count, asked)]
+    near = [sorted(i for one in group for i in equals.get(one, [one])) for group in duplicates.near(load, count, asked)]
     matter = sum(map(len, near)) >= ALIKE * count
     some = [group for group in near if matter or len(group) >= MANY]
     within = {place for group in some for place in group}

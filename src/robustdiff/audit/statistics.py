@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from robustdiff.decoding import Pixels
-from robustdiff.images import ImageSet
-from robustdiff.machine import cores
-from robustdiff.noise import LEVEL, noise_level, noise_levels
-from robustdiff.parallel import decode_all
-from robustdiff.sources import Source
+from robustdiff.audit.single_image_noise import LEVEL, noise_level, noise_levels
+from robustdiff.data.dataset import ImageDataset
+from robustdiff.data.decode import Pixels
+from robustdiff.data.decode_pool import decode_all
+from robustdiff.data.sources.open import Source
+from robustdiff.utils.images import thumbnail
+from robustdiff.utils.resources import cores
 
 NEAR_CONSTANT = 2 / 255
 """Largest standard deviation, in [0, 1], of every channel of an image that counts as near-constant: two grey levels.
@@ -135,7 +136,7 @@ class Audit:
     duplicates: tuple[tuple[int, ...], ...]
     worst: tuple[int, ...]
     thumbnails: Tensor
-    images: ImageSet | None = None
+    images: ImageDataset | None = None
 
     def summary(self) -> dict[str, Any]:
         """The findings in short, JSON-ready; means and deviations in [0, 1], noise in units of [-1, 1]."""
@@ -298,14 +299,14 @@ class _Kept:
 
     def images(
         self, asked: str, what: str, names: Sequence[str], bad: Sequence[tuple[str, str]], notes: Mapping[str, int]
-    ) -> ImageSet | None:
-        """As :func:`robustdiff.images.load_images` would, without labels; None if not kept."""
+    ) -> ImageDataset | None:
+        """As :func:`robustdiff.data.dataset.load_images` would, without labels; None if not kept."""
         if not self.pixels:
             return None
         channels = max(map(len, self.pixels))
         pixels = np.stack([np.broadcast_to(image, (channels, *image.shape[1:])) for image in self.pixels])
         self.pixels = None
-        return ImageSet(asked, torch.from_numpy(pixels), tuple(names), tuple(sorted(bad)), dict(notes), what=what)
+        return ImageDataset(asked, torch.from_numpy(pixels), tuple(names), tuple(sorted(bad)), dict(notes), what=what)
 
 
 @dataclass
@@ -343,18 +344,6 @@ def _worst(source: Source, records: Sequence[ImageRecord], resolution: int | Non
     blank = torch.full((3, side, side), 128, dtype=torch.uint8)  # in place of a file that has gone meanwhile
     pictures = [blank if decoded.value is None else torch.from_numpy(decoded.value) for decoded in again]
     return tuple(worst), torch.stack(pictures) if pictures else torch.empty(0, 3, side, side, dtype=torch.uint8)
-
-
-def thumbnail(pixels: Pixels, side: int) -> Pixels:
-    """(3, side, side): small images enlarged by a whole factor, large ones cropped, on mid-grey."""
-    factor = max(1, side // max(pixels.shape[1:]))
-    pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
-    tops = [max(0, (length - side) // 2) for length in pixels.shape[1:]]
-    pixels = pixels[:, tops[0] : tops[0] + side, tops[1] : tops[1] + side]
-    picture = np.full((3, side, side), 128, np.uint8)
-    top, left = ((side - length) // 2 for length in pixels.shape[1:])
-    picture[:, top : top + pixels.shape[1], left : left + pixels.shape[2]] = pixels
-    return picture
 
 
 # -- words -------------------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robustdiff import durable
-from robustdiff.audit import WORST, thumbnail
-from robustdiff.audit_files import SHEETS
-from robustdiff.distance import robust_distance
-from robustdiff.examining import FEWEST, examine
-from robustdiff.images import ImageSet, image_grid, save_png
-from robustdiff.trust import Trust, save
+from robustdiff.audit.detectors.feature_outliers import robust_distance
+from robustdiff.audit.files import SHEETS
+from robustdiff.audit.result import AuditResult, save
+from robustdiff.audit.run import FEWEST, examine
+from robustdiff.audit.statistics import WORST
+from robustdiff.data.dataset import ImageDataset
+from robustdiff.utils import atomic_io
+from robustdiff.utils.images import image_grid, save_png, thumbnail
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +28,12 @@ class Search:
         images: The set.
         trust: What each image can be trusted for.
         features: Name of the features that the distances are of; None if none were given.
-        distance: From the others in features, :func:`robustdiff.distance.robust_distance`, shape (N,).
+        distance: From the others in features,
+            :func:`~robustdiff.audit.detectors.feature_outliers.robust_distance`, shape (N,).
     """
 
-    images: ImageSet
-    trust: Trust
+    images: ImageDataset
+    trust: AuditResult
     features: str | None = None
     distance: Tensor | None = None
 
@@ -62,7 +64,7 @@ class Search:
         """
         names, trust = self.images.names, self.trust
         save(trust, folder / "found.json", names, {} if self.distance is None else {"distance": self.distance})
-        durable.write_text(folder / "clean.txt", "".join(f"{names[i]}\n" for i in trust.clean.nonzero().flatten()))
+        atomic_io.write_text(folder / "clean.txt", "".join(f"{names[i]}\n" for i in trust.clean.nonzero().flatten()))
         with (folder / "noise.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["name", "sigma"])
@@ -72,7 +74,7 @@ class Search:
 
 
 def write_sheets(
-    trust: Trust, pixels: Callable[[Sequence[int]], Tensor], folder: Path, distance: Tensor | None = None
+    trust: AuditResult, pixels: Callable[[Sequence[int]], Tensor], folder: Path, distance: Tensor | None = None
 ) -> None:
     """Write a contact sheet of each kind that was found, ``found-KIND.png``, into an existing folder.
 
@@ -93,7 +95,7 @@ def write_sheets(
         save_png(image_grid(torch.stack(small), columns=5), path)
 
 
-def _shown(trust: Trust, distance: Tensor | None) -> Mapping[str, Tensor]:
+def _shown(trust: AuditResult, distance: Tensor | None) -> Mapping[str, Tensor]:
     """Places of the images of each contact sheet, the noisiest first, the lightest first, or in order."""
     soft = (trust.usable > trust.noise) & ~trust.holed
     places = {
@@ -109,7 +111,7 @@ def _shown(trust: Trust, distance: Tensor | None) -> Mapping[str, Tensor]:
     return {sheet: where[:WORST] for sheet, where in places.items() if len(where)}
 
 
-def search(images: ImageSet, features: tuple[str, Tensor] | None = None) -> Search | None:
+def search(images: ImageDataset, features: tuple[str, Tensor] | None = None) -> Search | None:
     """Look for damage that only the whole set shows; None for fewer images than say anything about one another.
 
     Args:

@@ -15,39 +15,61 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tyro
 
 from robustdiff import __version__
-from robustdiff.config import (
-    AttackConfig,
-    AuditConfig,
-    CorruptConfig,
-    EvaluateConfig,
-    PurifyConfig,
-    ReportConfig,
-    ReproduceConfig,
-    RobustdiffWarning,
-    SampleConfig,
-    TrainConfig,
-    UsageError,
-)
-from robustdiff.corruption import help_text
-from robustdiff.machine import is_out_of_memory, processes, rank
+from robustdiff.attacks.config import AttackConfig, CorruptConfig, PurifyConfig
+from robustdiff.commands import attack, audit, corrupt, evaluate, purify, report, sample, train
+from robustdiff.commands.audit import AuditConfig
+from robustdiff.commands.console import fail, show_warning
+from robustdiff.commands.report import ReportConfig
+from robustdiff.data.corruption import help_text
+from robustdiff.diffusion.config import SampleConfig
+from robustdiff.evaluation.config import EvaluateConfig
+from robustdiff.training.config import TrainConfig
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.resources import is_out_of_memory, processes
 
-COMMANDS: dict[str, type] = {
-    "train": TrainConfig,
-    "sample": SampleConfig,
-    "evaluate": EvaluateConfig,
-    "attack": AttackConfig,
-    "report": ReportConfig,
-    "audit": AuditConfig,
-    "corrupt": CorruptConfig,
-    "purify": PurifyConfig,
-    "reproduce": ReproduceConfig,
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command: its settings, what it does with them, and what people are told when it fails.
+
+    Attributes:
+        config: Dataclass of the settings, with ``validate()``.
+        run: Takes the settings, returns the exit status.
+        memory_remedy: What to do when memory runs out.
+        goes_on: How to go on when the disk was full.
+    """
+
+    config: type
+    run: Callable[[Any], int]
+    memory_remedy: str
+    goes_on: str = "a training run goes on with --resume, or begins anew with --overwrite if it has no checkpoint yet"
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        TrainConfig,
+        train.run,
+        "lower --train-batch-size (--gradient-accumulation-steps makes up for it), or take a smaller --network or "
+        "--resolution; with worker processes, fewer --dataloader-num-workers",
+    ),
+    "sample": Command(SampleConfig, sample.run, "lower --batch-size"),
+    "evaluate": Command(EvaluateConfig, evaluate.run, "lower --batch-size, or -n"),
+    "attack": Command(
+        AttackConfig,
+        attack.run,
+        "lower --batch-size or --workers, or add --gradient-checkpointing always",
+        "the same command goes on",
+    ),
+    "report": Command(ReportConfig, report.run, "take fewer runs"),
+    "audit": Command(AuditConfig, audit.run, "close other programs, or take a smaller part of the data"),
+    "corrupt": Command(CorruptConfig, corrupt.run, "lower --resolution, or with --poison --batch-size"),
+    "purify": Command(PurifyConfig, purify.run, "lower --batch-size"),
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXT = "No space left on device|quota exceeded|File too large"
@@ -56,23 +78,18 @@ PARTED = (
     "communicator was aborted"
 )
 """How a process notices that another one has gone; whatever else its network says is shown whole."""
-MEMORY_REMEDY = {
-    "train": "lower --train-batch-size (--gradient-accumulation-steps makes up for it), or take a smaller --network or "
-    "--resolution; with worker processes, fewer --dataloader-num-workers",
-    "sample": "lower --batch-size",
-    "corrupt": "lower --resolution, or with --poison --batch-size",
-    "purify": "lower --batch-size",
-    "audit": "close other programs, or take a smaller part of the data",
-    "evaluate": "lower --batch-size, or -n",
-    "attack": "lower --batch-size or --workers, or add --gradient-checkpointing always",
-    "report": "take fewer runs",
-    "reproduce": "fewer --workers; for subspace, a smaller --resolution",
-}
 DESCRIPTION = "Train diffusion models that stay clean when their training images are not."
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS, prog: str = "robustdiff"
+) -> int:
     """Run the command.
+
+    Args:
+        argv: Its arguments. Default: those of the process.
+        commands: By name; one alone takes its flags without being named.
+        prog: What help calls it.
 
     Returns:
         The exit status: 0 done, 1 training failed, 2 wrong usage, 75 out of ``--minutes``, 130 stopped by Ctrl-C,
@@ -83,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: names of files may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
-        status = _guarded(arguments)
+        warnings.showwarning = show_warning
+        status = _guarded(arguments if len(commands) > 1 else [*commands, *arguments], commands, prog)
     if status and processes() > 1:  # the interpreter's end would wait for processes that wait for this one
         sys.stdout.flush()
         sys.stderr.flush()
@@ -92,83 +109,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _guarded(arguments: list[str]) -> int:
+def _guarded(arguments: list[str], commands: Mapping[str, Command], prog: str) -> int:
     try:
-        status = _main(arguments)
+        status = _main(arguments, commands, prog)
         sys.stdout.flush()  # a reader that has gone is noticed here, not at the interpreter's end
         return status
     except UsageError as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2)
     except KeyboardInterrupt:
         lost = "; nothing since the last checkpoint was saved" if arguments[:1] == ["train"] else ""
-        return _fail(f"stopped at once{lost}", 130)
+        return fail(f"stopped at once{lost}", 130)
     except BrokenPipeError:  # the reader of our output has gone, as in `robustdiff ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if is_out_of_memory(error):
-            return _fail(f"out of memory: {MEMORY_REMEDY.get(arguments[0], MEMORY_REMEDY['audit'])}", 2)
+            return fail(f"out of memory: {commands[arguments[0]].memory_remedy}", 2)
         if getattr(error, "errno", None) in FULL or re.search(FULL_TEXT, str(error), re.IGNORECASE):
-            going_on = (
-                "a training run goes on with --resume, or begins anew with --overwrite if it has no checkpoint yet"
-            )
-            if arguments[0] in ("reproduce", "attack"):
-                going_on = "the same command goes on"
-            return _fail(f"no space left on the device: free some, or write elsewhere; {going_on}", 2)
+            goes_on = commands[arguments[0]].goes_on
+            return fail(f"no space left on the device: free some, or write elsewhere; {goes_on}", 2)
         if isinstance(error, OSError) and error.filename is not None:
-            return _fail(f"cannot read or write {error.filename}: {error.strerror}; name another file or folder", 2)
+            return fail(f"cannot read or write {error.filename}: {error.strerror}; name another file or folder", 2)
         if processes() > 1:
             if re.search(PARTED, str(error), re.IGNORECASE):
-                return _fail("another process stopped: see its message", 1)
+                return fail("another process stopped: see its message", 1)
             traceback.print_exc()
             return 1
         raise
 
 
-def _main(arguments: list[str]) -> int:
+def _main(arguments: list[str], commands: Mapping[str, Command], prog: str) -> int:
     if arguments in (["--version"], ["-V"]):
         print(f"robustdiff {__version__}")
         return 0
-    config = parse(arguments)
+    config = parse(arguments, commands, prog)
     if config is None:
         return 0
     config.validate()
-    return _run(config)
-
-
-def _fail(message: str, status: int) -> int:
-    who = f"robustdiff (process {rank()})" if processes() > 1 else "robustdiff"
-    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
-    return status
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:  # noqa: ANN401
-    """Our own warnings as one line, without the line of code that they come from; once for all processes."""
-    if not issubclass(category, RobustdiffWarning):
-        print(warnings.formatwarning(message, category, *where[:2]), end="", file=sys.stderr)
-    elif rank() == 0:
-        print(f"robustdiff: warning: {' '.join(str(message).split())}", file=sys.stderr)
-
-
-def _run(config: Any) -> int:  # noqa: ANN401 - one of COMMANDS' dataclasses
-    commands: dict[type, Callable[[Any], int]] = {
-        TrainConfig: _train,
-        SampleConfig: _sample,
-        EvaluateConfig: _evaluate,
-        AttackConfig: _attack,
-        ReportConfig: _report,
-        AuditConfig: _audit,
-        CorruptConfig: _corrupt,
-        PurifyConfig: _purify,
-        ReproduceConfig: _reproduce,
-    }
-    return commands[type(config)](config)
+    return commands[arguments[0]].run(config)
 
 
 # -- flags -------------------------------------------------------------------------------------------
 
 
-def parse(arguments: list[str]) -> Any | None:  # noqa: ANN401 - one of COMMANDS' dataclasses
+def parse(arguments: list[str], commands: Mapping[str, Command] = COMMANDS, prog: str = "robustdiff") -> Any | None:  # noqa: ANN401 - a command's dataclass
     """The command's configuration, or None if help was asked for and printed.
 
     Raises:
@@ -178,15 +162,16 @@ def parse(arguments: list[str]) -> Any | None:  # noqa: ANN401 - one of COMMANDS
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.extras.subcommand_cli_from_dict(
-                COMMANDS, prog="robustdiff", description=DESCRIPTION, args=arguments
-            )
+            if len(commands) == 1:
+                return tyro.cli(commands[arguments[0]].config, prog=prog, args=arguments[1:])
+            configs = {name: command.config for name, command in commands.items()}
+            return tyro.extras.subcommand_cli_from_dict(configs, prog=prog, description=DESCRIPTION, args=arguments)
     except SystemExit as stop:
         if not stop.code:
             if "corrupt" in arguments[:1]:
                 print(f"kinds of dirt, for --corrupt:\n{help_text()}")
             return None
-    raise UsageError(_one_line(errors.getvalue(), arguments))
+    raise UsageError(_one_line(errors.getvalue(), arguments, commands, prog))
 
 
 def _positional_data(arguments: list[str]) -> list[str]:
@@ -211,19 +196,20 @@ def known_flags(command: type) -> list[str]:
     return flags
 
 
-def _one_line(text: str, arguments: list[str]) -> str:
+def _one_line(text: str, arguments: list[str], commands: Mapping[str, Command], prog: str) -> str:
     """One sentence out of tyro's boxed message, with the nearest flag or command for a misspelt one."""
     command = next((a for a in arguments if not a.startswith("-")), None)
-    if command not in COMMANDS:
+    if command not in commands:
         if command is None:
-            return f"name a command: {', '.join(COMMANDS)} (see robustdiff --help)"
-        return f"{command!r} is no command{_nearest(command, list(COMMANDS))}; there are {', '.join(COMMANDS)}"
+            return f"name a command: {', '.join(commands)} (see {prog} --help)"
+        return f"{command!r} is no command{_nearest(command, list(commands))}; there are {', '.join(commands)}"
     lines = [line.strip("│╭╮╰╯─+|- ") for line in text.splitlines()]  # the last three where boxes are drawn in ASCII
     message = " ".join(line for line in lines[1:] if line).strip()
     title = lines[0] if lines else ""
-    help_hint = f" (see robustdiff {command} --help)"
+    called = f"{prog} {command}" if len(commands) > 1 else prog
+    help_hint = f" (see {called} --help)"
     if title.startswith("Unrecognized"):
-        flags = known_flags(COMMANDS[command])
+        flags = known_flags(commands[command].config)
         known = {flag.replace("_", "-") for flag in flags} | {f.replace("--", "--no-", 1) for f in flags}
         for argument in arguments[arguments.index(command) + 1 :]:
             name = argument.split("=")[0].replace("_", "-")
@@ -235,7 +221,7 @@ def _one_line(text: str, arguments: list[str]) -> str:
         return f"{command}: {value_missing[1]} needs a value{help_hint}"
     wrong = re.search(r"invalid choice '(.*?)' for argument '([^']+)'", message)
     if wrong:
-        choices = _choices(COMMANDS[command], wrong[2])
+        choices = _choices(commands[command].config, wrong[2])
         return f"{wrong[2]} {wrong[1]!r} is not one of {', '.join(choices)}{_nearest(wrong[1], choices)}{help_hint}"
     wrong = re.search(r"Error parsing (\S+?):", message)
     if wrong:
@@ -243,7 +229,7 @@ def _one_line(text: str, arguments: list[str]) -> str:
         kind = "whole number" if "int()" in message else "number"
         return f"{wrong[1]} {values[-1] if values else ''!r} is not a {kind}{help_hint}"
     if title.startswith("Required"):
-        field = dataclasses.fields(COMMANDS[command])
+        field = dataclasses.fields(commands[command].config)
         needed = [re.search(r"metavar=['\"](\w+)['\"]", str(f.type)) for f in field if f.default is dataclasses.MISSING]
         names = " ".join(match.group(1) for match in needed if match)
         return f"{command} needs {names}{help_hint}"
@@ -260,168 +246,3 @@ def _choices(command: type, flag: str) -> list[str]:
 def _nearest(word: str, choices: list[str]) -> str:
     found = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     return f"; did you mean {found[0]}?" if found else ""
-
-
-# -- commands ----------------------------------------------------------------------------------------
-
-
-def _quiet_libraries() -> None:
-    """Keep diffusers' own progress bars and warnings out of the command's output; errors still come through."""
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-def _train(config: TrainConfig) -> int:
-    from robustdiff.training import Interrupted, TrainingError, train
-
-    _quiet_libraries()
-    try:
-        train(config)
-    except Interrupted as stop:
-        return _fail(str(stop), stop.status)
-    except TrainingError as error:
-        return _fail(str(error), 1)
-    return 0
-
-
-def _sample(config: SampleConfig) -> int:
-    from robustdiff.sample_files import sample_to_files
-
-    _quiet_libraries()
-    message = sample_to_files(config)
-    if message:
-        print(message)
-    return 0
-
-
-def _evaluate(config: EvaluateConfig) -> int:
-    from robustdiff.evaluation.command import evaluate, summary
-
-    _quiet_libraries()
-    written = evaluate(config)
-    if written:
-        print(summary(written))
-    return 0
-
-
-def _attack(config: AttackConfig) -> int:
-    from robustdiff.evaluation.command import summary
-    from robustdiff.evaluation.robustness import attack
-    from robustdiff.stopping import Interrupted
-
-    _quiet_libraries()
-    try:
-        print(summary([attack(config)]))
-    except Interrupted as stop:
-        return _fail(str(stop), stop.status)
-    except ArithmeticError as error:
-        return _fail(f"attack failed: {error}", 1)
-    return 0
-
-
-def _report(config: ReportConfig) -> int:
-    from robustdiff.report import report
-
-    print(report(config.runs, config.output, config.title))
-    return 0
-
-
-def _audit(config: AuditConfig) -> int:
-    from robustdiff.audit import audit_images
-    from robustdiff.audit_files import check_output, write_audit
-    from robustdiff.images import load_images
-    from robustdiff.machine import free_memory
-    from robustdiff.search import search
-    from robustdiff.sources import open_source
-
-    if config.output is not None:
-        check_output(config.data, config.output, overwrite=config.overwrite)
-    extractor = None
-    if config.extractor is not None:
-        from robustdiff.evaluation.extractors import open_extractor
-        from robustdiff.evaluation.features import extract
-
-        extractor = open_extractor(config.extractor)
-    options = {"split": config.split, "config": config.dataset_config_name, "image_column": config.image_column}
-    try:
-        source = open_source(config.data, **options)
-    except UsageError as error:  # as load_images words it
-        raise UsageError(f"{config.data}: {error}") from None
-    audit = audit_images(source, data=config.data, resolution=config.resolution, memory=free_memory() // 2)
-    print(audit.text(), flush=True)
-    found = None
-    if len({record.size for record in audit.records}) > 1:
-        print("damage: not looked for, images differ in size: add --resolution N, the size you would train at")
-    elif audit.records:
-        images = audit.images
-        if images is None:
-            images = load_images(config.data, resolution=config.resolution, max_bad_fraction=1.0, **options)
-        features = None if extractor is None else extract(extractor, images, cache=None)
-        found = search(images, None if features is None else (features.extractor.name, features.values))
-        print("damage: not looked for, too few images to compare" if found is None else found.text())
-    if config.output is not None:
-        write_audit(audit, config.output, overwrite=config.overwrite, also=None if found is None else found.write)
-        print(f"{config.output}: {', '.join(sorted(path.name for path in Path(config.output).iterdir()))}")
-    return 0
-
-
-def _corrupt(config: CorruptConfig) -> int:
-    from robustdiff.config import check_corruptions
-    from robustdiff.dirty_copy import write_dirty_copy
-    from robustdiff.images import load_images
-
-    settings: dict[str, Any] = {
-        "resolution": config.resolution,
-        "max_bad_fraction": config.max_bad_fraction,
-        "max_memory": None if config.max_memory_gib is None else int(config.max_memory_gib * 2**30),
-        "split": config.split,
-        "config": config.dataset_config_name,
-        "image_column": config.image_column,
-    }
-    poison = None
-    if config.poison is None:
-        images = load_images(config.source, **settings)
-    else:
-        from robustdiff.poisoning import load_poison
-
-        _quiet_libraries()
-        images, poison = load_poison(config, **settings)
-    corruptions, target = check_corruptions(config.corrupt), Path(config.destination)
-    manifest = write_dirty_copy(images, target, corruptions, config.seed, overwrite=config.overwrite, poison=poison)
-    hit = sum(bool(image["corruptions"] or image.get("poison")) for image in manifest["images"])
-    print(f"{config.destination}: {len(images)} images, {hit} of them dirty (see manifest.json)")
-    return 0
-
-
-def _purify(config: PurifyConfig) -> int:
-    from robustdiff.purified_files import purify_to_files, summary
-
-    _quiet_libraries()
-    print(summary(purify_to_files(config), str(config.output)))
-    return 0
-
-
-def _reproduce(config: ReproduceConfig) -> int:
-    from concurrent.futures.process import BrokenProcessPool
-
-    from robustdiff.reproduce.command import RowFailed, reproduce
-    from robustdiff.stopping import Interrupted
-
-    _quiet_libraries()
-    try:
-        page = reproduce(config)
-    except Interrupted as stop:
-        return _fail(str(stop), stop.status)
-    except BrokenProcessPool:
-        return _fail(
-            "a worker process died (out of memory?): run again with fewer --workers; finished rows are kept", 1
-        )
-    except ArithmeticError as error:
-        return _fail(f"training failed: {error}; finished rows are kept", 1)
-    except RowFailed as error:
-        return _fail(f"{error}; finished rows are kept, the same command tries again", 1)
-    if page is not None:
-        print(page)
-    return 0

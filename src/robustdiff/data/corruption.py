@@ -9,13 +9,14 @@ are among those hit at ``fraction=0.9``.
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import TYPE_CHECKING
+
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.seeds import derive_seed
 
 if TYPE_CHECKING:  # the command line prints help_text() and parses specs before it pays for importing torch
     import torch
@@ -106,25 +107,6 @@ def help_text() -> str:
         lines += [f"    {name}={p.default}: {p.meaning}; {p.allowed}" for name, p in parameters.items()]
     lines.append(f"  every kind: fraction={FRACTION.default:g}: {FRACTION.meaning}; {FRACTION.allowed}")
     return "\n".join(lines)
-
-
-def derive_seed(*key: int | str) -> int:
-    """A seed in [0, 2^63) that is a pure function of ``key``, on every machine and in every process.
-
-    The first 63 bits of BLAKE2b over the key written as JSON, so that neighbouring keys give unrelated seeds and
-    ``(1, 23)`` differs from ``(12, 3)`` and from ``("1", 23)``. Torch's CPU generator uses the low 32 bits only: among
-    N keys about ``N^2 / 2^33`` pairs share their draws (0.3 pairs for 50,000 images).
-
-    Args:
-        key: Integers and strings, for example ``derive_seed("noise", seed, index)``: begin with a word for the purpose.
-
-    Raises:
-        TypeError: If a part is anything else, such as a tensor: its text need not be the same everywhere.
-    """
-    for part in key:
-        if not isinstance(part, (int, str)):
-            raise TypeError(f"derive_seed takes integers and strings, got {type(part).__name__}")
-    return int.from_bytes(hashlib.blake2b(json.dumps(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def is_hit(fraction: float, seed: int, position: int, kind: str, index: int) -> bool:
@@ -252,18 +234,6 @@ def corrupt(x0: Tensor, corruptions: Sequence[Corruption], seed: int, index: int
     return x0, tuple(hit)
 
 
-def to_uint8(x0: Tensor) -> Tensor:
-    """8-bit image of ``x0`` in [-1, 1], any shape: clipped, then rounded to the nearest of 256 levels."""
-    import torch
-
-    return ((x0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def from_uint8(image: Tensor) -> Tensor:
-    """``v / 127.5 - 1`` in float32: 0 is -1, 255 is +1. Any shape; :func:`to_uint8` undoes it exactly."""
-    return image.float() / 127.5 - 1
-
-
 # -- what each kind does -----------------------------------------------------------------------------
 
 
@@ -325,6 +295,8 @@ def _jpeg(x0: Tensor, quality: int) -> Tensor:
     import torch
     from PIL import Image
 
+    from robustdiff.utils.images import from_uint8, to_uint8
+
     if x0.shape[0] not in (1, 3):
         raise ValueError(f"corruption jpeg needs 1 or 3 channels, got {x0.shape[0]}")
     pixels = to_uint8(x0).permute(1, 2, 0).cpu().numpy()
@@ -338,3 +310,15 @@ def _jpeg(x0: Tensor, quality: int) -> Tensor:
 def _did_you_mean(word: str, names: Sequence[str] | Mapping[str, object]) -> str:
     near = difflib.get_close_matches(word, list(names), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def check_corruptions(specs: tuple[str, ...]) -> tuple[Corruption, ...]:
+    """The parsed ``--corrupt`` specs.
+
+    Raises:
+        UsageError: With the flag's name, if one cannot be parsed.
+    """
+    try:
+        return tuple(Corruption.parse(spec) for spec in specs)
+    except ValueError as error:
+        raise UsageError(f"--corrupt {error}") from None

@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from robustdiff import decoding
-from robustdiff.corruption import from_uint8
-from robustdiff.decoding import DataError, Pixels
-from robustdiff.machine import free_memory, processes_here
-from robustdiff.parallel import in_parallel
-from robustdiff.sources import Source, open_source
+from robustdiff.data import decode as decoding
+from robustdiff.data.decode import Pixels
+from robustdiff.data.decode_pool import in_parallel
+from robustdiff.data.sources.open import Source, open_source
+from robustdiff.utils.errors import DataError
+from robustdiff.utils.images import from_uint8
+from robustdiff.utils.resources import free_memory, processes_here
 
-__all__ = ["DataError", "ImageSet", "StreamedImages", "image_grid", "load_images", "save_png"]
+__all__ = ["DataError", "ImageDataset", "StreamedImages", "load_images"]
 
 # -- the noun ----------------------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ class StreamedImages:
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet:
+class ImageDataset:
     """8-bit images, and what happened on the way there.
 
     Attributes:
@@ -181,14 +181,14 @@ def load_images(
     max_bad_fraction: float = 0.01,
     max_memory: int | None = None,
     **options: str | None,
-) -> ImageSet:
+) -> ImageDataset:
     """Read a set of images.
 
     Every image is decoded once here, in parallel, whether it is then held or not: so bad ones are known before
     anything starts, and the set is the same either way.
 
     Args:
-        source: What :func:`robustdiff.sources.open_source` takes: a folder, an array file, a table, a hub id ...
+        source: What ``open_source`` takes: a folder, an array file, a table, a hub id ...
         resolution: Make every image square: the shorter side is resized to this many pixels (Lanczos, antialiased) and
             the centre is cropped. Default: leave sizes alone; they must then be equal.
         channels: 1 (grey) or 3 (RGB). Default: 1 if every readable image is grey by its mode, else 3.
@@ -196,7 +196,7 @@ def load_images(
             bad file never stops a small folder, unless this is 0. Files that are no images do not count.
         max_memory: Hold the pixels if they take at most this many bytes, stream them otherwise. Default: half of the
             memory that is free, divided by the processes of this machine.
-        options: ``split``, ``config``, ``image_column``, ``label_column`` of :func:`robustdiff.sources.open_source`.
+        options: ``split``, ``config``, ``image_column``, ``label_column`` of ``open_source``.
 
     Raises:
         DataError: In one line, if the source or an option cannot be used.
@@ -225,7 +225,7 @@ def load_images(
 
 def _load(
     asked: str, source: Source, resolution: int | None, channels: int | None, max_bad_fraction: float, max_memory: int
-) -> ImageSet:
+) -> ImageDataset:
     skipped = list(source.skipped)
     bad = [item for item in skipped if _counts_as_image(source, item[0])]
 
@@ -301,7 +301,7 @@ def _load(
         )
     names = tuple(source.names[place] for place in kept)
     classes, labels = _labels(source, names, kept)
-    return ImageSet(
+    return ImageDataset(
         asked, images, names, tuple(sorted(skipped)), dict(notes + Counter(source.notes)), classes, labels, source.what
     )
 
@@ -348,29 +348,3 @@ def _mixed_sizes(sizes: Counter[tuple[int, ...]]) -> DataError:
 
 
 # -- writing -----------------------------------------------------------------------------------------
-
-
-def save_png(image: Tensor, path: str | Path) -> None:
-    """Write one image, uint8 of shape (C, H, W) with C = 1 or 3, as PNG."""
-    pixels = np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy())
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(path, "PNG")
-
-
-def image_grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """One picture of many, with a one-pixel mid-grey line between them.
-
-    Args:
-        images: uint8, shape (N, C, H, W), N >= 1.
-        columns: Images per row. Default: about the square root of N.
-
-    Returns:
-        uint8, shape (C, rows * (H + 1) - 1, columns * (W + 1) - 1).
-    """
-    count, channels, height, width = images.shape
-    columns = columns or max(1, round(count**0.5))
-    rows = -(-count // columns)
-    grid = torch.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 128, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * (height + 1), i % columns * (width + 1)
-        grid[:, top : top + height, left : left + width] = image
-    return grid

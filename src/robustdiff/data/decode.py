@@ -18,8 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from robustdiff.config import UsageError
-
 NOT_DECODED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 """Pillow formats left out: EPS starts an external interpreter, the others have no decoder of their own."""
 EXIF_ORIENTATION = 0x0112
@@ -45,10 +43,6 @@ T = TypeVar("T")
 Pixels = NDArray[np.uint8]
 Item: TypeAlias = "Path | bytes | Pixels"
 """What a source hands out: a file, an encoded image, or pixels of shape (H, W, C) with C = 1 or 3."""
-
-
-class DataError(UsageError):
-    """The user's data cannot be used; one line that says why and what to do."""
 
 
 def guarded(work: Callable[[Image.Image], T], read: Callable[[int], Item], index: int) -> tuple[T | None, str]:

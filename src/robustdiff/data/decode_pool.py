@@ -14,10 +14,10 @@ from PIL import Image
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from robustdiff import decoding
-from robustdiff.decoding import Pixels
-from robustdiff.machine import cores, rank
-from robustdiff.sources import Source
+from robustdiff.data import decode
+from robustdiff.data.decode import Pixels
+from robustdiff.data.sources.open import Source
+from robustdiff.utils.resources import cores, rank
 
 CHUNK = 256
 """Images decoded at a time: bounds what waits in memory beside the array that is being filled."""
@@ -70,7 +70,7 @@ def decode_all(
     """
 
     def worked(image: Image.Image) -> tuple[T, bool, list[str]]:
-        pixels, grey, remarks = decoding.decode(image, channels=channels, resolution=resolution, crop=source.crop)
+        pixels, grey, remarks = decode.decode(image, channels=channels, resolution=resolution, crop=source.crop)
         return work(pixels), grey, remarks
 
     for place, (done, reason) in in_parallel(source, worked, indices, what):
@@ -92,7 +92,7 @@ def in_parallel(
     with warnings.catch_warnings(), limits, threads as pool:
         # Pillow's bomb warning is replaced by the check in decoding.guarded; its remarks on metadata concern nobody.
         warnings.filterwarnings("ignore", module="PIL")
-        one = partial(decoding.guarded, work, source.read)
+        one = partial(decode.guarded, work, source.read)
         starts = range(0, len(places), CHUNK)
         results = (result for start in starts for result in pool.map(one, places[start : start + CHUNK]))
         yield from zip(places, progress_bar(results, len(places), what), strict=True)

@@ -13,16 +13,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from robustdiff import durable
-from robustdiff.corruption import Corruption, corrupt, to_uint8
-from robustdiff.images import DataError, ImageSet, save_png
-from robustdiff.parallel import progress_bar
+from robustdiff.data.corruption import Corruption, corrupt
+from robustdiff.data.dataset import DataError, ImageDataset
+from robustdiff.data.decode_pool import progress_bar
+from robustdiff.utils import atomic_io
+from robustdiff.utils.images import save_png, to_uint8
 
 MANIFEST_FORMAT = "robustdiff dirty copy 1"
 
 
 class Poison(Protocol):
-    """Dirt that needs a model and a batch, applied last: :class:`robustdiff.poisoning.Poison`."""
+    """Dirt that needs a model and a batch, applied last: :class:`robustdiff.attacks.poisoning.Poison`."""
 
     @property
     def batch_size(self) -> int:
@@ -43,7 +44,7 @@ class Poison(Protocol):
 
 
 def write_dirty_copy(
-    images: ImageSet,
+    images: ImageDataset,
     destination: str | Path,
     corruptions: Sequence[Corruption],
     seed: int,
@@ -133,7 +134,7 @@ def write_copy(folder: Path, manifest: Mapping[str, Any], pictures: Iterable[Ten
             path.parent.mkdir(parents=True, exist_ok=True)
             save_png(picture, path)
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        durable.replace_folder(unfinished, folder)
+        atomic_io.replace_folder(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

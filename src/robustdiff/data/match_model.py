@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from robustdiff.config import MAX_SEED, UsageError
-from robustdiff.corruption import derive_seed
-from robustdiff.images import ImageSet, load_images
-from robustdiff.sample_files import class_names
+from robustdiff.data.dataset import ImageDataset, load_images
+from robustdiff.diffusion.pipeline import size_of
+from robustdiff.diffusion.sample_files import class_names
+from robustdiff.utils.errors import UsageError
 
 
-def size_of(pipeline: Any) -> tuple[int, int, int]:  # noqa: ANN401 - pipelines share no typed base with a network
-    """(C, H, W) of the images that a pipeline takes."""
-    side = pipeline.unet.config["sample_size"]
-    height, width = (side, side) if isinstance(side, int) else side
-    return int(pipeline.unet.config["in_channels"]), int(height), int(width)
-
-
-def load_fitting(data: str, pipeline: Any, model: str, resolution: int | None = None, **settings: Any) -> ImageSet:  # noqa: ANN401
+def load_fitting(data: str, pipeline: Any, model: str, resolution: int | None = None, **settings: Any) -> ImageDataset:  # noqa: ANN401
     """Read images that fit a pipeline, in its channels.
 
     Args:
-        data: As :func:`robustdiff.images.load_images` takes it.
+        data: As :func:`robustdiff.data.dataset.load_images` takes it.
         pipeline: Anything with a ``unet`` (``UNet2DModel``).
         model: What messages call it.
         resolution: Side in pixels to bring images to; None leaves them as they are, and they must fit.
-        settings: Passed on to :func:`robustdiff.images.load_images`.
+        settings: Passed on to :func:`robustdiff.data.dataset.load_images`.
 
     Raises:
         UsageError: One line, if they do not fit; DataError if they cannot be read.
@@ -50,7 +42,7 @@ def _remedy(height: int, width: int) -> str:
     return f"use --resolution {height}" if height == width else f"give images of {width} x {height}"
 
 
-def labels_for(images: ImageSet, pipeline: Any, model: str) -> Tensor | None:  # noqa: ANN401
+def labels_for(images: ImageDataset, pipeline: Any, model: str) -> Tensor | None:  # noqa: ANN401
     """The class of each image as the pipeline numbers it, int64, shape (N,); None if it knows no classes.
 
     By name where the pipeline is a run folder that names its classes, else by number: the images' own where their
@@ -82,8 +74,3 @@ def labels_for(images: ImageSet, pipeline: Any, model: str) -> Tensor | None:  #
     if largest >= count:
         raise UsageError(f"{images.source} has a class number {largest}, {model} has 0 .. {count - 1}: name another")
     return labels
-
-
-def place_generators(what: str, seed: int, places: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per image: a function of the purpose, the seed and the image's place in its set."""
-    return [torch.Generator().manual_seed(derive_seed(what, seed, place) & MAX_SEED) for place in places]

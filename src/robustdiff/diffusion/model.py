@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdiff.process import to_device
+from robustdiff.utils.tensors import to_device
 
 Model = Callable[..., Any]
 """``model(x_t, t, **kwargs)`` returning a tensor, or an object with ``.sample``, of the shape of ``x_t``."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -24,12 +25,14 @@ from diffusers import (
 )
 from torch import Tensor
 
-from robustdiff import durable
-from robustdiff.calling import Model, call_model
-from robustdiff.config import UsageError
-from robustdiff.networks import check_config, check_plausible, check_types
-from robustdiff.process import NoiseProcess, draw_normal, expand_to
-from robustdiff.trajectory import Trajectory
+from robustdiff.diffusion.model import Model, call_model
+from robustdiff.diffusion.networks import check_config, check_plausible, check_types
+from robustdiff.diffusion.samplers import DifferentiableSampler
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.diffusion.sigma_floor import SigmaClampedModel
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.random import draw_normal, image_generators
 
 SCHEDULERS = {
     "ddim": DDIMScheduler,
@@ -59,51 +62,6 @@ class SamplerStep:
 
 StepCallback = Callable[[SamplerStep], Tensor | None]
 """May return a new state, which the step then starts from."""
-
-
-@dataclass(frozen=True)
-class RelabelledModel:
-    """A model queried at a larger noise level than the state has; no training, any pipeline.
-
-    At noise level ``c = sigma/alpha`` the wrapped model is asked for the clean image at
-    ``max(relabel * c, label_floor)``, with the state rescaled to the signal scale of that level, and the answer is
-    expressed as the prediction the sampler expects.
-
-    Args:
-        model: ``callable(x_t, t, **kwargs)``.
-        process: Its noise process.
-        relabel: Factor >= 1 on the noise level. In a linear-Gaussian world ``sqrt(1 + m)`` gives exactly what the
-            equivariance regulariser of strength m gives.
-        label_floor: Least noise level sigma/alpha to query at, >= 0: details finer than this are not asked for.
-
-    Raises:
-        ValueError: If a setting is out of range.
-
-    The level is rounded to the nearest timestep, and clamped to the noisiest one.
-    """
-
-    model: Model
-    process: NoiseProcess
-    relabel: float = 1.0
-    label_floor: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if not (self.relabel >= 1 and self.label_floor >= 0):
-            raise ValueError(f"need relabel >= 1 and label_floor >= 0, got {self.relabel} and {self.label_floor}")
-
-    def __call__(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> Tensor:  # noqa: ANN401 - passed through
-        """The prediction for state ``x_t``, (B, ...), at timesteps ``t``, (B,) or ()."""
-        t = t.to(x_t.device).round().long().reshape(-1).expand(x_t.shape[0])
-        level = self.process.noise_to_signal(t)
-        wanted = (self.relabel * level).clamp(min=self.label_floor)
-        changed = wanted > level
-        asked = torch.where(changed, self.process.timestep_at(wanted), t)
-        rescale = torch.where(changed, self.process.alpha(asked) / self.process.alpha(t), torch.ones_like(level))
-        state = x_t * expand_to(rescale.to(x_t.dtype), x_t)
-        output = call_model(self.model, state, asked, kwargs)
-        answer = self.process.output_from_x0(self.process.x0_hat(output, state, asked), x_t, t)
-        return torch.where(expand_to(asked != t, x_t), answer, output)
 
 
 def load_pipeline(source: str | Path) -> DiffusionPipeline:
@@ -140,12 +98,12 @@ def load_pipeline(source: str | Path) -> DiffusionPipeline:
         raise UsageError(f"{source} is conditional on something else than class numbers: only those work")
     try:
         check_types(type(pipeline.scheduler), pipeline.scheduler.config)
-        NoiseProcess.from_scheduler(pipeline.scheduler)
+        NoiseSchedule.from_scheduler(pipeline.scheduler)
         if any(parameter.is_meta for parameter in unet.parameters()):
             raise ValueError("some weights are missing")
         check_config(unet.config)
     except Exception as error:
-        raise UsageError(f"{source} cannot be used: {durable.one_line(error)}") from error
+        raise UsageError(f"{source} cannot be used: {atomic_io.one_line(error)}") from error
     return pipeline
 
 
@@ -155,7 +113,7 @@ def _check_folder(folder: Path) -> None:
     Raises:
         ValueError: With what is wrong; OSError or RecursionError if a file cannot be read.
     """
-    for name, part in durable.read_json(folder / "model_index.json").items():
+    for name, part in atomic_io.read_json(folder / "model_index.json").items():
         if name.startswith("_") or not isinstance(part, list) or part == [None, None]:
             continue
         if len(part) != 2 or part[0] not in ("diffusers", "transformers"):
@@ -164,7 +122,7 @@ def _check_folder(folder: Path) -> None:
             raise ValueError(f"there is no folder {name!r:.40}")
     unet, scheduler = folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json"
     if unet.is_file():
-        check_plausible(durable.read_json(unet))
+        check_plausible(atomic_io.read_json(unet))
     if scheduler.is_file():
         # of the rest, betas may be many, and a bound may be -Infinity
         check_plausible({"num_train_timesteps": json.loads(scheduler.read_bytes()).get("num_train_timesteps")})
@@ -203,7 +161,7 @@ def trajectory_of(
     scheduler: str = "ddim",
     steps: int = 50,
     timesteps: Sequence[int] | None = None,
-) -> Trajectory:
+) -> DifferentiableSampler:
     """The sampler that :func:`sample` runs, as a differentiable function; the tests hold both equal.
 
     Args:
@@ -224,9 +182,9 @@ def trajectory_of(
     variance = config.get("variance_type", "fixed_small") if scheduler == "ddpm" else "fixed_small"
     if variance not in ("fixed_small", "fixed_large"):
         raise UsageError(f"the scheduler's variance_type {variance!r} is not supported here: use --scheduler ddim")
-    return Trajectory.of(
+    return DifferentiableSampler.of(
         pipeline.unet,
-        NoiseProcess.from_scheduler(pipeline.scheduler),
+        NoiseSchedule.from_scheduler(pipeline.scheduler),
         "ddim" if scheduler == "ddim" else "ddpm",
         [int(t) for t in (stock.timesteps if timesteps is None else timesteps)],
         final_alpha_bar=float(getattr(stock, "final_alpha_cumprod", 1.0)),
@@ -239,11 +197,6 @@ def trajectory_of(
 def largest_divisor(total: int, at_most: int) -> int:
     """The largest divisor of ``total`` that is not above ``at_most`` >= 1: a step count without mis-steps."""
     return max(d for d in range(1, min(at_most, total) + 1) if total % d == 0)
-
-
-def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
-    """One CPU generator per image, seeded with ``seed + index``."""
-    return [torch.Generator().manual_seed(seed + index) for index in indices]
 
 
 @torch.no_grad()
@@ -271,8 +224,8 @@ def sample(
         scheduler: One of :data:`SCHEDULERS`.
         steps: Network calls per image.
         batch_size: Images per call; does not change the images beyond rounding.
-        relabel: See :class:`RelabelledModel`.
-        label_floor: See :class:`RelabelledModel`.
+        relabel: See :class:`SigmaClampedModel`.
+        label_floor: See :class:`SigmaClampedModel`.
         class_labels: Class of each image, for class-conditional networks.
         callback: Called before each network call.
         progress: Called with the number of images of each finished batch.
@@ -293,7 +246,7 @@ def sample(
         raise ValueError(f"got {len(class_labels)} class_labels for {len(indices)} images")
     model: Model = unet
     if relabel != 1.0 or label_floor > 0:
-        model = RelabelledModel(unet, NoiseProcess.from_scheduler(pipeline.scheduler), relabel, label_floor)
+        model = SigmaClampedModel(unet, NoiseSchedule.from_scheduler(pipeline.scheduler), relabel, label_floor)
     device, dtype = unet.device, unet.dtype
     size = unet.config.sample_size
     shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
@@ -333,3 +286,31 @@ def to_uint8(images: Tensor) -> Tensor:
 def without_accelerator() -> bool:
     """Whether to run on the CPU: only if told so does accelerate join the processes of a launcher there."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def size_of(pipeline: Any) -> tuple[int, int, int]:  # noqa: ANN401 - pipelines share no typed base with a network
+    """(C, H, W) of the images that a pipeline takes."""
+    side = pipeline.unet.config["sample_size"]
+    height, width = (side, side) if isinstance(side, int) else side
+    return int(pipeline.unet.config["in_channels"]), int(height), int(width)
+
+
+def save_pipeline(folder: Path, pipeline: DiffusionPipeline) -> None:
+    """Write a pipeline into ``folder`` beside what is there; written aside first, then moved into place."""
+    staging = folder / ".pipeline.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    pipeline.save_pretrained(staging, safe_serialization=True)
+    for path in (staging, *staging.rglob("*")):
+        if path.is_dir():
+            atomic_io.fsync_folder(path)
+        else:
+            path.chmod(folder.stat().st_mode & 0o666)  # safetensors' own mode shuts other users out
+            atomic_io.fsync_file(path)
+    # The index comes last, when all that it names is there.
+    for part in sorted(staging.iterdir(), key=lambda path: path.name == "model_index.json"):
+        if part.is_dir():
+            atomic_io.replace_folder(part, folder / part.name)
+        else:
+            part.replace(folder / part.name)
+    atomic_io.remove(staging)  # on NFS an old file that somebody reads stays for a while
+    atomic_io.fsync_folder(folder)

@@ -17,11 +17,18 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from robustdiff import durable
-from robustdiff.config import SampleConfig, UsageError
-from robustdiff.images import image_grid, save_png
-from robustdiff.machine import check_launcher
-from robustdiff.sampling import load_pipeline, make_scheduler, sample, to_uint8, without_accelerator
+from robustdiff.diffusion.config import SampleConfig
+from robustdiff.diffusion.pipeline import (
+    load_pipeline,
+    make_scheduler,
+    sample,
+    to_uint8,
+    without_accelerator,
+)
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.images import image_grid, save_png
+from robustdiff.utils.resources import check_launcher
 
 
 def sample_to_files(config: SampleConfig) -> str:
@@ -44,22 +51,22 @@ def sample_to_files(config: SampleConfig) -> str:
         return ""
     archive = output.suffix == ".npz"
     staging = output.with_name(f".{output.name}.tmp" + (".npz" if archive else ""))
-    durable.remove(staging)
+    atomic_io.remove(staging)
     try:
         if archive:
             output.parent.mkdir(parents=True, exist_ok=True)
             arrays = {"images": everything.permute(0, 2, 3, 1).numpy()}
             np.savez(staging, **(arrays if labels is None else {**arrays, "labels": np.array(labels)}))
-            durable.fsync_file(staging)
+            atomic_io.fsync_file(staging)
             staging.replace(output)
             return f"{output}: {config.n} images, uint8, (N, H, W, C)"
         staging.mkdir(parents=True)
         for i, image in enumerate(everything):
             save_png(image, staging / f"{i:06d}.png")
         save_png(image_grid(everything[:256]), staging / "grid.png")
-        durable.replace_folder(staging, output)
+        atomic_io.replace_folder(staging, output)
     finally:  # half of it helps nobody, and a full disk needs the room
-        durable.remove(staging)
+        atomic_io.remove(staging)
     return f"{output}: {config.n} images and grid.png"
 
 
@@ -114,7 +121,7 @@ def _output_path(config: SampleConfig) -> Path:
         occupied = output.is_file() or (output.is_dir() and any(output.iterdir()))
     if occupied and not config.overwrite:
         raise UsageError(f"--output {output} exists: name another, or add --overwrite")
-    if there := durable.read_only(output.parent):  # where it is made ready
+    if there := atomic_io.read_only(output.parent):  # where it is made ready
         raise UsageError(f"--output {output}: {there} is read-only: name another place")
     if output.is_dir() and os.path.ismount(output):
         raise UsageError(f"--output {output} is where a disk is mounted: name a folder in it")

@@ -4,7 +4,7 @@
 numbers, so that gradients flow through all of them in bounded memory, and the noise of every step is an argument. The
 tests hold both equal, and ``robustdiff attack`` replays what it finds in the stock sampler.
 
-Torch only: it works on any ``callable(x_t, t)`` with a :class:`~robustdiff.process.NoiseProcess`.
+Torch only: it works on any ``callable(x_t, t)`` with a :class:`~robustdiff.diffusion.schedule.NoiseSchedule`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from robustdiff.calling import Model, call_model
-from robustdiff.process import Generators, NoiseProcess, draw_normal
+from robustdiff.diffusion.model import Model, call_model
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.utils.random import Generators, draw_normal
 
 Sampler = Literal["ddim", "ddpm"]
 
@@ -46,7 +47,7 @@ class StepCoefficients:
     noise: float
 
 
-def ddim_step(process: NoiseProcess, t: int, previous: int, final_alpha_bar: float = 1.0) -> StepCoefficients:
+def ddim_step(process: NoiseSchedule, t: int, previous: int, final_alpha_bar: float = 1.0) -> StepCoefficients:
     """The deterministic step from ``t`` to ``previous`` (below 0: to the image itself).
 
     Source: Song et al. (2021, DDIM), Eq. 12 with eta = 0; diffusers' ``DDIMScheduler``.
@@ -55,7 +56,7 @@ def ddim_step(process: NoiseProcess, t: int, previous: int, final_alpha_bar: flo
     return StepCoefficients(t, after**0.5, (1 - after) ** 0.5, 0.0, 0.0)
 
 
-def ddpm_step(process: NoiseProcess, t: int, previous: int, large_variance: bool = False) -> StepCoefficients:
+def ddpm_step(process: NoiseSchedule, t: int, previous: int, large_variance: bool = False) -> StepCoefficients:
     """The ancestral step from ``t`` to ``previous``, for any stride.
 
     Args:
@@ -100,7 +101,7 @@ def frozen(models: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class Trajectory:
+class DifferentiableSampler:
     """A sampler, from its start to the image, in which every state can be pushed.
 
     Args:
@@ -113,7 +114,7 @@ class Trajectory:
     """
 
     model: Model
-    process: NoiseProcess
+    process: NoiseSchedule
     steps: Sequence[StepCoefficients]
     clip: float | None = None
     clamp: bool = False
@@ -123,14 +124,14 @@ class Trajectory:
     def of(
         cls,
         model: Model,
-        process: NoiseProcess,
+        process: NoiseSchedule,
         sampler: Sampler = "ddim",
         timesteps: Sequence[int] | int = 50,
         *,
         final_alpha_bar: float = 1.0,
         large_variance: bool = False,
         **settings: Any,  # noqa: ANN401 - the other fields
-    ) -> Trajectory:
+    ) -> DifferentiableSampler:
         """A sampler by name.
 
         Args:
@@ -175,7 +176,7 @@ class Trajectory:
             model = getattr(model, "model", None)
         return [] if model is None else [model]
 
-    def part(self, rows: slice) -> Trajectory:
+    def part(self, rows: slice) -> DifferentiableSampler:
         """The same sampler for some images of the batch."""
         kwargs = {k: v[rows] if isinstance(v, Tensor) else v for k, v in self.kwargs.items()}
         return dataclasses.replace(self, kwargs=kwargs)

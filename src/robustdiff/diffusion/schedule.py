@@ -6,62 +6,21 @@ Notation (used in the whole package): ``x_t = alpha(t) * x0 + sigma(t) * eps`` w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from robustdiff.utils.random import Generators, check_generators, draw_uniform
+from robustdiff.utils.tensors import expand_to, to_device
+
 Prediction = Literal["epsilon", "sample", "v_prediction"]
-Generators = torch.Generator | Sequence[torch.Generator] | None
-"""One generator for a batch, one per image (then no image depends on its neighbours), or torch's own."""
-
-
-def expand_to(values: Tensor, x: Tensor) -> Tensor:
-    """Reshape per-image ``values``, shape (B,), so that they broadcast against ``x``, shape (B, ...)."""
-    return values.reshape(values.shape[:1] + (1,) * (x.ndim - 1))
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on ``device``. From the CPU the host does not wait; back to it, it must."""
-    return x.to(device, non_blocking=x.device.type == "cpu")
-
-
-def check_generators(generator: Generators, count: int) -> None:
-    """Refuse a sequence of generators that is not one per image.
-
-    Raises:
-        ValueError: If there are not ``count`` of them.
-    """
-    if isinstance(generator, Sequence) and len(generator) != count:
-        raise ValueError(f"got {len(generator)} generators for a batch of {count}: pass one, or one per image")
-
-
-def _draw(function: Callable[..., Tensor], shape: tuple[int, ...], generator: Generators, like: Tensor) -> Tensor:
-    """Draw on the generators' own device, then move: a CPU generator gives the same numbers on any device."""
-    if generator is None or isinstance(generator, torch.Generator):
-        device = like.device if generator is None else generator.device
-        return to_device(function(shape, generator=generator, device=device, dtype=like.dtype), like.device)
-    check_generators(generator, shape[0])
-    rows = [function(shape[1:], generator=g, device=g.device, dtype=like.dtype) for g in generator]
-    if not rows:
-        return torch.empty(shape, device=like.device, dtype=like.dtype)
-    return to_device(torch.stack(rows), like.device)
-
-
-def draw_normal(like: Tensor, generator: Generators = None) -> Tensor:
-    """Standard normal numbers of the shape, device and dtype of ``like``, shape (B, ...)."""
-    return _draw(torch.randn, tuple(like.shape), generator, like)
-
-
-def draw_uniform(like: Tensor, generator: Generators = None) -> Tensor:
-    """Uniform [0, 1) numbers of the shape, device and dtype of ``like``, shape (B, ...)."""
-    return _draw(torch.rand, tuple(like.shape), generator, like)
 
 
 @dataclass(frozen=True, eq=False)
-class NoiseProcess:
+class NoiseSchedule:
     """A discrete variance-preserving process and what the network predicts in it.
 
     Args:
@@ -90,7 +49,7 @@ class NoiseProcess:
             )
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any) -> NoiseProcess:  # noqa: ANN401 - any scheduler, diffusers is not imported here
+    def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:  # noqa: ANN401 - any scheduler, diffusers is not imported here
         """The process of a diffusers scheduler of the DDPM family (DDPM, DDIM, DPM-Solver, Euler, UniPC ...).
 
         Args:

@@ -1,1 +1,5 @@
-"""What generated images are worth: quality, memorisation, few-step sampling; one JSON per result."""
+"""Features, distances, neighbours, copies: whether generated images are any good."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robustdiff.durable import fsync_file
 from robustdiff.evaluation.features import Images
-from robustdiff.images import image_grid, save_png
+from robustdiff.utils.atomic_io import fsync_file
+from robustdiff.utils.images import image_grid, save_png
 
 NEAREST = 4
 """Real images shown beside each generated one."""

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robustdiff.config import UsageError
-from robustdiff.corruption import from_uint8
 from robustdiff.evaluation.extractors import Extractor, reason_of
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.images import from_uint8
 
 CLOSE = 1e-2
 """Largest relative difference from the features of the same images in 8 bit."""

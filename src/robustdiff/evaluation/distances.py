@@ -14,8 +14,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from robustdiff.linear import frechet_floor
-
 Interval = tuple[float, float]
 """Lower and upper end, 95 %."""
 NORMAL_95 = 1.959963984540054
@@ -23,7 +21,7 @@ NORMAL_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
-class Value:
+class MetricValue:
     """One number with what it needs to be believed.
 
     Args:
@@ -134,7 +132,7 @@ def frechet_gaussians(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tens
 def frechet_bias(features_real: Tensor, n: int, m: int) -> float:
     """Expected Frechet distance between n and m draws of one Gaussian with the covariance of ``features_real``.
 
-    The sum of two :func:`robustdiff.linear.frechet_floor`, to leading order in 1/n and 1/m: good where n and m are
+    The sum of two :func:`frechet_floor`, to leading order in 1/n and 1/m: good where n and m are
     several times the number of directions that carry variance, too low below that. Print it beside a measured floor,
     not in its stead.
 
@@ -288,3 +286,35 @@ def half_sampled(
             lower, upper = min(lower, least), min(max(upper, most), 1.0)
         found[name] = (lower, upper)
     return found
+
+
+def frechet_floor(v: Tensor, n: int) -> float:
+    """Expected Frechet distance between a Gaussian and n samples of it, to leading order in 1/n.
+
+    ``tr(Sigma) / n + 1/2 sum_ij v_i v_j (1 + [i = j]) / ((n - 1) (v_i + v_j))``; the first term is due to the mean.
+
+    Args:
+        v: Eigenvalues of the covariance, >= 0, shape (d,); zeros add nothing.
+        n: Samples; the formula is good where n is several times d.
+
+    Source: derived for this project; docs/theory.md T11.
+    """
+    v = torch.as_tensor(v, dtype=torch.float64)
+    pairs = v[:, None] * v / (v[:, None] + v).clamp(min=torch.finfo(torch.float64).tiny)
+    return float(v.sum() / n + (pairs.sum() + pairs.diagonal().sum()) / (2 * (n - 1)))
+
+
+ROWS = 1024
+"""Rows of a kernel matrix at a time."""
+
+
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    """``(x . y / d + 1)^3`` of every pair, shape (n, m)."""
+    return (a @ b.T / a.shape[1] + 1).pow(3)
+
+
+def _within(rows: Tensor) -> Tensor:
+    """Mean of the kernel over pairs of different rows, shape ()."""
+    total = torch.stack([_kernel(part, rows).sum() for part in torch.split(rows, ROWS)]).sum()
+    alone = (rows.square().sum(1) / rows.shape[1] + 1).pow(3).sum()
+    return (total - alone) / (len(rows) * (len(rows) - 1))

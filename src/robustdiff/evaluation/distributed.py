@@ -11,10 +11,17 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 
-from robustdiff.config import UsageError
+from robustdiff.data.dataset import ImageDataset
 from robustdiff.evaluation.extractors import Extractor
-from robustdiff.evaluation.features import Features, Images, compute, extract, rows_of, shelf_of
-from robustdiff.images import ImageSet
+from robustdiff.evaluation.features import (
+    Features,
+    Images,
+    compute,
+    extract,
+    rows_of,
+    shelf_of,
+)
+from robustdiff.utils.errors import UsageError
 
 SENT = 64 * 2**20
 """Bytes of images that go from process to process at a time."""
@@ -41,7 +48,7 @@ def share(images: Tensor | None) -> Tensor:
 
 def extract_together(
     extractor: Extractor,
-    images: Images | ImageSet,
+    images: Images | ImageDataset,
     what: str,
     *,
     batch_size: int,

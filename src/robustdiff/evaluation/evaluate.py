@@ -15,13 +15,14 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from robustdiff import durable
-from robustdiff.config import EvaluateConfig
-from robustdiff.evaluation import few_step, sheets
-from robustdiff.evaluation.card import fill_card
+from robustdiff.data.dataset import ImageDataset
+from robustdiff.diffusion.pipeline import without_accelerator
+from robustdiff.evaluation import contact_sheets, few_step
+from robustdiff.evaluation.config import EvaluateConfig
+from robustdiff.evaluation.distributed import extract_together, release
 from robustdiff.evaluation.extractors import Extractor, open_extractor
 from robustdiff.evaluation.features import Features, default_cache
-from robustdiff.evaluation.gathering import (
+from robustdiff.evaluation.inputs import (
     Generated,
     digest,
     left_out,
@@ -31,14 +32,13 @@ from robustdiff.evaluation.gathering import (
     open_generated,
     output_folder,
 )
-from robustdiff.evaluation.judging import Quality, judge
 from robustdiff.evaluation.memorisation import memorisation
+from robustdiff.evaluation.metrics import Quality, judge
+from robustdiff.evaluation.model_card import fill_card
 from robustdiff.evaluation.neighbours import k_nearest
-from robustdiff.evaluation.results import write_result
-from robustdiff.evaluation.together import extract_together, release
-from robustdiff.images import ImageSet
-from robustdiff.machine import check_launcher
-from robustdiff.sampling import without_accelerator
+from robustdiff.evaluation.result_file import write_result
+from robustdiff.utils import atomic_io
+from robustdiff.utils.resources import check_launcher
 
 RESHAPED = ("reduced", "enlarged", "cropped to a square", "colour reduced to grey", "grey expanded to RGB")
 """Conversions of ``images.py`` that change what is compared."""
@@ -74,7 +74,7 @@ def evaluate(config: EvaluateConfig) -> list[Path]:
     if not PartialState().is_main_process:
         return []
     if training is not None:
-        sheets.overview(training.images, folder / "training.png")
+        contact_sheets.overview(training.images, folder / "training.png")
     written = [path for found in features if found is not None for path in evaluation.run(found)]
     if folder.name == "evaluation":  # with --output elsewhere there is no card beside it
         fill_card(folder.parent)
@@ -102,9 +102,9 @@ class _Evaluation:
     config: EvaluateConfig
     folder: Path
     generated: Generated
-    real: ImageSet
-    held_out: ImageSet | None
-    training: ImageSet | None
+    real: ImageDataset
+    held_out: ImageDataset | None
+    training: ImageDataset | None
     missing: str | None
 
     def extract(self, extractor: Extractor) -> _Extracted | None:
@@ -113,7 +113,7 @@ class _Evaluation:
         if self.config.cache != "none":
             cache = Path(self.config.cache).expanduser() if self.config.cache else default_cache()
 
-        def features(images: Tensor | ImageSet, what: str) -> Features | None:
+        def features(images: Tensor | ImageDataset, what: str) -> Features | None:
             with bar(extractor.name, len(images), "image") as tell:
                 size = self.config.batch_size
                 return extract_together(extractor, images, what, batch_size=size, cache=cache, progress=tell)
@@ -144,10 +144,12 @@ class _Evaluation:
         values = {value.name: value.to_json() for value in quality.values}
         warnings = [*quality.warnings, *self._conversions(), *([self.missing] if self.missing else [])]
         path = self._path("quality", extractor, protocol)
-        _, nearest = k_nearest(fake.values[: sheets.ROWS], real.values, min(sheets.NEAREST, len(real.values)))
+        _, nearest = k_nearest(
+            fake.values[: contact_sheets.ROWS], real.values, min(contact_sheets.NEAREST, len(real.values))
+        )
         sheet = path.with_name(f"{path.stem}-nearest.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheets.nearest_sheet(self.generated.images, self.real.images, nearest, sheet)
+        contact_sheets.nearest_sheet(self.generated.images, self.real.images, nearest, sheet)
         body = {"values": values, "details": {}, "sheets": {"nearest": sheet.name}, "warnings": warnings}
         return self._write(path, "quality", protocol, body, started)
 
@@ -191,7 +193,7 @@ class _Evaluation:
         path = self._path("memorisation", extractor, protocol)
         sheet = path.with_name(f"{path.stem}-pairs.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheets.pairs_sheet(self.generated.images, self.training.images, found.pairs, sheet)
+        contact_sheets.pairs_sheet(self.generated.images, self.training.images, found.pairs, sheet)
         body = {**found.to_json(list(self.training.names)), "sheets": {"pairs": sheet.name}, "warnings": warnings}
         return self._write(path, "memorisation", protocol, body, started)
 
@@ -256,7 +258,7 @@ def summary(paths: Sequence[Path]) -> str:
     """What the command prints: every value beside its floor, and the warnings once."""
     lines, warnings = [], {}
     for path in paths:
-        result = durable.read_json(path)
+        result = atomic_io.read_json(path)
         lines.append(f"{path}:")
         for name, value in result["values"].items():
             shown = "-" if value["value"] is None else f"{value['value']:.5g}"
@@ -292,7 +294,7 @@ def describe(extractor: Extractor, features: Features | None) -> dict[str, Any]:
     }
 
 
-def account(images: ImageSet, split: str | None) -> dict[str, Any]:
+def account(images: ImageDataset, split: str | None) -> dict[str, Any]:
     """``reference`` of a protocol, and its like."""
     return {
         "source": name_of(images.source),

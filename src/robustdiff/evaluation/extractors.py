@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from robustdiff import durable
-from robustdiff.config import UsageError
-from robustdiff.corruption import from_uint8
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.images import from_uint8
 
 Kind = Literal["pixels", "torchscript", "inception", "transformers"]
 TORCHSCRIPT = (".pt", ".pts", ".ts", ".torchscript")
@@ -114,7 +114,7 @@ def _read(spec: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        reason = durable.one_line(error)
+        reason = atomic_io.one_line(error)
         raise UsageError(f"--extractor {spec}: cannot read {path}: {reason}; name the file of an extractor") from None
 
 
@@ -184,7 +184,7 @@ def _inception(spec: str, device: torch.device) -> Extractor:
     try:
         network = library.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=checked)
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = durable.one_line(error)
+        reason = atomic_io.one_line(error)
         raise UsageError(
             f"--extractor {spec}: {path} is not the weights of torch-fidelity's Inception-v3: {reason}"
         ) from None
@@ -228,7 +228,7 @@ def _transformers(spec: str, folder: Path, device: torch.device) -> Extractor:
                 output_loading_info=True,
             )
     except Exception as error:  # as many kinds as there are architectures
-        raise UsageError(f"--extractor {spec} cannot be loaded: {durable.one_line(error)}") from None
+        raise UsageError(f"--extractor {spec} cannot be loaded: {atomic_io.one_line(error)}") from None
     # Missing weights are drawn at random: a classifier's file has no pooler; anything else missing is a broken file.
     missing = sorted(about["missing_keys"])
     if strange := [key for key in missing if "pooler" not in key]:
@@ -263,13 +263,13 @@ def _transformers(spec: str, folder: Path, device: torch.device) -> Extractor:
     return Extractor(
         folder.resolve().name,
         "transformers",
-        durable.sha256(folder / "model.safetensors"),
+        atomic_io.sha256(folder / "model.safetensors"),
         _in_parts(features),
         f"bicubic, antialiased, to {height} x {width}, without a crop",
         {
             "channels": GREY,
             "architecture": type(network).__name__,
-            "config_sha256": durable.sha256(folder / "config.json"),
+            "config_sha256": atomic_io.sha256(folder / "config.json"),
             "pooling": "pooler_output" if pooled else f"mean of last_hidden_state without the first {skip} tokens",
             **settings,
         },
@@ -286,7 +286,7 @@ def _patches(network: nn.Module, height: int, width: int) -> int:
 def _preprocessing(spec: str, path: Path) -> dict[str, Any]:
     """Size, mean, standard deviation and scale that the model was trained with."""
     try:
-        found = durable.read_json(path)
+        found = atomic_io.read_json(path)
         size: Any = found.get("crop_size" if found.get("do_center_crop") else "size", found.get("size"))
         if isinstance(size, dict):
             size = [size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))]
@@ -299,7 +299,7 @@ def _preprocessing(spec: str, path: Path) -> dict[str, Any]:
         if not (good and all(map(math.isfinite, [*mean, *std, scale]))):
             raise ValueError(f"size {size}, mean {mean}, std {std}, scale {scale}")
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else durable.one_line(error)
+        reason = f"no {error}" if isinstance(error, KeyError) else atomic_io.one_line(error)
         raise UsageError(f"--extractor {spec}: cannot use {path.name}: {reason}") from None
     return {"size": [int(height), int(width)], "mean": mean, "std": std, "rescale": scale}
 

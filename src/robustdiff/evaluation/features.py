@@ -22,11 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from robustdiff import durable
-from robustdiff.config import RobustdiffWarning, UsageError
+from robustdiff.data.dataset import ImageDataset, StreamedImages
 from robustdiff.evaluation.extractors import Extractor, open_extractor, reason_of
-from robustdiff.images import ImageSet, StreamedImages
-from robustdiff.machine import free_memory, is_out_of_memory
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import RobustdiffWarning, UsageError
+from robustdiff.utils.resources import free_memory, is_out_of_memory
 
 __all__ = ["Extractor", "Features", "Images", "default_cache", "extract", "images_sha256", "open_extractor"]
 
@@ -71,7 +71,7 @@ class Features:
 
 def extract(
     extractor: Extractor,
-    images: Images | ImageSet,
+    images: Images | ImageDataset,
     *,
     batch_size: int = 256,
     cache: Path | None,
@@ -107,12 +107,12 @@ def extract(
     return Features(values, extractor, shelf.images_sha256, cached)
 
 
-def rows_of(images: Images | ImageSet) -> Images:
+def rows_of(images: Images | ImageDataset) -> Images:
     """The images of a set, which can be cut."""
-    return images.images if isinstance(images, ImageSet) else images
+    return images.images if isinstance(images, ImageDataset) else images
 
 
-def images_sha256(images: Images | ImageSet, batch_size: int = 256) -> str:
+def images_sha256(images: Images | ImageDataset, batch_size: int = 256) -> str:
     """Digest of a set of images: SHA-256 of ``"uint8 N C H W "`` and the SHA-256 of the pixels in that order.
 
     Image sets know the second part already: streamed ones are not decoded again for it.
@@ -124,8 +124,8 @@ def images_sha256(images: Images | ImageSet, batch_size: int = 256) -> str:
     Raises:
         ValueError: If they are not uint8.
     """
-    if isinstance(images, ImageSet | StreamedImages):
-        shape: Sequence[int] = (images.images if isinstance(images, ImageSet) else images).shape
+    if isinstance(images, ImageDataset | StreamedImages):
+        shape: Sequence[int] = (images.images if isinstance(images, ImageDataset) else images).shape
         pixels = images.sha256
     else:
         shape, running = images.shape, hashlib.sha256()
@@ -264,7 +264,7 @@ def default_cache() -> Path:
 
 
 @dataclass(frozen=True)
-class Shelf:
+class FeatureCache:
     """Where the features of one set of images by one extractor have their place in the cache.
 
     Attributes:
@@ -289,7 +289,9 @@ class Shelf:
             _keep(self.path, self.key, values)
 
 
-def shelf_of(extractor: Extractor, images: Images | ImageSet, *, batch_size: int, cache: Path | None) -> Shelf:
+def shelf_of(
+    extractor: Extractor, images: Images | ImageDataset, *, batch_size: int, cache: Path | None
+) -> FeatureCache:
     """The place in the cache; arguments as for :func:`extract`.
 
     Raises:
@@ -311,7 +313,7 @@ def shelf_of(extractor: Extractor, images: Images | ImageSet, *, batch_size: int
     }
     key = json.dumps(about, sort_keys=True)
     name = f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-    return Shelf(key, digest, len(rows), cache / name if cache and extractor.kind != "pixels" else None)
+    return FeatureCache(key, digest, len(rows), cache / name if cache and extractor.kind != "pixels" else None)
 
 
 def _fetch(path: Path, key: str, count: int) -> Tensor | None:
@@ -323,9 +325,9 @@ def _fetch(path: Path, key: str, count: int) -> Tensor | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        reason = f"unreadable ({durable.one_line(error)})"
+        reason = f"unreadable ({atomic_io.one_line(error)})"
     except (SafetensorError, RuntimeError, ValueError) as error:
-        reason = f"damaged ({durable.one_line(error)})"
+        reason = f"damaged ({atomic_io.one_line(error)})"
     else:
         told = {name: header.get(name) for name in ("about", "shape", "sha256")}
         right = values.dtype == torch.float32 and values.ndim == 2 and len(values) == count
@@ -347,13 +349,14 @@ def _keep(path: Path, key: str, values: Tensor) -> None:
                 if time.time() - left.stat().st_mtime > STALE:
                     left.unlink()
         save_file({"features": values}, aside, header)
-        durable.fsync_file(aside)
+        atomic_io.fsync_file(aside)
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             aside.unlink()
         _warn(
-            f"features are not cached in {path.parent} ({durable.one_line(error)}); --cache FOLDER puts them elsewhere"
+            f"features are not cached in {path.parent} ({atomic_io.one_line(error)}); "
+            "--cache FOLDER puts them elsewhere"
         )
 
 

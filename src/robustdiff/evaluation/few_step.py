@@ -7,10 +7,10 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from robustdiff.diffusion.pipeline import make_scheduler
+from robustdiff.evaluation.distances import frechet, kid
 from robustdiff.evaluation.features import Extractor, Features
 from robustdiff.evaluation.neighbours import Progress, precision_recall_density_coverage
-from robustdiff.evaluation.quality import frechet, kid
-from robustdiff.sampling import make_scheduler
 
 
 def timesteps_of(pipeline: DiffusionPipeline, scheduler: str, steps: int) -> list[float]:

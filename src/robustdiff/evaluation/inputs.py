@@ -19,15 +19,22 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from robustdiff import durable
-from robustdiff.config import EvaluateConfig, RobustdiffWarning, SampleConfig, UsageError
+from robustdiff.data.dataset import DataError, ImageDataset, load_images
+from robustdiff.data.sources.open import HUB_ID
+from robustdiff.diffusion.config import SampleConfig
+from robustdiff.diffusion.pipeline import (
+    load_pipeline,
+    make_scheduler,
+    weights_sha256,
+    without_accelerator,
+)
+from robustdiff.diffusion.sample_files import class_labels, draw
 from robustdiff.evaluation import few_step
-from robustdiff.evaluation.judging import check_enough
-from robustdiff.evaluation.together import share
-from robustdiff.images import DataError, ImageSet, load_images
-from robustdiff.sample_files import class_labels, draw
-from robustdiff.sampling import load_pipeline, make_scheduler, weights_sha256, without_accelerator
-from robustdiff.sources import HUB_ID
+from robustdiff.evaluation.config import EvaluateConfig
+from robustdiff.evaluation.distributed import share
+from robustdiff.evaluation.metrics import check_enough
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import RobustdiffWarning, UsageError
 
 DEFAULT_N = 1000
 
@@ -140,7 +147,7 @@ def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f".{path.name}.{os.getpid()}.npy")
             np.save(part, images.numpy())
-            durable.fsync_file(part)
+            atomic_io.fsync_file(part)
             part.replace(path)
         return share(images)
 
@@ -175,7 +182,7 @@ def _kept(path: Path, n: int) -> Tensor | None:
     return images
 
 
-def left_out(flag: str, images: ImageSet) -> list[str]:
+def left_out(flag: str, images: ImageDataset) -> list[str]:
     """One line if files of a set could not be read; none otherwise."""
     if not images.skipped:
         return []
@@ -186,7 +193,7 @@ def left_out(flag: str, images: ImageSet) -> list[str]:
 # -- what it is compared with --------------------------------------------------------------------------
 
 
-def _load(source: str, flag: str, max_bad_fraction: float, **options: Any) -> ImageSet:  # noqa: ANN401
+def _load(source: str, flag: str, max_bad_fraction: float, **options: Any) -> ImageDataset:  # noqa: ANN401
     try:
         return load_images(source, max_bad_fraction=max_bad_fraction, **options)
     except DataError as error:
@@ -195,7 +202,7 @@ def _load(source: str, flag: str, max_bad_fraction: float, **options: Any) -> Im
 
 def load_real(
     config: EvaluateConfig, name: str, resolution: int | None, channels: int, size: tuple[int, int]
-) -> ImageSet:
+) -> ImageDataset:
     """The reference or the held-out images, brought to the size and the channels of the generated ones."""
     flag = "--" + name.replace("_", "-")
     own = {"config": config.dataset_config_name, "image_column": config.image_column}
@@ -207,7 +214,7 @@ def load_real(
     return images
 
 
-def _same_size(images: ImageSet, flag: str, size: tuple[int, int]) -> None:
+def _same_size(images: ImageDataset, flag: str, size: tuple[int, int]) -> None:
     if images.size != size:
         raise UsageError(
             f"{flag}: its images are {images.size[1]} x {images.size[0]}, the generated ones {size[1]} x {size[0]}, "
@@ -217,7 +224,7 @@ def _same_size(images: ImageSet, flag: str, size: tuple[int, int]) -> None:
 
 def load_training(
     config: EvaluateConfig, resolution: int | None, channels: int, size: tuple[int, int]
-) -> tuple[ImageSet | None, str | None]:
+) -> tuple[ImageDataset | None, str | None]:
     """The training images, or why they cannot be looked at."""
     if config.training == "none":
         return None, None
@@ -237,7 +244,7 @@ class TrainingUnread(UsageError):
     """A run says what it was trained on, and that cannot be read."""
 
 
-def trained_on(run: str, resolution: int | None, channels: int, size: tuple[int, int]) -> ImageSet | None:
+def trained_on(run: str, resolution: int | None, channels: int, size: tuple[int, int]) -> ImageDataset | None:
     """The images that a run folder says it was trained on, without dirt that was added to them; None if it says none.
 
     Raises:
@@ -263,9 +270,9 @@ def _settings(run: str) -> Mapping[str, Any]:
     if not (path.is_file() and (Path(run) / "data.json").is_file()):
         return {}
     try:
-        settings = durable.read_json(path)["settings"]
+        settings = atomic_io.read_json(path)["settings"]
     except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read ({durable.one_line(error)}): repair it") from None
+        raise UsageError(f"{path} cannot be read ({atomic_io.one_line(error)}): repair it") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("data"), str):
         raise UsageError(f"{path} has no settings of a run: repair it")
     return settings
@@ -289,7 +296,7 @@ def output_folder(config: EvaluateConfig) -> Path:
         folder = Path("evaluation") / (name_of(config.run).replace("/", "--") or "images") / "evaluation"
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder} is a file: name a folder")
-    if there := durable.read_only(folder):
+    if there := atomic_io.read_only(folder):
         raise UsageError(f"--output {folder}: {there} is read-only: name another place")
     return folder
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from robustdiff.evaluation.distances import Interval, MetricValue, check_sets, clopper_pearson
 from robustdiff.evaluation.neighbours import CHUNK_BYTES, Progress, k_nearest
-from robustdiff.evaluation.quality import Interval, Value, check_sets, clopper_pearson
 
 RATIO_THRESHOLD = 1 / 3
 NEIGHBOURHOOD = 50
@@ -73,14 +73,14 @@ class CopyTest:
         below, above = math.hypot(share - low, null_high - null), math.hypot(high - share, null - null_low)
         return excess, (excess - below, excess + above)
 
-    def values(self, name: str) -> list[Value]:
+    def values(self, name: str) -> list[MetricValue]:
         """The share under ``name`` and, with a null, the excess under ``name + " above null"``."""
         about: dict[str, Any] = {"threshold": self.threshold, "flagged": self.flagged, "of": self.of}
         about |= {"null_flagged": self.null_flagged, "null_of": self.null_of}
         interval = clopper_pearson(self.flagged, self.of)
-        found = [Value(name, self.share, self.null_share, "lower", interval, about)]
+        found = [MetricValue(name, self.share, self.null_share, "lower", interval, about)]
         if self.excess is not None:
-            found.append(Value(f"{name} above null", self.excess[0], 0.0, "lower", self.excess[1], about))
+            found.append(MetricValue(f"{name} above null", self.excess[0], 0.0, "lower", self.excess[1], about))
         return found
 
 
@@ -125,7 +125,7 @@ class Memorisation:
     copied: tuple[tuple[int, int], ...]
     repeated: int
 
-    def values(self) -> list[Value]:
+    def values(self) -> list[MetricValue]:
         """Near-copies by both tests, and above the null."""
         relative = [] if self.by_relative is None else self.by_relative.values("close copies")
         return self.by_ratio.values("near-copies") + relative

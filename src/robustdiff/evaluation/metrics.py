@@ -10,11 +10,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robustdiff.config import UsageError
-from robustdiff.corruption import derive_seed
+from robustdiff.evaluation.distances import (
+    NORMAL_95,
+    Interval,
+    MetricValue,
+    frechet,
+    frechet_bias,
+    half_sampled,
+    kid,
+)
 from robustdiff.evaluation.features import Features
-from robustdiff.evaluation.neighbours import Progress, diversity, precision_recall_density_coverage
-from robustdiff.evaluation.quality import NORMAL_95, Interval, Value, frechet, frechet_bias, half_sampled, kid
+from robustdiff.evaluation.neighbours import (
+    Progress,
+    diversity,
+    precision_recall_density_coverage,
+)
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.seeds import derive_seed
 
 NEIGHBOURS = 5
 """k of precision, recall, density and coverage."""
@@ -43,7 +55,7 @@ class Quality:
         warnings: One line each.
     """
 
-    values: tuple[Value, ...]
+    values: tuple[MetricValue, ...]
     floor: str
     warnings: tuple[str, ...]
 
@@ -110,12 +122,12 @@ def judge(
         halves = half_sampled(lambda a, b: {"frechet": frechet(a, b)}, fake, real, repeats=REPEATS, seed=seed)
         interval = halves["frechet"]
     bias = {"predicted_floor": frechet_bias(real, n, m)}
-    values = [Value(metric, found, least, "lower", interval, {**about, **bias})]
+    values = [MetricValue(metric, found, least, "lower", interval, {**about, **bias})]
     # -- kernel
     mean, error, size = kid(fake, real, seed=seed)
     kernel = {"standard_error": error, "subset_size": size, "subsets": 100}
     around = (mean - NORMAL_95 * error, mean + NORMAL_95 * error)
-    values.append(Value(kernel_name, mean, kid(base, other, seed=seed)[0], "lower", around, {**about, **kernel}))
+    values.append(MetricValue(kernel_name, mean, kid(base, other, seed=seed)[0], "lower", around, {**about, **kernel}))
     # -- neighbours
     sizes = (len(base), len(other))
     with bars("neighbours", 3 * (m + sizes[1]) + 2 * (n + sizes[0])) as tell:
@@ -127,8 +139,10 @@ def judge(
         around_shares = half_sampled(lambda a, b: _shares(b, a), fake, real, repeats=REPEATS, seed=seed, shares=rows)
     for name, share in shares.items():
         better: Literal["neither", "higher"] = "neither" if name == "density" else "higher"
-        values.append(Value(name, share, floors[name], better, around_shares.get(name), {**about, "k": NEIGHBOURS}))
-    values.append(Value("diversity", *spreads, "neither", None, about))
+        values.append(
+            MetricValue(name, share, floors[name], better, around_shares.get(name), {**about, "k": NEIGHBOURS})
+        )
+    values.append(MetricValue("diversity", *spreads, "neither", None, about))
     return Quality(tuple(values), floor, tuple(warnings))
 
 

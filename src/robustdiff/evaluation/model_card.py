@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from robustdiff import durable
-from robustdiff.config import UsageError
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
 
 UNMEASURED = " Quality, diversity and copying have not been measured."
 """What a fresh card ends with."""
@@ -32,11 +32,11 @@ def fill_card(folder: Path) -> bool:
     lines = []
     for path in sorted((folder / "evaluation").glob("*.json")):
         try:
-            result = durable.read_json(path)
+            result = atomic_io.read_json(path)
             lines += _rows(result) if result.get("kind") in ("quality", "memorisation") else []
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(
-                f"{path} is no result ({durable.one_line(error)}): delete it, and evaluate again"
+                f"{path} is no result ({atomic_io.one_line(error)}): delete it, and evaluate again"
             ) from None
     try:
         text = card.read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def fill_card(folder: Path) -> bool:
         ]
     )
     text = _REGION.sub("\n", text.replace(UNMEASURED, "")).rstrip() + f"\n\n{body}\n"
-    durable.write_text(card, text)
+    atomic_io.write_text(card, text)
     return True
 
 

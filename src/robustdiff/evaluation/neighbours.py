@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from robustdiff.evaluation.quality import check_sets
+from robustdiff.evaluation.distances import check_sets
 
 CHUNK_BYTES = 256 * 2**20
 """Memory of one block of distances, about."""
@@ -95,7 +95,7 @@ def precision_recall_density_coverage(
     * precision: generated points in the ball of some real point; recall: real points in that of some generated one;
     * density: how many real balls a generated point lies in, mean, divided by k: about 1 for equal laws, unbounded;
     * coverage: real points whose ball holds a generated point. For equal laws and sizes its expectation is
-      :func:`robustdiff.linear.coverage_of_one_law`; the others have no such closed form, so measure their floors.
+      docs/theory.md T11; the others have no such closed form, so measure their floors.
 
     Args:
         real: Features of real images, shape (n, d), n > k.

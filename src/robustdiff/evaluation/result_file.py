@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from robustdiff import durable
-from robustdiff.evaluation.gathering import name_of
-from robustdiff.version import __version__
+from robustdiff import __version__
+from robustdiff.evaluation.inputs import name_of
+from robustdiff.utils import atomic_io
 
 FORMAT = "robustdiff evaluation 1"
 
@@ -58,5 +58,5 @@ def write_result(
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    durable.write_json(path, result)
+    atomic_io.write_json(path, result)
     return path

@@ -8,18 +8,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robustdiff.levels import Noised
-from robustdiff.objective import PlainObjective, RobustObjective, Schedule
-from robustdiff.perturbation import AdversarialPerturbation
-from robustdiff.process import Generators, draw_normal, expand_to, to_device
+from robustdiff.losses.ambient import NoisyBatch
+from robustdiff.losses.denoising import DenoisingLoss
+from robustdiff.losses.equivariance import EquivarianceLoss, Schedule
+from robustdiff.losses.perturbation import AdversarialPerturbation
+from robustdiff.utils.random import Generators, draw_normal
+from robustdiff.utils.tensors import expand_to, to_device
 
 
 @dataclass(frozen=True)
-class InvarianceObjective(RobustObjective):
+class InvarianceLoss(EquivarianceLoss):
     """The wrong one, for contrast: ``||eps_hat(x_t') - eps_hat(x_t)||^2``, classifier-style adversarial training.
 
     The noise prediction is asked not to notice added noise. In a variance-exploding sampler the generated variance
-    then grows with the largest noise level without bound. Takes the settings of :class:`RobustObjective`.
+    then grows with the largest noise level without bound. Takes the settings of :class:`EquivarianceLoss`.
 
     Source: the contrast row of Briglia et al. (2025); the form is Zhang et al.'s (2019, TRADES) for regression.
     """
@@ -30,16 +32,16 @@ class InvarianceObjective(RobustObjective):
         other = isinstance(self.perturbation, AdversarialPerturbation) and self.perturbation.inner != "shift"
         if self.target != "output" or other:
             raise ValueError(
-                "InvarianceObjective penalises the shift of the model's own output: target='output', inner='shift'"
+                "InvarianceLoss penalises the shift of the model's own output: target='output', inner='shift'"
             )
 
-    def _penalised(self, noised: Noised, output: Tensor, perturbed: Tensor, omega: Tensor, t: Tensor) -> Tensor:
+    def _penalised(self, noised: NoisyBatch, output: Tensor, perturbed: Tensor, omega: Tensor, t: Tensor) -> Tensor:
         output, perturbed = self._branches(output, perturbed)
         return self.process.eps_shift(perturbed - output, omega, t)
 
 
 @dataclass(frozen=True)
-class InputPerturbationObjective(PlainObjective):
+class InputPerturbationLoss(DenoisingLoss):
     """Input perturbation: the state is built with ``eps + gamma xi``, xi ~ N(0, I), the target keeps ``eps``.
 
     Args:
@@ -54,18 +56,18 @@ class InputPerturbationObjective(PlainObjective):
     def __post_init__(self) -> None:
         """Check the range."""
         if not self.gamma >= 0:
-            raise ValueError(f"InputPerturbationObjective needs gamma >= 0, got {self.gamma}")
+            raise ValueError(f"InputPerturbationLoss needs gamma >= 0, got {self.gamma}")
 
     def _noise(
         self, x0: Tensor, generator: Generators, t: Tensor | None, eps: Tensor | None, noise_level: Tensor | None
-    ) -> Noised:
+    ) -> NoisyBatch:
         noised = super()._noise(x0, generator, t, eps, noise_level)
         xi = draw_normal(x0, generator)
         return replace(noised, x_t=self.process.add_noise(x0, noised.eps + self.gamma * xi, noised.t))
 
 
 @dataclass(frozen=True)
-class PseudoHuberObjective(PlainObjective):
+class PseudoHuberLoss(DenoisingLoss):
     """Pseudo-Huber denoising loss ``2 c (sqrt(e^2 + c^2) - c)`` per element, with a width c set by the noise level.
 
     Close to ``e^2`` for errors below c and to ``2 c |e|`` above, so that outliers pull less. It does not take
@@ -88,9 +90,9 @@ class PseudoHuberObjective(PlainObjective):
     def __post_init__(self) -> None:
         """Check a constant width."""
         if isinstance(self.width, int | float) and not self.width > 0:
-            raise ValueError(f"PseudoHuberObjective needs width > 0, got {self.width}")
+            raise ValueError(f"PseudoHuberLoss needs width > 0, got {self.width}")
 
-    def _denoising(self, noised: Noised, output: Tensor) -> Tensor:
+    def _denoising(self, noised: NoisyBatch, output: Tensor) -> Tensor:
         level = self.process.noise_to_signal(noised.t)
         if self.width is None:
             width = 0.1 + 0.9 / (1 + level).square()

@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from robustdiff.process import Generators, draw_uniform, expand_to
+from robustdiff.utils.random import Generators, draw_uniform
+from robustdiff.utils.tensors import expand_to
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Response(NamedTuple):
     shift: Tensor
     """``eps_hat(x') - eps_hat(x)``."""
     residual: Tensor
-    """The equivariance residual (``NoiseProcess.equivariance_residual``)."""
+    """The equivariance residual (``NoiseSchedule.equivariance_residual``)."""
 
 
 Respond = Callable[[Tensor], Response]

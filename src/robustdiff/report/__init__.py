@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from robustdiff import durable
-from robustdiff.config import UsageError
 from robustdiff.report.collecting import collect
 from robustdiff.report.page import render
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
 
 __all__ = ["collect", "render", "report"]
 
@@ -36,5 +36,5 @@ def report(folders: Iterable[str | Path], output: str | Path = "report.html", ti
         raise UsageError(f"--output {output} is a folder: name a file, as in --output {output / 'report.html'}")
     text = render(collect(folders), title, beside=output.parent)
     output.parent.mkdir(parents=True, exist_ok=True)
-    durable.write_text(output, text)
+    atomic_io.write_text(output, text)
     return output

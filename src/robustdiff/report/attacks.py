@@ -10,9 +10,17 @@ from typing import Any
 from robustdiff.report.charts import Point, Series, line_chart
 from robustdiff.report.checks import ATTACK_CURVES, ATTACK_TRACES
 from robustdiff.report.collecting import Run
-from robustdiff.report.comparing import ARROWS, Line, compare, count, datum, sampler_words, words
+from robustdiff.report.comparing import (
+    ARROWS,
+    Line,
+    compare,
+    count,
+    datum,
+    sampler_words,
+    words,
+)
 from robustdiff.report.curves import Chart, Table
-from robustdiff.reproduce.results import number
+from robustdiff.report.numbers import number
 
 _TITLES = {
     "by_radius": ("Displacement by radius", "in units of the noise scale"),

@@ -18,10 +18,10 @@ from typing import Any
 
 from PIL import Image
 
-from robustdiff.audit_files import SHEETS
-from robustdiff.config import UsageError
-from robustdiff.durable import one_line, read_json
+from robustdiff.audit.files import SHEETS
 from robustdiff.report.checks import are_numbers, is_count, is_number, wrong_attack
+from robustdiff.utils.atomic_io import one_line, read_json
+from robustdiff.utils.errors import UsageError
 
 FORMAT = "robustdiff evaluation 1"
 KINDS = ("quality", "memorisation", "few-step", "attack")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from robustdiff.report.collecting import Evaluation, Run
-from robustdiff.reproduce.results import number, spread
+from robustdiff.report.numbers import number, spread
 
 Mark = Literal["best", "tie", ""]
 Better = Literal["lower", "higher", "neither"]

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from robustdiff.report.charts import Point, Series, line_chart
 from robustdiff.report.collecting import METRICS, Run
 from robustdiff.report.comparing import ARROWS, Comparison, Line, compare, words
-from robustdiff.reproduce.results import number
+from robustdiff.report.numbers import number
 
 _WORDS: Mapping[str, tuple[str, str]] = {
     "denoising": ("Denoising loss", "comparable between runs on the same data"),

@@ -26,7 +26,7 @@ from robustdiff.report.charts import Dot
 from robustdiff.report.collecting import Evaluation, Picture, Run
 from robustdiff.report.comparing import Comparison, compare, count, settings, words
 from robustdiff.report.curves import Chart
-from robustdiff.reproduce.results import number
+from robustdiff.report.numbers import number
 
 _SHEETS = {
     "nearest": "generated images and their nearest real ones",

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdiff import durable
-from robustdiff.config import FROM_CORRUPT, UsageError
-from robustdiff.corruption import Corruption
-from robustdiff.dirty_copy import MANIFEST_FORMAT
-from robustdiff.images import ImageSet
-from robustdiff.levels import Visits, first_timesteps
-from robustdiff.process import NoiseProcess
+from robustdiff.data.corruption import Corruption
+from robustdiff.data.dataset import ImageDataset
+from robustdiff.data.image_folder import MANIFEST_FORMAT
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.losses.ambient import first_timesteps
+from robustdiff.training.config import FROM_CORRUPT
+from robustdiff.training.curriculum import LevelBalancedSampler
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
 
 Entry = tuple[str, float, str]
 """Name of an image, its noise level, and where that is written, for messages."""
@@ -40,14 +42,14 @@ class NoiseLevels:
     source: str
     sigma: Tensor
     trained: Tensor
-    process: NoiseProcess
+    process: NoiseSchedule
 
-    def visits(self) -> Visits:
+    def visits(self) -> LevelBalancedSampler:
         """When each image is used: every noise level equally often."""
         weight = torch.zeros(len(self.sigma), dtype=torch.float64)
         weight[self.trained] = 1.0
         inside = torch.where(weight > 0, self.sigma, torch.zeros_like(self.sigma))
-        return Visits(first_timesteps(self.process, inside), weight, self.process.num_timesteps)
+        return LevelBalancedSampler(first_timesteps(self.process, inside), weight, self.process.num_timesteps)
 
     @property
     def sha256(self) -> str:
@@ -90,7 +92,12 @@ class NoiseLevels:
 
 
 def told_levels(
-    source: str, data: ImageSet, trained: Tensor, corruptions: Sequence[Corruption], seed: int, process: NoiseProcess
+    source: str,
+    data: ImageDataset,
+    trained: Tensor,
+    corruptions: Sequence[Corruption],
+    seed: int,
+    process: NoiseSchedule,
 ) -> NoiseLevels:
     """The noise level of every image.
 
@@ -128,7 +135,7 @@ def told_levels(
     return NoiseLevels(source, sigma, trained, process)
 
 
-def _check(sigma: float, where: str, process: NoiseProcess) -> None:
+def _check(sigma: float, where: str, process: NoiseSchedule) -> None:
     if not (math.isfinite(sigma) and sigma >= 0):
         raise UsageError(f"{where}: a noise level must be a finite number, 0 or more, not {sigma:g}")
     largest = process.noise_to_signal(torch.tensor(process.num_timesteps - 1)).item()
@@ -139,7 +146,7 @@ def _check(sigma: float, where: str, process: NoiseProcess) -> None:
         )
 
 
-def trained_images(data: ImageSet, corruptions: Sequence[Corruption], seed: int, clean_subset: bool) -> Tensor:
+def trained_images(data: ImageDataset, corruptions: Sequence[Corruption], seed: int, clean_subset: bool) -> Tensor:
     """Places of the images that are trained on, int64: all, or those that no corruption hits.
 
     Args:
@@ -163,7 +170,7 @@ def trained_images(data: ImageSet, corruptions: Sequence[Corruption], seed: int,
 # -- files -------------------------------------------------------------------------------------------
 
 
-def read_levels(path: Path, data: ImageSet) -> Iterator[Entry]:
+def read_levels(path: Path, data: ImageDataset) -> Iterator[Entry]:
     """Noise levels by name of image.
 
     Args:
@@ -183,7 +190,7 @@ def read_levels(path: Path, data: ImageSet) -> Iterator[Entry]:
     except FileNotFoundError:
         raise UsageError(f"{flag}: no such file; name a CSV or JSON file, or say {FROM_CORRUPT}") from None
     except OSError as error:
-        raise UsageError(f"{flag}: {durable.one_line(error)}") from None
+        raise UsageError(f"{flag}: {atomic_io.one_line(error)}") from None
     if path.suffix.lower() != ".json" and not text.lstrip().startswith("{"):
         yield from _from_csv(text, flag)
         return
@@ -192,7 +199,7 @@ def read_levels(path: Path, data: ImageSet) -> Iterator[Entry]:
         if not isinstance(value, dict):
             raise ValueError("not an object of names and numbers")
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{flag}: {durable.one_line(error)}") from None
+        raise UsageError(f"{flag}: {atomic_io.one_line(error)}") from None
     if value.get("format") == MANIFEST_FORMAT:
         yield from _from_manifest(value, flag, data)
         return
@@ -237,10 +244,10 @@ def _from_csv(text: str, flag: str) -> Iterator[Entry]:
             seen.add(name)
             yield name, sigma, where
     except csv.Error as error:
-        raise UsageError(f"{flag}, line {reader.line_num}: {durable.one_line(error)}") from None
+        raise UsageError(f"{flag}, line {reader.line_num}: {atomic_io.one_line(error)}") from None
 
 
-def _from_manifest(manifest: dict[str, Any], flag: str, data: ImageSet) -> Iterator[Entry]:
+def _from_manifest(manifest: dict[str, Any], flag: str, data: ImageDataset) -> Iterator[Entry]:
     """Levels of a dirty copy's files; those cut off at the ends of the range hold a little less noise."""
     try:
         corruptions = [Corruption.parse(spec) for spec in manifest["corruptions"]]
@@ -248,7 +255,7 @@ def _from_manifest(manifest: dict[str, Any], flag: str, data: ImageSet) -> Itera
         clean = manifest["clean"]
         (height, width), channels, digest = clean["size"], clean["channels"], clean["sha256"]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UsageError(f"{flag}: not a whole manifest of a dirty copy ({durable.one_line(error)})") from None
+        raise UsageError(f"{flag}: not a whole manifest of a dirty copy ({atomic_io.one_line(error)})") from None
     if other := next((c.kind for c in corruptions if c.kind != "gaussian"), None):
         raise UsageError(f"{flag}: an image hit by {other} has no noise level: use a copy with gaussian dirt only")
     if manifest.get("poison"):

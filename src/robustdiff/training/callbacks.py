@@ -9,28 +9,30 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from robustdiff import durable
-from robustdiff.config import TrainConfig, UsageError, parse_count
+from robustdiff.data.dataset import DataError, ImageDataset, load_images
+from robustdiff.diffusion.pipeline import sample, save_pipeline, to_uint8
 from robustdiff.evaluation.extractors import open_extractor
 from robustdiff.evaluation.features import Features, default_cache, extract
-from robustdiff.evaluation.judging import LEAST, judge
-from robustdiff.images import DataError, ImageSet, load_images
-from robustdiff.planning import Plan
-from robustdiff.recording import Lines, save_pipeline
-from robustdiff.sampling import sample, to_uint8
+from robustdiff.evaluation.metrics import LEAST, judge
+from robustdiff.training.config import TrainConfig
+from robustdiff.training.metrics import JsonlLog
+from robustdiff.training.plan import Plan
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.options import parse_count
 
 BEST = "best"
 """Folder of the best pipeline, in the run folder."""
 
 
-class During:
+class EvaluationCallback:
     """Draws images from the same seeds every so many steps, and judges them as ``robustdiff evaluate`` does.
 
     Writes ``evaluation/during.jsonl``, and, whenever ``--evaluate-metric`` is better than ever before, the pipeline
     into ``best/`` and its step into ``evaluation/best.json``.
     """
 
-    def __init__(self, config: TrainConfig, plan: Plan, data: ImageSet, steps: int, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, plan: Plan, data: ImageDataset, steps: int, device: torch.device) -> None:
         """Load the extractor and the reference, so that what is wrong with them is known before training.
 
         Args:
@@ -78,7 +80,7 @@ class During:
     def begin(self, folder: Path, step: int) -> None:
         """Go on after ``step``: later lines are cut off, and the best of those that stay is to be beaten."""
         self.folder = folder
-        self.lines = Lines(folder / "evaluation" / "during.jsonl", step)
+        self.lines = JsonlLog(folder / "evaluation" / "during.jsonl", step)
         kept = [json.loads(line) for line in self.lines.kept]
         self.best = min(
             (line["values"][self.metric]["value"] for line in kept if self.metric in line["values"]), default=None
@@ -115,7 +117,7 @@ class During:
             (self.folder / BEST).mkdir(exist_ok=True)
             save_pipeline(self.folder / BEST, pipeline)
             about = {"step": step, "images": step * self.batch, "metric": self.metric, "pipeline": BEST}
-            durable.write_json(
+            atomic_io.write_json(
                 self.folder / "evaluation" / "best.json", {**about, "value": now["value"], "floor": now["floor"]}
             )
         return f"step {step}: {self.metric} {now['value']:.4g} (floor {now['floor']:.4g})" + ", the best" * better

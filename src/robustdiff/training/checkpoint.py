@@ -32,8 +32,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from robustdiff import durable
-from robustdiff.config import UsageError
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
 
 FORMAT = 1
 """Version of the layout, in the manifest; any other is refused."""
@@ -113,18 +113,18 @@ def save_checkpoint(folder: Path, step: int, state: TrainingState, counters: dic
     staging = folder / f".{final.name}.tmp"
     if not folder.is_dir():
         folder.mkdir(parents=True)
-        durable.fsync_folder(folder.parent)
+        atomic_io.fsync_folder(folder.parent)
     _tidy(folder)
     try:
         os.mkdir(staging)
         for name, values in tensors.items():
             _save_tensors(values, staging / name)
-        durable.write_json(staging / "state.json", record)
-        durable.write_manifest(staging, format=FORMAT, step=step)
+        atomic_io.write_json(staging / "state.json", record)
+        atomic_io.write_manifest(staging, format=FORMAT, step=step)
     except OSError:
-        durable.remove(staging)  # a full disk needs the room
+        atomic_io.remove(staging)  # a full disk needs the room
         raise
-    durable.replace_folder(staging, final)
+    atomic_io.replace_folder(staging, final)
     _verified[final] = _marks(final)
     _prune(folder, final, keep)
     return final
@@ -140,7 +140,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
     path.chmod(path.parent.stat().st_mode & 0o666)  # the library's own mode shuts other users out
-    durable.fsync_file(path)
+    atomic_io.fsync_file(path)
 
 
 def _tidy(folder: Path) -> None:
@@ -155,9 +155,9 @@ def _tidy(folder: Path) -> None:
             if os.path.lexists(final):
                 _discard(final)
             os.rename(best, final)
-            durable.fsync_folder(folder)
+            atomic_io.fsync_folder(folder)
     for path in left:
-        durable.remove(path)
+        atomic_io.remove(path)
 
 
 def _prune(folder: Path, written: Path, keep: int) -> None:
@@ -191,10 +191,10 @@ def _marks(path: Path) -> tuple[tuple[object, ...], ...]:
 def _discard(path: Path) -> None:
     """Delete a checkpoint: in one instant it is none any more, then its files go."""
     trash = path.with_name(f".{path.name.strip('.').split('.')[0]}.trash")
-    durable.remove(trash)
+    atomic_io.remove(trash)
     os.rename(path, trash)
     _verified.pop(path, None)
-    durable.remove(trash)  # the next save tries again
+    atomic_io.remove(trash)  # the next save tries again
 
 
 def _candidates(folder: Path) -> list[tuple[int, int, Path]]:
@@ -210,7 +210,7 @@ def _candidates(folder: Path) -> list[tuple[int, int, Path]]:
 
 
 def _is_complete(path: Path) -> bool:
-    return (path / durable.MANIFEST).is_file()
+    return (path / atomic_io.MANIFEST).is_file()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -238,7 +238,7 @@ def verify(path: Path) -> str:
     """
     match = _NAME.fullmatch(path.name) or _LEFTOVER.fullmatch(path.name)
     about = {"step": int(match[1])} if match else {}
-    return durable.check_manifest(path, _FILES, (_EMA,), format=FORMAT, **about)
+    return atomic_io.check_manifest(path, _FILES, (_EMA,), format=FORMAT, **about)
 
 
 def find_checkpoint(folder: Path, name: str = "latest", damaged: list[tuple[Path, str]] | None = None) -> Path:
@@ -294,7 +294,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
         UsageError: If it is damaged, was made with another network, or with a moving average where now there is none.
     """
     try:
-        record = durable.read_json(path / "state.json")
+        record = atomic_io.read_json(path / "state.json")
         average: Any = record.get("ema")
         weights, tensors = load_file(path / _FILES[0]), load_file(path / _FILES[1])
         if (average is None) != (state.ema is None):
@@ -312,7 +312,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
     except UsageError:
         raise
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        reason = durable.one_line(error)
+        reason = atomic_io.one_line(error)
         raise UsageError(f"{path} is damaged ({reason}): name another with --resume-from-checkpoint") from None
 
     state.model.load_state_dict(weights)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from robustdiff.config import UsageError
-from robustdiff.corruption import Corruption, corrupt, derive_seed
-from robustdiff.images import ImageSet
-from robustdiff.levels import Visits
+from robustdiff.data.corruption import Corruption, corrupt
+from robustdiff.data.dataset import ImageDataset
+from robustdiff.training.curriculum import LevelBalancedSampler
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.seeds import derive_seed
 
-Loaded = tuple[Tensor, Tensor | None]
+LoadedBatch = tuple[Tensor, Tensor | None]
 """Images in [-1, 1], (B, C, H, W); which of their pixels were filled in, bool, (B, H, W), or None if none were."""
 Batch = tuple[Tensor, list[torch.Generator], Tensor | None, Tensor | None]
 """Images; each one's generator for every draw made on it; labels, (B,), or None; pixels filled in, or None."""
@@ -40,14 +41,14 @@ class Batches:
         whole_from: The timestep from which such pixels count, by index, int64, shape (N,). Default: they always do.
     """
 
-    images: ImageSet
+    images: ImageDataset
     corruptions: tuple[Corruption, ...]
     seed: int
     random_flip: bool
     only: Tensor | None = None
     sigma: Tensor | None = None
-    visits: Visits | None = None
-    repair: Callable[[Tensor, Sequence[int]], Loaded] | None = None
+    visits: LevelBalancedSampler | None = None
+    repair: Callable[[Tensor, Sequence[int]], LoadedBatch] | None = None
     whole_from: Tensor | None = None
     _epoch: int = -1
     _order: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
@@ -89,7 +90,7 @@ class Batches:
         """The images with these counters."""
         return self.draw(counters, self.load(counters))
 
-    def load(self, counters: range) -> Loaded:
+    def load(self, counters: range) -> LoadedBatch:
         """The images as the data set holds them, with their dirt and repaired. The part that workers do."""
         indices = [self.index(counter) for counter in counters]
         images = self.images_at(indices)
@@ -103,7 +104,7 @@ class Batches:
             images = torch.stack([corrupt(x0, self.corruptions, self.seed, index)[0] for x0, index in pairs])
         return images
 
-    def draw(self, counters: range, loaded: Loaded) -> Batch:
+    def draw(self, counters: range, loaded: LoadedBatch) -> Batch:
         """Everything random about these visits: generators and mirroring; and the labels."""
         images, lost = loaded
         generators = [torch.Generator().manual_seed(derive_seed(self.seed, "draws", counter)) for counter in counters]
@@ -122,7 +123,7 @@ class _Loading(Dataset["Loaded | UsageError"]):
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
 
-    def __getitem__(self, counters: range) -> Loaded | UsageError:
+    def __getitem__(self, counters: range) -> LoadedBatch | UsageError:
         try:
             return self.batches.load(counters)
         except UsageError as error:  # handed over as a value: the loader would wrap a stack trace around it
@@ -130,7 +131,7 @@ class _Loading(Dataset["Loaded | UsageError"]):
 
 
 @dataclass(frozen=True)
-class Shares:
+class RankSampler:
     """Counters of each forward pass of one process, in order.
 
     Args:
@@ -160,8 +161,8 @@ class Shares:
         return (self.steps - self.first_step) * self.batch // (self.size * self.processes)
 
 
-def feed(
-    batches: Batches, shares: Shares, workers: int, pin: bool = False
+def iterate_batches(
+    batches: Batches, shares: RankSampler, workers: int, pin: bool = False
 ) -> Generator[tuple[range, Batch], None, None]:
     """Counters and batch, one after the other; close it to end the workers.
 

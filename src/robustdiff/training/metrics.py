@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 import time
 import warnings
@@ -14,18 +13,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCardData
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from robustdiff import durable
-from robustdiff.batches import Batches
-from robustdiff.config import RobustdiffWarning, TrainConfig, UsageError
-from robustdiff.images import ImageSet
-from robustdiff.objective import LossTerms
-from robustdiff.planning import Plan
-from robustdiff.process import NoiseProcess
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.losses.denoising import LossOutput
+from robustdiff.training.loader import Batches
+from robustdiff.training.plan import Plan
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import RobustdiffWarning, UsageError
 
 
 class TrainingError(RuntimeError):
@@ -78,7 +74,7 @@ class NonFinite(Exception):
         }
 
 
-class Lines:
+class JsonlLog:
     """A file of one JSON object per line, cut back to where a resumed run goes on.
 
     Attributes:
@@ -103,7 +99,7 @@ class Lines:
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line."""
         if self._cut:  # only now: until it has something to say, a run leaves the file alone
-            durable.write_text(self.path, "".join(self.kept))
+            atomic_io.write_text(self.path, "".join(self.kept))
             self._cut = False
         with self.path.open("a") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -111,7 +107,7 @@ class Lines:
     def sync(self) -> None:
         """Make sure that what was written survives a power cut."""
         if self.path.is_file():
-            durable.fsync_file(self.path)
+            atomic_io.fsync_file(self.path)
 
 
 class Metrics:
@@ -138,7 +134,7 @@ class Metrics:
         self.skipped: int = saved.get("skipped", 0)
         self.streak: int = saved.get("streak", 0)
 
-    def add(self, step: int, parts: list[LossTerms], gradient_norm: Tensor) -> Tensor:
+    def add(self, step: int, parts: list[LossOutput], gradient_norm: Tensor) -> Tensor:
         """Add an optimiser step, its passes and the norm of its gradient; no device sync.
 
         Returns:
@@ -159,7 +155,7 @@ class Metrics:
         self._waiting.append((step, row, [(terms.t, terms.total.detach()) for terms in parts]))
         return bad
 
-    def settle(self, process: NoiseProcess) -> tuple[list[NonFinite], NonFinite | None]:
+    def settle(self, process: NoiseSchedule) -> tuple[list[NonFinite], NonFinite | None]:
         """Fetch what waits, over all processes.
 
         Returns:
@@ -184,7 +180,7 @@ class Metrics:
         return found, None
 
     def _non_finite(
-        self, step: int, parts: list[tuple[Tensor, Tensor]], norm: float, process: NoiseProcess
+        self, step: int, parts: list[tuple[Tensor, Tensor]], norm: float, process: NoiseSchedule
     ) -> NonFinite:
         """Which images and noise levels the step had; every process asks at the same step."""
         t, losses = (
@@ -242,93 +238,6 @@ class Tracker:
                 stacklevel=3,
             )
             self._name = None
-
-
-def save_pipeline(folder: Path, pipeline: DiffusionPipeline) -> None:
-    """Write a pipeline into ``folder`` beside what is there; written aside first, then moved into place."""
-    staging = folder / ".pipeline.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    pipeline.save_pretrained(staging, safe_serialization=True)
-    for path in (staging, *staging.rglob("*")):
-        if path.is_dir():
-            durable.fsync_folder(path)
-        else:
-            path.chmod(folder.stat().st_mode & 0o666)  # safetensors' own mode shuts other users out
-            durable.fsync_file(path)
-    # The index comes last, when all that it names is there.
-    for part in sorted(staging.iterdir(), key=lambda path: path.name == "model_index.json"):
-        if part.is_dir():
-            durable.replace_folder(part, folder / part.name)
-        else:
-            part.replace(folder / part.name)
-    durable.remove(staging)  # on NFS an old file that somebody reads stays for a while
-    durable.fsync_folder(folder)
-
-
-_UNCONDITIONAL = """It is an ordinary diffusers pipeline:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{name}")
-images = pipeline(batch_size=4).images
-```
-"""
-_CONDITIONAL = """It is conditional on the class. The pipeline's own call passes no class labels: draw with its parts,
-or with `robustdiff sample`:
-
-```python
-import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{name}")
-unet, labels = pipeline.unet, torch.tensor([0, 0, 1, 1])
-scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-scheduler.set_timesteps(50)
-sides = unet.config.sample_size if isinstance(unet.config.sample_size, (list, tuple)) else [unet.config.sample_size] * 2
-x = torch.randn(4, unet.config.in_channels, *sides)
-with torch.no_grad():
-    for t in scheduler.timesteps:
-        x = scheduler.step(unet(x, t, class_labels=labels).sample, t, x).prev_sample  # ends in [-1, 1]
-```
-"""
-
-
-def write_model_card(
-    folder: Path,
-    config: TrainConfig,
-    plan: Plan,
-    data: ImageSet,
-    dirt: tuple[str, ...],
-    told: Mapping[str, str],
-    step: int,
-    conditional: bool,
-) -> None:
-    """Write ``README.md``: what the model is, what it was trained on and how, and what was not measured."""
-    header = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", tags=["robustdiff"])
-    height, width = data.size
-    usage = (_CONDITIONAL if conditional else _UNCONDITIONAL).format(name=folder.name)
-    colours = "1 channel" if data.channels == 1 else f"{data.channels} channels"
-    known = "".join(f"| {name} | {value} |\n" for name, value in told.items())
-    body = f"""# {folder.name}
-
-A diffusion model of {width} x {height} images ({colours}), trained with robustdiff.
-{usage}
-| | |
-|---|---|
-| data | {len(data)} images ({len(data.skipped)} unreadable, skipped), see `data.json` |
-| dirt added for the experiment | {"; ".join(dirt) or "none"} |
-{known}| network | UNet2DModel, {plan.network}, {plan.parameters:,} parameters |
-| objective | `{plan.objective}` |
-| classes | {", ".join(data.classes) if conditional else "unconditional"} |
-| images seen | {step * plan.batch:,} of {plan.images:,} |
-| seed | {config.seed} |
-
-All settings: `config.json`. Loss curves: `metrics.jsonl`. Quality, diversity and copying have not been measured.
-"""
-    text = f"---\n{header.to_yaml()}\n---\n\n{body}"
-    text = text.encode(errors="backslashreplace").decode()  # names of files may hold bytes that are no text
-    durable.write_text(folder / "README.md", text)
 
 
 class Progress:

@@ -28,44 +28,57 @@ from accelerate.utils import (
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from robustdiff import durable
-from robustdiff.batches import Batch, Batches, Shares, feed
-from robustdiff.checkpoint import TrainingState, list_checkpoints, load_checkpoint, save_checkpoint, step_of
-from robustdiff.config import TrainConfig, UsageError, check_corruptions
-from robustdiff.corruption import derive_seed
-from robustdiff.during import During
-from robustdiff.examining import examine
-from robustdiff.images import image_grid, load_images, save_png
-from robustdiff.machine import check_launcher, cores, free_memory, is_out_of_memory
-from robustdiff.objective import LossTerms
-from robustdiff.planning import (
-    Plan,
+from robustdiff import __version__
+from robustdiff.audit.result import AuditResult
+from robustdiff.audit.result import load as load_trust
+from robustdiff.audit.result import save as save_trust
+from robustdiff.audit.run import examine
+from robustdiff.audit.summary import write_sheets
+from robustdiff.data.corruption import check_corruptions
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.pipeline import (
+    largest_divisor,
+    sample,
+    save_pipeline,
+    to_uint8,
+    without_accelerator,
+)
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.losses.denoising import LossOutput
+from robustdiff.training.annotations import told_levels, trained_images
+from robustdiff.training.callbacks import EvaluationCallback
+from robustdiff.training.checkpoint import (
+    TrainingState,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    step_of,
+)
+from robustdiff.training.config import TrainConfig
+from robustdiff.training.curriculum import visits_of, whole_from
+from robustdiff.training.loader import Batch, Batches, RankSampler, iterate_batches
+from robustdiff.training.metrics import JsonlLog, Metrics, Progress, Tracker, TrainingError
+from robustdiff.training.model_card import write_model_card
+from robustdiff.training.plan import Plan, describe_objective
+from robustdiff.training.resume import check_resumable, claim_output
+from robustdiff.training.setup import (
     build_objective,
     build_pipeline,
     check_gate,
-    check_resumable,
-    claim_output,
-    describe_objective,
     source_options,
 )
-from robustdiff.process import NoiseProcess, to_device
-from robustdiff.recording import (
-    Lines,
-    Metrics,
-    Progress,
-    Tracker,
-    TrainingError,
-    save_pipeline,
-    write_model_card,
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.images import image_grid, save_png
+from robustdiff.utils.resources import (
+    check_launcher,
+    cores,
+    free_memory,
+    is_out_of_memory,
 )
-from robustdiff.sampling import largest_divisor, sample, to_uint8, without_accelerator
-from robustdiff.search import write_sheets
-from robustdiff.stopping import Interrupted, stop_signals
-from robustdiff.told import told_levels, trained_images
-from robustdiff.trust import Trust
-from robustdiff.trust import load as load_trust
-from robustdiff.trust import save as save_trust
-from robustdiff.version import __version__
+from robustdiff.utils.seeds import derive_seed
+from robustdiff.utils.signals import Interrupted, stop_signals
+from robustdiff.utils.tensors import to_device
 
 __all__ = ["Interrupted", "TrainingError", "train"]
 
@@ -108,7 +121,7 @@ def train(config: TrainConfig) -> Path:
     workers = config.dataloader_num_workers
     workers = (min(4, cores()) if data.streamed else 0) if workers is None else workers
     pipeline, network = build_pipeline(config, data)
-    process = NoiseProcess.from_scheduler(pipeline.scheduler)
+    process = NoiseSchedule.from_scheduler(pipeline.scheduler)
     trained, levels = trained_images(data, corruptions, config.seed, config.clean_subset), None
     batches = Batches(data, corruptions, config.seed, config.random_flip, trained)
     bare = batches
@@ -121,8 +134,8 @@ def train(config: TrainConfig) -> Path:
     if trust is not None:
         sigma = trust.noise if bool((trust.noise > 0).any()) else None
         repair = trust.repaired if trust.lost else None
-        known = {"sigma": sigma, "visits": trust.visits(process), "repair": repair}
-        batches = dataclasses.replace(batches, **known, whole_from=trust.whole_from(process))
+        known = {"sigma": sigma, "visits": visits_of(trust, process), "repair": repair}
+        batches = dataclasses.replace(batches, **known, whole_from=whole_from(trust, process))
     count = len(trained) if batches.visits is None else len(batches.visits.used)
     plan = Plan.resolve(
         config,
@@ -149,7 +162,7 @@ def train(config: TrainConfig) -> Path:
     conditional = pipeline.unet.config["num_class_embeds"] is not None
     during = None
     if config.evaluate_every is not None:
-        during = During(config, plan, data, preview_steps, accelerator.device)
+        during = EvaluationCallback(config, plan, data, preview_steps, accelerator.device)
     if config.resuming:
         check_resumable(config, data, levels, None if trust is None else trust.sha256, plan, folder, conditional)
     size = config.train_batch_size
@@ -184,7 +197,7 @@ def train(config: TrainConfig) -> Path:
         extra["scaler"] = accelerator.scaler
     state = TrainingState(unet, optimizer.optimizer, ema, extra)
 
-    def terms_of(counters: range, batch: Batch) -> LossTerms:
+    def terms_of(counters: range, batch: Batch) -> LossOutput:
         """Loss terms of this process's share of one pass, the images with these counters."""
         x0, generators, labels, lost = batch
         x0 = to_device(x0, accelerator.device)
@@ -228,19 +241,19 @@ def train(config: TrainConfig) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         versions = {"robustdiff": __version__, "torch": torch.__version__}
         settings = {"settings": dataclasses.asdict(config), "plan": dataclasses.asdict(plan), "versions": versions}
-        durable.write_json(folder / "config.json", settings)
+        atomic_io.write_json(folder / "config.json", settings)
         account = {"data": data.describe(), "corrupt": dirt, "corrupt_seed": config.seed, "trained": count}
         account["noise_levels"] = None if levels is None else levels.describe()
         account["auto"] = None if trust is None else trust.describe()
         if trust is not None and not config.resuming:
             save_trust(trust, folder / AUTO_FILE, data.names)
             write_sheets(trust, lambda places: to_uint8(bare.images_at(places)), folder)
-        durable.write_json(folder / "data.json", account)
+        atomic_io.write_json(folder / "data.json", account)
         (folder / "samples").mkdir(exist_ok=True)
     tracker = Tracker(accelerator, config.logger, dataclasses.asdict(config))
     accelerator.wait_for_everyone()
     metrics = Metrics(accelerator, config.on_nonfinite == "skip", saved.get("metrics"))
-    lines, bad_lines = Lines(folder / "metrics.jsonl", step), Lines(folder / "nonfinite.jsonl", step - 1)
+    lines, bad_lines = JsonlLog(folder / "metrics.jsonl", step), JsonlLog(folder / "nonfinite.jsonl", step - 1)
     if during is not None:
         during.begin(folder, step)
 
@@ -323,15 +336,15 @@ def train(config: TrainConfig) -> Path:
     since, since_step = time.perf_counter(), step
     status = 0
     agreeing = steps_between_votes(slowest)
-    shares = Shares(step, plan.steps, plan.batch, size, accelerator.process_index, accelerator.num_processes)
-    loading = feed(batches, shares, workers, pin=accelerator.device.type == "cuda")
+    shares = RankSampler(step, plan.steps, plan.batch, size, accelerator.process_index, accelerator.num_processes)
+    loading = iterate_batches(batches, shares, workers, pin=accelerator.device.type == "cuda")
     with stop_signals() as asked_to_stop, contextlib.closing(loading):
         if step == plan.steps:  # killed in its last save: finish that, names and pruning too
             save()
         elif found is not None and accelerator.is_main_process and not preview_of(step).exists():
             publish()  # killed between checkpoint and preview, which comes last
         while step < plan.steps and not status:
-            parts: list[LossTerms] = []
+            parts: list[LossOutput] = []
             for part in range(config.gradient_accumulation_steps):
                 last = part == config.gradient_accumulation_steps - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
@@ -404,9 +417,9 @@ def train(config: TrainConfig) -> Path:
 AUTO_FILE = "auto.json"
 
 
-def _examined(config: TrainConfig, accelerator: Accelerator, batches: Batches, folder: Path) -> Trust:
+def _examined(config: TrainConfig, accelerator: Accelerator, batches: Batches, folder: Path) -> AuditResult:
     """What the images can be trusted for; found by one process for all, and once for a run that goes on."""
-    found: list[Trust | None] = [None]
+    found: list[AuditResult | None] = [None]
     if accelerator.is_main_process:
         if config.resuming:
             found[0] = load_trust(folder / AUTO_FILE, len(batches.images))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from robustdiff.config import UsageError
+from robustdiff.utils.errors import UsageError
 
 GROUPS = Path("/sys/fs/cgroup")
 """Where Linux shows its control groups."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from robustdiff.attack import APGD, PGD, RandomSearch
-from robustdiff.config import AttackConfig
+from robustdiff.attacks.config import AttackConfig
+from robustdiff.attacks.optimizers import APGD, PGD, RandomSearch
 
 Optimiser = RandomSearch | PGD | APGD
 DEFAULT_RADIUS = 0.01

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdiff.config import AttackConfig, EvaluateConfig, UsageError
-from robustdiff.corruption import derive_seed
-from robustdiff.evaluation.attack_plan import is_joint
-from robustdiff.evaluation.command import account, bar, describe
-from robustdiff.evaluation.differentiable import differentiable
+from robustdiff.attacks.batch_goals import FeatureDistance
+from robustdiff.attacks.benchmark.grid import is_joint
+from robustdiff.attacks.config import AttackConfig
+from robustdiff.evaluation.config import EvaluateConfig
+from robustdiff.evaluation.differentiable_extractors import differentiable
+from robustdiff.evaluation.evaluate import account, bar, describe
 from robustdiff.evaluation.extractors import Extractor, open_extractor
 from robustdiff.evaluation.features import Features, Images, default_cache, extract
-from robustdiff.evaluation.gathering import TrainingUnread, left_out, load_real, trained_on
-from robustdiff.evaluation.judging import LEAST, judge
-from robustdiff.joint import FeatureDistance
+from robustdiff.evaluation.inputs import TrainingUnread, left_out, load_real, trained_on
+from robustdiff.evaluation.metrics import LEAST, judge
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.seeds import derive_seed
 
 REAL = 2000
 """Images of the run's own data, at most, that quality is measured against where no reference is named: enough for the

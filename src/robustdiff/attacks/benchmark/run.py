@@ -18,24 +18,48 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from robustdiff import durable
-from robustdiff.config import AttackConfig, EvaluateConfig, RobustdiffWarning, SampleConfig, UsageError
-from robustdiff.evaluation import few_step, sheets
-from robustdiff.evaluation.after_attack import Reference, measure, open_reference, quality
-from robustdiff.evaluation.attack_plan import EOT, VERDICTS, Cell, is_blind, is_joint, lengths, plan, radius
-from robustdiff.evaluation.attack_results import Summary, sentence
-from robustdiff.evaluation.attacking import CHECKED, Batch, Outcome, join
-from robustdiff.evaluation.gathering import digest, name_of, output_folder
-from robustdiff.evaluation.judging import LEAST
-from robustdiff.evaluation.results import write_result
-from robustdiff.evaluation.side_by_side import metered, side_by_side
-from robustdiff.joint import FeatureDistance
-from robustdiff.machine import check_launcher, free_memory, processes
-from robustdiff.sample_files import class_labels
-from robustdiff.sampling import SamplerStep, load_pipeline, sample, trajectory_of, weights_sha256, without_accelerator
-from robustdiff.stopping import Interrupted, stop_signals
-from robustdiff.threat import NoGradient
-from robustdiff.trajectory import Trajectory, frozen
+from robustdiff.attacks.batch_goals import FeatureDistance
+from robustdiff.attacks.benchmark.grid import (
+    EOT,
+    VERDICTS,
+    Cell,
+    is_blind,
+    is_joint,
+    lengths,
+    plan,
+    radius,
+)
+from robustdiff.attacks.benchmark.quality import (
+    Reference,
+    measure,
+    open_reference,
+    quality,
+)
+from robustdiff.attacks.benchmark.runner import CHECKED, Batch, Outcome, join
+from robustdiff.attacks.benchmark.summary import Summary, sentence
+from robustdiff.attacks.config import AttackConfig
+from robustdiff.attacks.goals import NoGradient
+from robustdiff.diffusion.config import SampleConfig
+from robustdiff.diffusion.pipeline import (
+    SamplerStep,
+    load_pipeline,
+    sample,
+    trajectory_of,
+    weights_sha256,
+    without_accelerator,
+)
+from robustdiff.diffusion.sample_files import class_labels
+from robustdiff.diffusion.samplers import DifferentiableSampler, frozen
+from robustdiff.evaluation import contact_sheets, few_step
+from robustdiff.evaluation.config import EvaluateConfig
+from robustdiff.evaluation.inputs import digest, name_of, output_folder
+from robustdiff.evaluation.metrics import LEAST
+from robustdiff.evaluation.result_file import write_result
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import RobustdiffWarning, UsageError
+from robustdiff.utils.parallel import metered, side_by_side
+from robustdiff.utils.resources import check_launcher, free_memory, processes
+from robustdiff.utils.signals import Interrupted, stop_signals
 
 HELD = 6
 """Tensors of the size of all pushes that an optimiser has at a time: iterate, gradient, best, and what it steps by."""
@@ -155,7 +179,7 @@ def _protocol(config: AttackConfig, pipeline: DiffusionPipeline, shape: Sequence
 class _Run:
     config: AttackConfig
     pipeline: DiffusionPipeline
-    trajectory: Trajectory
+    trajectory: DifferentiableSampler
     labels: Sequence[int] | None
     shape: tuple[int, ...]
     device: torch.device
@@ -301,7 +325,7 @@ class _Run:
         flags += summary.flags()
         sheet = path.with_name(f"{path.stem}-images.png")
         pictures = ((clean / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        sheets.attacked_sheet(pictures, found["attack"].images, sheet)
+        contact_sheets.attacked_sheet(pictures, found["attack"].images, sheet)
         for name, images in (("undisturbed", pictures), ("attacked", found["attack"].images)):
             _save(images, path.with_name(f"{path.stem}-{name}.npy"))
         values, told = summary.values(), [sentence(flag) for flag in flags if flag.raised]
@@ -335,5 +359,5 @@ def _save(images: Tensor, path: Path) -> None:
     array = images.permute(0, 2, 3, 1).numpy()
     part = path.with_name(f".{path.name}")
     np.save(part, array[..., 0] if array.shape[-1] == 1 else array)
-    durable.fsync_file(part)
+    atomic_io.fsync_file(part)
     part.replace(path)

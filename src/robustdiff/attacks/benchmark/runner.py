@@ -15,17 +15,22 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from robustdiff import durable
-from robustdiff.attack import Found
-from robustdiff.config import AttackConfig
-from robustdiff.corruption import derive_seed
-from robustdiff.evaluation.attack_plan import EOT, VERDICTS, Cell, is_blind, radius
-from robustdiff.evaluation.validity import HUGE, Flag, check_checkpointing, check_gradient
-from robustdiff.joint import BatchDistance, FeatureDistance
-from robustdiff.process import draw_normal
-from robustdiff.sampling import image_generators
-from robustdiff.threat import Ball, Displacement, Objective, OneStep
-from robustdiff.trajectory import Trajectory, frozen
+from robustdiff.attacks.batch_goals import BatchDistance, FeatureDistance
+from robustdiff.attacks.benchmark.grid import EOT, VERDICTS, Cell, is_blind, radius
+from robustdiff.attacks.benchmark.sanity_checks import (
+    HUGE,
+    Flag,
+    check_checkpointing,
+    check_gradient,
+)
+from robustdiff.attacks.config import AttackConfig
+from robustdiff.attacks.constraints import LpBall
+from robustdiff.attacks.goals import AttackGoal, FinalImageShift, NoisePredictionShift
+from robustdiff.attacks.optimizers import AttackResult
+from robustdiff.diffusion.samplers import DifferentiableSampler, frozen
+from robustdiff.utils import atomic_io
+from robustdiff.utils.random import draw_normal, image_generators
+from robustdiff.utils.seeds import derive_seed
 
 Tell = Callable[[int], None]
 """Told of finished work, in network calls per image; may raise, to stop."""
@@ -62,7 +67,7 @@ class Outcome:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}")
         save_file({f.name: getattr(self, f.name).cpu().contiguous() for f in dataclasses.fields(self)}, part)
-        durable.fsync_file(part)
+        atomic_io.fsync_file(part)
         part.replace(path)
 
     @classmethod
@@ -79,7 +84,7 @@ class Outcome:
             with safe_open(path, "pt") as file:
                 found = cls(**{name: file.get_tensor(name) for name in names})
         except Exception as error:  # safetensors raises types of its own
-            raise ValueError(durable.one_line(error)) from None
+            raise ValueError(atomic_io.one_line(error)) from None
         shapes = (found.moved.shape[:1], found.trace.shape[1:], found.restarts.shape[1:], found.images.shape[:1])
         if any(tuple(shape) != (count,) for shape in shapes):
             raise ValueError("it is of other images")
@@ -121,7 +126,7 @@ class Batch:
     """
 
     config: AttackConfig
-    trajectory: Trajectory
+    trajectory: DifferentiableSampler
     images: Sequence[int]
     shape: tuple[int, ...]
     device: torch.device
@@ -231,7 +236,7 @@ class Batch:
         """Draws of the noise per gradient."""
         return (eot or self.config.eot or EOT) if self.blind else 1
 
-    def _displacement(self, cell: str, eot: int | None = None) -> Displacement:
+    def _displacement(self, cell: str, eot: int | None = None) -> FinalImageShift:
         """The end-to-end objective under the noise that the attacker uses."""
         target = self.target if self.config.objective == "target" else None
         made: dict[str, Any] = {"target": target, "checkpointed": self.checkpointed}
@@ -248,9 +253,9 @@ class Batch:
             )
         else:
             made["noise"] = lambda term: self._start[1]
-        return Displacement(self.trajectory, self.state, self.attacked, **made)
+        return FinalImageShift(self.trajectory, self.state, self.attacked, **made)
 
-    def objective(self, cell: str, eot: int | None = None) -> Objective:
+    def objective(self, cell: str, eot: int | None = None) -> AttackGoal:
         """What ``--objective`` says."""
         if self.config.objective in ("end-to-end", "target"):
             return self._displacement(cell, eot)
@@ -263,17 +268,17 @@ class Batch:
                 x = self.trajectory.run(x, first=here, last=k, noise=noise)
                 states.append(x)
                 here = k
-        return OneStep(
+        return NoisePredictionShift(
             self.trajectory, states, self.attacked, "shift" if self.config.objective == "shift" else "residual"
         )
 
-    def ball(self, factor: float | None) -> Ball:
+    def ball(self, factor: float | None) -> LpBall:
         """The constraint; None: huge, :data:`HUGE` in units of the data at every attacked step."""
         root = float(torch.Size(self.shape).numel()) ** 0.5
         if factor is None:
             sigmas = self.trajectory.sigmas(self.attacked, self.state)
-            return Ball(self.config.norm, HUGE / sigmas * (root if self.config.norm == "l2" else 1.0))
-        return Ball(self.config.norm, factor * radius(self.config, self.shape))
+            return LpBall(self.config.norm, HUGE / sigmas * (root if self.config.norm == "l2" else 1.0))
+        return LpBall(self.config.norm, factor * radius(self.config, self.shape))
 
     # -- attacks ---------------------------------------------------------------------------------------
 
@@ -315,7 +320,7 @@ class Batch:
         tell(total - told)
         return outcome
 
-    def _judge(self, found: Found, ball: Ball, replay: Replay | None) -> Outcome:
+    def _judge(self, found: AttackResult, ball: LpBall, replay: Replay | None) -> Outcome:
         squares, nearer, away, first = [], [], [], None
         for i in range(self.verdicts):
             reached = self._images(found.omega, self.verdict_noise(i))
@@ -352,11 +357,11 @@ class Batch:
     def check(self) -> list[Flag]:
         """The flags about gradients, on these images: give few."""
         noise, held = self._start[1], self.checkpointed
-        objective: Objective = Displacement(
+        objective: AttackGoal = FinalImageShift(
             self.trajectory, self.state, self.attacked, lambda term: noise, checkpointed=held
         )
         if self.measure is not None:
-            known = Displacement(self.trajectory, self.state, self.attacked, lambda term: noise, checkpointed=held)
+            known = FinalImageShift(self.trajectory, self.state, self.attacked, lambda term: noise, checkpointed=held)
             objective = BatchDistance(known, self.measure, self.config.batch_size)
         elif self.config.objective not in ("end-to-end", "target"):
             objective = self.objective("check")
@@ -367,8 +372,8 @@ class Batch:
             few = dataclasses.replace(self.trajectory, steps=self.trajectory.steps[: last + CHECKED_STEPS], clamp=False)
             with torch.no_grad():
                 x = self.trajectory.run(self.state, first=self.attacked[0], last=last, noise=noise)
-            short = Displacement(few, x, [last], lambda term: noise)
+            short = FinalImageShift(few, x, [last], lambda term: noise)
             flags.append(
-                check_checkpointing(short, Ball("linf", 0.1).draw(short.like, self._generators("checkpoints")))
+                check_checkpointing(short, LpBall("linf", 0.1).draw(short.like, self._generators("checkpoints")))
             )
         return flags

@@ -15,9 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdiff.attack import TOLERANCE
-from robustdiff.process import Generators
-from robustdiff.threat import Ball, Displacement, Objective, evaluate, value_and_gradient
+from robustdiff.attacks.constraints import LpBall
+from robustdiff.attacks.goals import (
+    AttackGoal,
+    FinalImageShift,
+    evaluate,
+    value_and_gradient,
+)
+from robustdiff.attacks.optimizers import TOLERANCE
+from robustdiff.utils.random import Generators
 
 RAISED_WHEN = {
     "gradient-zero": "for a share of images above the limit the gradient promises no gain at a random point",
@@ -103,7 +109,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def check_gradient(
-    objective: Objective, ball: Ball, like: Tensor, generator: Generators = None, directions: int = 3
+    objective: AttackGoal, ball: LpBall, like: Tensor, generator: Generators = None, directions: int = 3
 ) -> list[Flag]:
     """``gradient-zero``, ``gradient-mismatch``, ``gradient-local`` and ``not-repeatable``.
 
@@ -142,7 +148,7 @@ def check_gradient(
     ]
 
 
-def check_checkpointing(objective: Displacement, omega: Tensor) -> Flag:
+def check_checkpointing(objective: FinalImageShift, omega: Tensor) -> Flag:
     """Gradients through checkpoints against plain ones.
 
     Args:

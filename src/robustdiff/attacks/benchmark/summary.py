@@ -10,11 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustdiff.config import AttackConfig
-from robustdiff.evaluation.attack_plan import STARTS, SWEPT, Cell, eot_draws, lengths, radius, twin
-from robustdiff.evaluation.attacking import Outcome
-from robustdiff.evaluation.quality import NORMAL_95
-from robustdiff.evaluation.validity import Flag, check_gain, check_huge, check_random, check_rising
+from robustdiff.attacks.benchmark.grid import (
+    STARTS,
+    SWEPT,
+    Cell,
+    eot_draws,
+    lengths,
+    radius,
+    twin,
+)
+from robustdiff.attacks.benchmark.runner import Outcome
+from robustdiff.attacks.benchmark.sanity_checks import (
+    Flag,
+    check_gain,
+    check_huge,
+    check_random,
+    check_rising,
+)
+from robustdiff.attacks.config import AttackConfig
+from robustdiff.evaluation.distances import NORMAL_95
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from robustdiff.spectrum import Load, batches
+from robustdiff.audit.spectral_model import Load, batches
 
 CELLS = 8
 """Cells along each side at which images are compared."""

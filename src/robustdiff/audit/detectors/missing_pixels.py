@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
-from robustdiff import groups
-from robustdiff.spectrum import Load, batches
+from robustdiff.audit import mixture
+from robustdiff.audit.spectral_model import Load, batches
 
 LEVEL = 2 / 255
 """One step of 8 bit."""
@@ -217,7 +217,7 @@ def find(load: Load, count: int) -> tuple[tuple[Gap, ...], Tensor]:
         if gap.block == 1 and abs(gap.value) < 1 and not _anywhere(load, count, gap):
             continue
         here = torch.cat([holes(load(places), [gap]).flatten(1).any(1) for places in batches(count)])
-        if int(here.sum()) >= groups.FEWEST:
+        if int(here.sum()) >= mixture.FEWEST:
             found.append(gap)
             holed = holed | here
     return tuple(found), holed

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from robustdiff import groups
-from robustdiff.spectrum import Load, SpectralFit, energies_of, separate
+from robustdiff.audit import mixture
+from robustdiff.audit.spectral_model import Load, SpectralFit, energies_of, separate
 
 WHITE, WHITER = 0.5, 0.7
 """Least whiteness of the excess of a noisy group; the second where none stands apart and none is large."""
@@ -72,7 +72,7 @@ def noisy_images(load: Load, count: int) -> tuple[SpectralFit, Tensor, list[Nois
     """
     energies = energies_of(load, count)
     seen = separate(energies)
-    found = groups.split(seen.sigma)
+    found = mixture.split(seen.sigma)
     alike = ~_foreign(seen, found)
     if not bool(alike.all()):
         seen = separate(energies_of(load, count, alike), alike)
@@ -111,15 +111,15 @@ def _any(apart: list[tuple[Tensor, float]], count: int) -> Tensor:
     return torch.stack([torch.zeros(count, dtype=torch.bool), *(members for members, _ in apart)]).any(0)
 
 
-def _split(seen: SpectralFit, alike: Tensor) -> groups.Groups:
+def _split(seen: SpectralFit, alike: Tensor) -> mixture.Groups:
     """Groups of the estimates of those alike; the others belong to group -1."""
-    found = groups.split(seen.sigma[alike])
+    found = mixture.split(seen.sigma[alike])
     label = torch.full_like(alike, -1, dtype=torch.long)
     label[alike] = found.label
     return replace(found, label=label)
 
 
-def _foreign(seen: SpectralFit, found: groups.Groups) -> Tensor:
+def _foreign(seen: SpectralFit, found: mixture.Groups) -> Tensor:
     """Images, bool, shape (N,), with less noise than most, but of another kind: what lies above is not noisy by them.
 
     Drawings or checkerboards among photographs have no fine texture at all; beside them, any photograph seems noisy.
@@ -130,7 +130,7 @@ def _foreign(seen: SpectralFit, found: groups.Groups) -> Tensor:
     return lowest if strange else torch.zeros_like(lowest)
 
 
-def _standing_apart(seen: SpectralFit, found: groups.Groups, *, coloured: bool = False) -> list[tuple[Tensor, float]]:
+def _standing_apart(seen: SpectralFit, found: mixture.Groups, *, coloured: bool = False) -> list[tuple[Tensor, float]]:
     """Noisy groups: images of each, bool, shape (N,), and its distance from the group below.
 
     With ``coloured``, groups of less than half of the images need not be white: a few noisy ones bend the weak

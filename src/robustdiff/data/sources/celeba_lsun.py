@@ -9,118 +9,25 @@ import os
 import re
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from robustdiff import decoding
-from robustdiff.decoding import DataError, Item, Pixels
+from robustdiff.data.sources.base import (
+    PARTITION,
+    PLAIN,
+    Files,
+    Source,
+    by_name,
+    choose_splits,
+    missing,
+    short_reason,
+)
+from robustdiff.utils.errors import DataError
 
 if TYPE_CHECKING:
     from lmdb import Environment
-
-PLAIN = re.compile(r"[\w-][\w.-]{0,254}", re.ASCII)
-"""What a name found inside a file must look like to become an image's name: nothing that could lead elsewhere."""
-PARTITION = "list_eval_partition.txt"
-"""CelebA's list of which image belongs to which split."""
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """Where images come from, before anything is decoded.
-
-    Attributes:
-        what: Kind of source, and the split where there is one; for people.
-        names: One per image, in the order of the data set: relative POSIX paths, or zero-padded numbers.
-        read: The item of one place in ``names``. Called from several threads, and from worker processes after pickling
-            or forking; raises any exception for a bad item.
-        skipped: (name, reason) of what was refused at sight.
-        classes: Names of the labels, if the source has labels of its own. Those of a folder follow from its names.
-        labels: One per name, places in ``classes``.
-        crop: Side in pixels of the centre square to cut out before anything else.
-        notes: Counts of what else was found, such as side-car files.
-    """
-
-    what: str
-    names: Sequence[str]
-    read: Callable[[int], Item]
-    skipped: Sequence[tuple[str, str]] = ()
-    classes: tuple[str, ...] = ()
-    labels: Sequence[int] | None = None
-    crop: int | None = None
-    notes: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Files:
-    """Reads files of a folder: gives the path, which is opened only when the image is decoded."""
-
-    folder: Path
-    names: Sequence[str]
-
-    def __call__(self, index: int) -> Path:
-        """The path of one file."""
-        return self.folder / self.names[index]
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Reads an array (N, H, W, C) in memory."""
-
-    array: Pixels
-
-    def __call__(self, index: int) -> Pixels:
-        """One image, a view."""
-        return np.asarray(self.array[index])
-
-
-def numbers(count: int) -> tuple[str, ...]:
-    """``count`` names that sort as they count: 00, 01 ... 99."""
-    return tuple(f"{index:0{len(str(count - 1))}d}" for index in range(count))
-
-
-def choose_splits(splits: Sequence[str], split: str | None) -> Sequence[str]:
-    """The splits asked for: ``split``, every one for ``all``; by default ``train``, or the only one there is.
-
-    Raises:
-        DataError: If there is no such split, or no default.
-    """
-    if split == "all" and splits:
-        return splits
-    if split is None and len(splits) <= 1:
-        return splits
-    if (wanted := split or "train") in splits:
-        return [wanted]
-    if not splits:
-        raise DataError("this source has no splits: leave --split out")
-    missing = "there is no split train" if split is None else f"--split {split}: no such split"
-    raise DataError(f"{missing}; use --split with one of {listed(splits)}, or all")
-
-
-def listed(names: Sequence[Any]) -> str:
-    """The first few of many names, for a message of one line."""
-    return ", ".join(map(str, names[:8])) + (" ..." if len(names) > 8 else "") or "none"
-
-
-def by_name(values: Sequence[Any]) -> tuple[tuple[str, ...], list[int]]:
-    """Sorted unique values as text, and each value's place among them."""
-    unique = sorted(set(values))
-    place = {value: number for number, value in enumerate(unique)}
-    return tuple(map(str, unique)), [place[value] for value in values]
-
-
-def missing(package: str) -> DataError:
-    """The error for an optional package that is not there."""
-    return DataError(f"{package} is not installed: pip install 'robustdiff[data]'")
-
-
-def short_reason(error: Exception) -> str:
-    """:func:`decoding.reason`, cut to a line."""
-    text = decoding.reason(error)
-    return text if len(text) <= 300 else text[:300] + " ..."
 
 
 # -- CelebA ------------------------------------------------------------------------------------------

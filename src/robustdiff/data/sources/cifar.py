@@ -12,8 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from robustdiff.decoding import DataError, Pixels
-from robustdiff.formats import PLAIN, Rows, Source, choose_splits, numbers, short_reason
+from robustdiff.data.decode import Pixels
+from robustdiff.data.sources.base import (
+    PLAIN,
+    Rows,
+    Source,
+    choose_splits,
+    numbers,
+    short_reason,
+)
+from robustdiff.utils.errors import DataError
 
 CIFAR10 = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
 CIFAR100 = {"train": ["train"], "test": ["test"]}

@@ -19,8 +19,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from robustdiff.decoding import DataError, Item
-from robustdiff.formats import Source, by_name, choose_splits, listed, missing, numbers, short_reason
+from robustdiff.data.decode import Item
+from robustdiff.data.sources.base import (
+    Source,
+    by_name,
+    choose_splits,
+    listed,
+    missing,
+    numbers,
+    short_reason,
+)
+from robustdiff.utils.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

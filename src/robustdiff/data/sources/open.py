@@ -18,11 +18,13 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from robustdiff import decoding, formats
-from robustdiff.cifar import cifar, is_cifar
-from robustdiff.decoding import DataError, Item, Pixels
-from robustdiff.formats import Files, Rows, Source, by_name, numbers
-from robustdiff.tables import table
+from robustdiff.data import decode
+from robustdiff.data.decode import Item, Pixels
+from robustdiff.data.sources import celeba_lsun
+from robustdiff.data.sources.base import Files, Rows, Source, by_name, numbers
+from robustdiff.data.sources.cifar import cifar, is_cifar
+from robustdiff.data.sources.huggingface import table
+from robustdiff.utils.errors import DataError
 
 __all__ = ["DataError", "Item", "Source", "open_source"]
 
@@ -65,7 +67,7 @@ def open_source(
         source: Word, path or id.
         split: Name of a split, or ``all``. Default: ``train``, or the only one there is.
         config: Configuration of a table (``--dataset-config-name``).
-        image_column: Column of a table; see :func:`robustdiff.tables.table`.
+        image_column: Column of a table; see :func:`robustdiff.data.sources.huggingface.table`.
         label_column: Column of a table.
 
     Parquet files and data sets from the hub are written out by ``datasets`` to its cache (``HF_DATASETS_CACHE``), or,
@@ -97,15 +99,15 @@ def _open(source: str | Path, flags: dict[str, str | None]) -> Source:
             (path / name).is_file() for name in ("state.json", "dataset_info.json")
         ):
             return _table(path, flags)
-        if databases := formats.lsun_parts(path):
+        if databases := celeba_lsun.lsun_parts(path):
             _unused("LSUN", columns)
-            return formats.lsun(databases, split)
+            return celeba_lsun.lsun(databases, split)
         if is_cifar(path):
             _unused("a folder of CIFAR batches", columns)
             return cifar(path, split)
-        if parts := formats.celeba_parts(path):
+        if parts := celeba_lsun.celeba_parts(path):
             _unused("CelebA", columns)
-            return formats.celeba(*parts, split)
+            return celeba_lsun.celeba(*parts, split)
         return _folder(path, flags)
     suffix = path.suffix.lower()
     if path.is_file() and suffix in (".npy", ".npz"):
@@ -146,7 +148,7 @@ def _folder(folder: Path, flags: dict[str, str | None]) -> Source:
     found, skipped, side_cars = _scan(folder)
     tables = [name for name in found if name.lower().endswith(".parquet")]
     if tables:
-        images = [name for name in found if decoding.is_image_name(name)]
+        images = [name for name in found if decode.is_image_name(name)]
         if not images:
             return _table(folder, flags)
         raise DataError(
@@ -306,7 +308,9 @@ def _read(archive: zipfile.ZipFile, key: str) -> NDArray[Any]:
 
 
 def _unreadable(error: Exception) -> DataError:
-    return DataError(f"cannot be read as an array ({formats.short_reason(error)}); save uint8 images with numpy.save")
+    return DataError(
+        f"cannot be read as an array ({celeba_lsun.short_reason(error)}); save uint8 images with numpy.save"
+    )
 
 
 def _digits() -> Source:

@@ -1,0 +1,1 @@
+"""Every claim, runnable: `python -m experiments.NAME`."""

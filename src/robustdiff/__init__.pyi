@@ -1,0 +1,15 @@
+from . import audit as audit
+from .data.corruption import Corruption as Corruption
+from .data.dataset import load_images as load_images
+from .diffusion.pipeline import load_pipeline as load_pipeline
+from .diffusion.pipeline import sample as sample
+from .diffusion.schedule import NoiseSchedule as NoiseSchedule
+from .losses.baselines import InputPerturbationLoss as InputPerturbationLoss
+from .losses.baselines import InvarianceLoss as InvarianceLoss
+from .losses.baselines import PseudoHuberLoss as PseudoHuberLoss
+from .losses.denoising import DenoisingLoss as DenoisingLoss
+from .losses.equivariance import EquivarianceLoss as EquivarianceLoss
+from .training.config import TrainConfig as TrainConfig
+from .training.trainer import train as train
+
+__version__: str

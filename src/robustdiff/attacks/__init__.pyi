@@ -1,0 +1,17 @@
+from .batch_goals import BatchDistance as BatchDistance
+from .batch_goals import FeatureDistance as FeatureDistance
+from .config import AttackConfig as AttackConfig
+from .config import CorruptConfig as CorruptConfig
+from .config import PurifyConfig as PurifyConfig
+from .constraints import LpBall as LpBall
+from .goals import AttackGoal as AttackGoal
+from .goals import CallableGoal as CallableGoal
+from .goals import FinalImageShift as FinalImageShift
+from .goals import NoisePredictionShift as NoisePredictionShift
+from .optimizers import APGD as APGD
+from .optimizers import PGD as PGD
+from .optimizers import AttackResult as AttackResult
+from .optimizers import RandomSearch as RandomSearch
+from .poisoning import Poison as Poison
+from .purification import PurifiedLoss as PurifiedLoss
+from .purification import purify as purify

@@ -1,0 +1,2 @@
+from .result import AuditResult as AuditResult
+from .result import Finding as Finding

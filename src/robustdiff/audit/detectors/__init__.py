@@ -1,0 +1,1 @@
+"""Kinds of damage, one a file."""

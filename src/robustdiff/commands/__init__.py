@@ -1,0 +1,1 @@
+"""The `robustdiff` command: one file per command, its flags and its `run`."""

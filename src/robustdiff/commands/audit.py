@@ -1,0 +1,93 @@
+"""`robustdiff audit`: what is wrong with a set of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.options import (
+    OptionalInt,
+    OptionalText,
+    check_given,
+    check_resolution,
+    require,
+)
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Look at every image before training: bad files, sizes, duplicates, noise, and damage; nothing is changed."""
+
+    data: Annotated[Positional[str], arg(metavar="DATA")]
+    """Any source of images that `robustdiff train` takes; mixed sizes and bad files are reported, not refused."""
+    output: Annotated[str | None, arg(aliases=["-o", "--output-dir"], metavar="FOLDER")] = None
+    """Folder for audit.json and found.json (every image), worst.png (the twenty noisiest) and a sheet of each damage,
+    clean.txt (names), and noise.csv, as `robustdiff train --noise-levels` takes it. Default: print only."""
+    resolution: OptionalInt = None
+    """Resize the shorter side to this many pixels and crop the centre square first; resizing hides noise.
+    Default: images as they are."""
+    split: OptionalText = None
+    """Part of a data set that comes in parts (train, test ..., or all). Default: train."""
+    dataset_config_name: OptionalText = None
+    """Configuration of a hub data set that has several."""
+    image_column: OptionalText = None
+    """Column of a table that holds the images. Default: the only one that can."""
+    extractor: OptionalText = None
+    """Look for foreign pictures too: the farthest from the others in these features, as --extractor of
+    `robustdiff evaluate` takes them. They are shown, and not acted on."""
+    overwrite: bool = False
+    """Replace the audit that FOLDER holds."""
+
+    def validate(self) -> None:
+        """Check ranges.
+
+        Raises:
+            UsageError: One line that names the flag and the remedy.
+        """
+        check_given(self, "data", "output", "split", "dataset_config_name", "image_column", "extractor")
+        check_resolution(self.resolution)
+        require(self.output is not None or not self.overwrite, "--overwrite does nothing without --output: add it")
+
+
+def run(config: AuditConfig) -> int:
+    """Run the command; returns the exit status."""
+    from robustdiff.audit.files import check_output, write_audit
+    from robustdiff.audit.statistics import audit_images
+    from robustdiff.audit.summary import search
+    from robustdiff.data.dataset import load_images
+    from robustdiff.data.sources.open import open_source
+    from robustdiff.utils.resources import free_memory
+
+    if config.output is not None:
+        check_output(config.data, config.output, overwrite=config.overwrite)
+    extractor = None
+    if config.extractor is not None:
+        from robustdiff.evaluation.extractors import open_extractor
+        from robustdiff.evaluation.features import extract
+
+        extractor = open_extractor(config.extractor)
+    options = {"split": config.split, "config": config.dataset_config_name, "image_column": config.image_column}
+    try:
+        source = open_source(config.data, **options)
+    except UsageError as error:  # as load_images words it
+        raise UsageError(f"{config.data}: {error}") from None
+    audit = audit_images(source, data=config.data, resolution=config.resolution, memory=free_memory() // 2)
+    print(audit.text(), flush=True)
+    found = None
+    if len({record.size for record in audit.records}) > 1:
+        print("damage: not looked for, images differ in size: add --resolution N, the size you would train at")
+    elif audit.records:
+        images = audit.images
+        if images is None:
+            images = load_images(config.data, resolution=config.resolution, max_bad_fraction=1.0, **options)
+        features = None if extractor is None else extract(extractor, images, cache=None)
+        found = search(images, None if features is None else (features.extractor.name, features.values))
+        print("damage: not looked for, too few images to compare" if found is None else found.text())
+    if config.output is not None:
+        write_audit(audit, config.output, overwrite=config.overwrite, also=None if found is None else found.write)
+        print(f"{config.output}: {', '.join(sorted(path.name for path in Path(config.output).iterdir()))}")
+    return 0

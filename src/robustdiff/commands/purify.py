@@ -1,0 +1,15 @@
+"""`robustdiff purify`: denoise images that somebody else has."""
+
+from __future__ import annotations
+
+from robustdiff.attacks.config import PurifyConfig
+from robustdiff.commands.console import quiet_libraries
+
+
+def run(config: PurifyConfig) -> int:
+    """Run the command; returns the exit status."""
+    from robustdiff.attacks.purify_files import purify_to_files, summary
+
+    quiet_libraries()
+    print(summary(purify_to_files(config), str(config.output)))
+    return 0

@@ -1,0 +1,17 @@
+"""`robustdiff sample`: draw images."""
+
+from __future__ import annotations
+
+from robustdiff.commands.console import quiet_libraries
+from robustdiff.diffusion.config import SampleConfig
+
+
+def run(config: SampleConfig) -> int:
+    """Run the command; returns the exit status."""
+    from robustdiff.diffusion.sample_files import sample_to_files
+
+    quiet_libraries()
+    message = sample_to_files(config)
+    if message:
+        print(message)
+    return 0

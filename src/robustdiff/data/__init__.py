@@ -1,0 +1,5 @@
+"""Sources of images, decoding, image sets, dirt for experiments, folders of images."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,1 @@
+"""Where images come from: folders, arrays, tables, CIFAR, CelebA, LSUN."""

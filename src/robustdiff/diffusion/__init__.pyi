@@ -1,0 +1,12 @@
+from .config import SampleConfig as SampleConfig
+from .model import Model as Model
+from .networks import build_unet as build_unet
+from .pipeline import load_pipeline as load_pipeline
+from .pipeline import make_scheduler as make_scheduler
+from .pipeline import sample as sample
+from .pipeline import save_pipeline as save_pipeline
+from .pipeline import trajectory_of as trajectory_of
+from .samplers import DifferentiableSampler as DifferentiableSampler
+from .schedule import NoiseSchedule as NoiseSchedule
+from .schedule import Prediction as Prediction
+from .sigma_floor import SigmaClampedModel as SigmaClampedModel

@@ -1,0 +1,9 @@
+from .config import EvaluateConfig as EvaluateConfig
+from .distances import frechet as frechet
+from .distances import kid as kid
+from .evaluate import evaluate as evaluate
+from .extractors import Extractor as Extractor
+from .extractors import open_extractor as open_extractor
+from .memorisation import memorisation as memorisation
+from .metrics import judge as judge
+from .neighbours import precision_recall_density_coverage as precision_recall_density_coverage

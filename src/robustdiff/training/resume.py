@@ -1,0 +1,125 @@
+"""The output folder of a run: whether it is one, may be taken, and can be gone on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+
+from robustdiff.data.dataset import ImageDataset
+from robustdiff.training.annotations import NoiseLevels
+from robustdiff.training.checkpoint import find_checkpoint
+from robustdiff.training.config import TrainConfig
+from robustdiff.training.plan import Plan
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import RobustdiffWarning, UsageError
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` holds a run of ours: only such a folder is ever deleted by ``--overwrite``."""
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(saved, dict) and {"settings", "plan", "versions"} <= saved.keys()
+
+
+def claim_output(config: TrainConfig, folder: Path) -> Path | None:
+    """Check that ``folder`` may be written, without writing.
+
+    Returns:
+        The checkpoint to go on from, if any.
+
+    Raises:
+        UsageError: If it cannot be written, holds a run or other files, or has nothing to resume.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output-dir {folder} is a file: name a folder")
+    if not config.dry_run and (there := atomic_io.read_only(folder)):
+        raise UsageError(f"--output-dir {folder}: {there} is read-only: name another folder")
+    if config.resuming:
+        damaged: list[tuple[Path, str]] = []
+        found = find_checkpoint(folder / "checkpoints", config.resume_from_checkpoint or "latest", damaged)
+        for path, reason in damaged:
+            warnings.warn(f"{path} is damaged ({reason}): using {found.name}", RobustdiffWarning, stacklevel=2)
+        return found
+    here, data = folder.resolve(), Path(config.data).resolve()
+    if data.exists() and (here == data or data in here.parents or here in data.parents):
+        raise UsageError(f"--output-dir {folder} and DATA {config.data} lie inside one another: name another folder")
+    sources = {"--init-from": config.init_from, "--model-config-name-or-path": config.model_config_name_or_path}
+    for flag, value in sources.items():
+        place = Path(value).resolve() if value else None
+        if place is not None and place.exists() and (here == place or here in place.parents):
+            raise UsageError(f"{flag} {value} lies in --output-dir {folder}: name another output folder")
+    if not folder.exists() or all(path.name == ".config.json.tmp" for path in folder.iterdir()):  # killed at once
+        return None
+    if not is_run(folder):
+        raise UsageError(f"--output-dir {folder} is not empty and holds no run of robustdiff: name another folder")
+    if not config.overwrite:
+        raise UsageError(f"--output-dir {folder} holds a run already: add --resume to go on, or --overwrite")
+    return None
+
+
+# Flags that may differ between the parts of a resumed run: they do not change what is learned.
+_FREE = {
+    *("resume", "resume_from_checkpoint", "overwrite", "dry_run", "output_dir", "checkpointing_steps"),
+    *("checkpoints_total_limit", "logging_steps", "preview_images", "eval_batch_size", "ddpm_num_inference_steps"),
+    *("evaluate_every", "evaluate_reference", "evaluate_split", "evaluate_extractor", "evaluate_n", "evaluate_metric"),
+    *("logger", "compile", "max_memory_gib", "dataloader_num_workers", "on_nonfinite"),
+    # The pixels, labels and noise levels themselves are compared.
+    *("noise_levels", "data", "split", "dataset_config_name", "image_column", "label_column", "max_bad_fraction"),
+    *("train_batch_size", "gradient_accumulation_steps"),  # only their product with the processes counts: plan.batch
+}
+
+
+def check_resumable(
+    config: TrainConfig,
+    data: ImageDataset,
+    levels: NoiseLevels | None,
+    trust: str | None,
+    plan: Plan,
+    folder: Path,
+    conditional: bool,
+) -> None:
+    """Refuse to go on with other settings, other data or other noise levels than the run was started with.
+
+    ``trust`` is the digest of what ``--auto`` found.
+
+    Raises:
+        UsageError: Naming the flags that differ.
+    """
+    try:
+        saved, account = atomic_io.read_json(folder / "config.json"), atomic_io.read_json(folder / "data.json")
+        earlier, batch, before = dict(saved["settings"]), saved["plan"]["batch"], account["data"]
+        pixels, labels = before["sha256"], before.get("labels_sha256")
+        told = account["noise_levels"]["sha256"] if account.get("noise_levels") else None
+        trusted = account["auto"]["sha256"] if account.get("auto") else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = atomic_io.one_line(error)
+        raise UsageError(f"--resume: {folder} has no readable config.json and data.json ({reason})") from None
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    earlier = {
+        "clean_subset": False,
+        "auto": False,
+        "auto_without": [],
+    } | earlier  # runs of before there were the flags
+    if not config.auto:  # the default has changed its name, not its meaning
+        earlier["preset"], now["preset"] = earlier.get("preset") or "gated", config.start
+    differing = sorted(name for name in now if name not in _FREE and now[name] != earlier.get(name))
+    if differing:
+        flags = ", ".join(f"--{n.replace('_', '-')} (was {earlier.get(n)!r:.80}, now {now[n]!r})" for n in differing)
+        raise UsageError(f"--resume: these settings differ from those of {folder}: {flags}")
+    if batch != plan.batch:
+        raise UsageError(
+            f"--resume: {batch!r:.40} images per step before, {plan.batch} now: keep --train-batch-size x "
+            "--gradient-accumulation-steps x processes the same"
+        )
+    if pixels != data.sha256:
+        raise UsageError(f"--resume: DATA {config.data} holds other images than those {folder} was trained on")
+    if conditional and labels != data.describe()["labels_sha256"]:
+        raise UsageError(f"--resume: DATA {config.data} holds other labels than those {folder} was trained on")
+    if told != (None if levels is None else levels.sha256):
+        raise UsageError(f"--resume: --noise-levels are others than those {folder} was trained with: give the same")
+    if trusted != trust:
+        raise UsageError(f"--resume: {folder / 'auto.json'} is not what the run began with: put it back, or start anew")

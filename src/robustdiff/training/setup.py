@@ -1,0 +1,194 @@
+"""From the configuration of a run to its parts: data options, loss, pipeline and network."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+
+from robustdiff.data.dataset import ImageDataset
+from robustdiff.diffusion.networks import (
+    build_unet,
+    check_config,
+    check_plausible,
+    check_size,
+    check_types,
+    network_for,
+    size_multiple,
+)
+from robustdiff.diffusion.pipeline import load_pipeline
+from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.losses.baselines import (
+    InputPerturbationLoss,
+    InvarianceLoss,
+    PseudoHuberLoss,
+)
+from robustdiff.losses.denoising import DenoisingLoss
+from robustdiff.losses.equivariance import PRESETS, EquivarianceLoss, SigmaRange
+from robustdiff.losses.perturbation import AdversarialPerturbation
+from robustdiff.training.annotations import NoiseLevels
+from robustdiff.training.config import TrainConfig, parse_gate
+from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
+from robustdiff.utils.seeds import derive_seed
+
+FALLBACK = 15.0
+"""Strength of the regulariser where nothing can be trusted: m = 5 with uniform perturbations of radius 1, which took
+half of the way from dirty to clean (experiments/README.md, gated, c = 0.15, m = 5)."""
+
+
+def source_options(config: TrainConfig) -> dict[str, str | None]:
+    """The flags that say which part of a data set, as :func:`robustdiff.data.sources.open.open_source` takes them."""
+    return {
+        "split": config.split,
+        "config": config.dataset_config_name,
+        "image_column": config.image_column,
+        "label_column": config.label_column,
+    }
+
+
+def build_objective(
+    config: TrainConfig, process: NoiseSchedule, unknown: tuple[float, float] | None = None
+) -> DenoisingLoss:
+    """The objective that the flags describe: the preset's settings, overridden one by one.
+
+    Args:
+        config: The flags.
+        process: The noise process.
+        unknown: Noise levels at which ``--auto`` found no image to trust: regularised there, if no flag says what else.
+    """
+    if config.objective == "input-perturbation":
+        return InputPerturbationLoss(process)
+    if config.objective == "pseudo-huber":
+        return PseudoHuberLoss(process)
+    settings = dict(PRESETS[config.start])
+    if unknown is not None and config.preset is None and config.perturbation is None:
+        settings = {**PRESETS["gated"], "strength": SigmaRange(*unknown, FALLBACK)}
+    if config.perturbation is not None:
+        settings["perturbation"] = config.perturbation
+    attack = {"steps": config.attack_steps, "step_size": config.attack_step_size, "inner": config.inner}
+    attack = {name: value for name, value in attack.items() if value is not None}
+    if attack:
+        settings["perturbation"] = AdversarialPerturbation(**attack)
+    radius = {
+        "exponent": config.radius_exponent,
+        "scale": config.radius_scale,
+        "floor": config.radius_floor,
+        "random": None if config.radius_factor is None else config.radius_factor == "uniform",
+    }
+    changes = {name: value for name, value in radius.items() if value is not None}
+    if changes:
+        settings["radius"] = dataclasses.replace(settings["radius"], **changes)
+    strength = settings["strength"]
+    value = strength.value if isinstance(strength, SigmaRange) else strength
+    value = value if config.strength is None else config.strength
+    low, high = (strength.low, strength.high) if isinstance(strength, SigmaRange) else (0.0, math.inf)
+    if config.gate is not None:
+        low, high = parse_gate(config.gate)
+    settings["strength"] = value if (low, high) == (0.0, math.inf) else SigmaRange(low, high, value)
+    if config.gradient is not None:
+        settings["gradient"] = config.gradient
+    return (InvarianceLoss if config.objective == "invariance" else EquivarianceLoss)(process, **settings)
+
+
+def check_gate(objective: DenoisingLoss, levels: NoiseLevels) -> None:
+    """Refuse a regulariser that no image meets.
+
+    Raises:
+        UsageError: If its gate lies below the noise of every image.
+    """
+    gate, floor = getattr(objective, "strength", None), levels.describe()["untrained_below"]
+    if isinstance(gate, SigmaRange) and gate.high < floor:
+        raise UsageError(
+            f"--noise-levels: every image has more noise than {gate.high:g}, where the regulariser's gate ends, and is "
+            "not trained there: use --preset plain, or widen --gate"
+        )
+
+
+def build_pipeline(config: TrainConfig, data: ImageDataset) -> tuple[DiffusionPipeline, str]:
+    """The pipeline to train (its ``unet`` and ``scheduler``), and the network's name for the plan.
+
+    Raises:
+        UsageError: If network and images do not fit, or ``--init-from`` cannot be used.
+    """
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    classes = len(data.classes) if config.class_conditional else None
+    if classes == 0:
+        raise UsageError(
+            f"--class-conditional: DATA {config.data} has no labels: put the images of each class in a folder, or name "
+            "a --label-column"
+        )
+    if config.init_from:
+        return _initial_pipeline(config, data), f"from {config.init_from}"
+    if config.model_config_name_or_path:
+        name = config.model_config_name_or_path
+        unet = _configured_unet(name, data, classes)
+    else:
+        name = config.network or network_for(data.size)
+        unet = build_unet(name, data.channels, data.size, classes)
+    scheduler = DDPMScheduler(
+        num_train_timesteps=config.ddpm_num_steps or 1000,
+        beta_schedule=config.ddpm_beta_schedule or "linear",
+        prediction_type=config.prediction_type or "epsilon",
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        # Stock samplers then take even steps, and start in pure noise where the schedule ends in it.
+        timestep_spacing="trailing",
+    )
+    return DDPMPipeline(unet=unet, scheduler=scheduler), name
+
+
+def _initial_pipeline(config: TrainConfig, data: ImageDataset) -> DiffusionPipeline:
+    source = str(config.init_from)
+    pipeline = load_pipeline(source)
+    unet = pipeline.unet
+    channels, classes = unet.config["in_channels"], unet.config["num_class_embeds"]
+    if channels != data.channels:
+        raise UsageError(
+            f"--init-from {source} has {channels} channels, DATA {data.channels}: add --channels {channels}"
+        )
+    if config.class_conditional and classes is None:
+        raise UsageError(f"--class-conditional: {source} is not conditional; leave one of --init-from and it out")
+    _check_classes(f"--init-from {source}", classes, data)
+    check_size(data.size, size_multiple(unet), source)
+    side = data.size[0] if data.size[0] == data.size[1] else data.size
+    unet.register_to_config(sample_size=side)
+    return pipeline
+
+
+def _check_classes(what: str, classes: int | None, data: ImageDataset) -> None:
+    if classes is not None and (data.labels is None or len(data.classes) > classes):
+        have = "none" if data.labels is None else str(len(data.classes))
+        raise UsageError(
+            f"{what} is conditional on {classes} classes, DATA has {have}: put the images of each class in a folder, "
+            "or name a --label-column"
+        )
+
+
+def _configured_unet(source: str, data: ImageDataset, classes: int | None) -> UNet2DModel:
+    channels, size = data.channels, data.size
+    flag = "--model-config-name-or-path"
+    path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+    try:
+        values = atomic_io.read_json(path)
+        values.update(sample_size=size[0] if size[0] == size[1] else size, in_channels=channels, out_channels=channels)
+        if classes is not None:
+            values.setdefault("num_class_embeds", classes)
+        check_plausible(values)
+        check_types(UNet2DModel, values)
+        multiple = 2 ** (len(values["block_out_channels"]) - 1)
+        check_size(size, multiple, source)
+        check_config(values)
+        unet = UNet2DModel.from_config(values)
+    except FileNotFoundError:
+        raise UsageError(f"{flag} {source}: no such file, nor a folder with config.json") from None
+    except (MemoryError, UsageError):
+        raise
+    except Exception as error:  # diffusers and torch check little: what does not fit raises many types
+        reason = atomic_io.one_line(error)
+        raise UsageError(f"{flag} {source}: not a UNet2DModel configuration ({reason})") from None
+    check_size(size, size_multiple(unet), source)
+    _check_classes(f"{flag} {source}", unet.config["num_class_embeds"], data)
+    return unet

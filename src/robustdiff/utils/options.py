@@ -1,0 +1,90 @@
+"""What the configurations of all commands share: types of optional flags, limits, checks."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from tyro.conf import arg
+
+from robustdiff.utils.errors import UsageError
+
+MAX_SEED = 2**32 - 1
+"""torch's CPU generators use the low 32 bits only: a larger seed would repeat a smaller one."""
+
+
+MAX_SIDE, MAX_BATCH, MAX_WORKERS = 2**16, 2**20, 1024
+"""Larger numbers are slips of the pen that would only be noticed when memory is gone."""
+
+
+OptionalText = Annotated[str | None, arg(metavar="TEXT")]
+
+
+OptionalInt = Annotated[int | None, arg(metavar="INT")]
+
+
+OptionalFloat = Annotated[float | None, arg(metavar="NUMBER")]
+
+
+OptionalGiB = Annotated[float | None, arg(metavar="GIB")]
+
+
+def parse_count(text: str, flag: str) -> int:
+    """A count with an optional suffix: ``"500k"``, ``"1.5M"``, ``"20000"``.
+
+    Args:
+        text: The number; k = thousand, M = million.
+        flag: Named in the error.
+
+    Raises:
+        UsageError: If it is no positive whole number.
+    """
+    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
+    try:
+        value = float(text[:-1] if factor > 1 else text) * factor
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 1 and abs(value - round(value)) < 1e-6):
+        raise UsageError(f"{flag} {text!r} is not a positive number of images such as 20000, 500k or 1.5M")
+    return round(value)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a usage error with this message unless the condition holds."""
+    if not condition:
+        raise UsageError(message)
+
+
+def check_given(config: object, *names: str) -> None:
+    """Of these fields none is an empty text; ``data`` and ``run`` are positional."""
+    for name in names:
+        flag = name.upper() if name in ("data", "run") else "--" + name.replace("_", "-")
+        require(getattr(config, name) != "", f"{flag} is empty: give a name, or leave the flag out")
+
+
+def check_resolution(side: int | None) -> None:
+    """A side in pixels, or none."""
+    require(side is None or 1 <= side <= MAX_SIDE, f"--resolution must be in 1 .. {MAX_SIDE} pixels")
+
+
+def check_bad_fraction(share: float) -> None:
+    """A share of images."""
+    require(0 <= share <= 1, "--max-bad-fraction must be between 0 and 1")
+
+
+def check_extractors(names: tuple[str, ...]) -> None:
+    """Names of feature extractors: none empty, none twice."""
+    require("" not in names, "--extractor is empty: name one, or leave the flag out")
+    twice = [name for name in names if names.count(name) > 1]
+    require(not twice, f"--extractor {twice[0] if twice else ''} is given twice: leave one out")
+
+
+def check_memory(gib: float | None) -> None:
+    """GiB of memory, or none."""
+    good = gib is None or (math.isfinite(gib) and gib >= 0)
+    require(good, f"--max-memory-gib {gib} must be a finite number, 0 or more")
+
+
+def flags_of(names: list[str]) -> str:
+    """Names of settings as the flags that people type."""
+    return ", ".join("--" + name.replace("_", "-") for name in names)
