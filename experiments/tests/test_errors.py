@@ -60,6 +60,7 @@ from experiments.paper.toy_training import Denoiser, draw, process_for
 from experiments.paper.worlds import LinearGaussian, Mixture, Plane, Subspace, World
 from helpers import normal, seeded
 from robustdiff.diffusion.schedule import NoiseSchedule, Prediction
+from robustdiff.evaluation.distances import frechet_floor
 from robustdiff.utils.errors import UsageError
 
 SMALL = Training(points=400, samples=200, calls=20)
@@ -350,7 +351,7 @@ def test_the_floor_of_a_frechet_distance_is_that_of_theory() -> None:
     assert isinstance(world, Subspace)
     n = 600
     found = [floor(world, n, seed)["frechet"] for seed in range(8)]
-    wanted = linear.frechet_floor(world.variances, n)  # type: ignore[attr-defined]
+    wanted = frechet_floor(world.variances, n)  # type: ignore[attr-defined]
     assert sum(found) / 8 == pytest.approx(wanted, rel=0.15)
 
 
@@ -410,7 +411,7 @@ def test_the_ideal_network_reaches_the_floor_of_a_subspace() -> None:
     sampler = (
         predicted_variance(world.variances, "plain", 0.0, EPSILON, calls).sqrt() - world.variances.sqrt()
     ).square()
-    assert found["frechet"] < 2.5 * (linear.frechet_floor(world.variances, n) + float(sampler.sum()))
+    assert found["frechet"] < 2.5 * (frechet_floor(world.variances, n) + float(sampler.sum()))
     assert found["off_subspace"] < 1e-6
     # not only as wide as the law: distributed like it
     white, centres = (world.coordinates(y) / world.variances.sqrt() for y in (x, world.images))

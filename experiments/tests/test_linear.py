@@ -26,6 +26,7 @@ from experiments.paper import linear
 from helpers import Given, ddpm_process, normal, process_at, seeded, uncorrelated
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.diffusion.sigma_floor import SigmaClampedModel
+from robustdiff.evaluation.distances import frechet_floor
 from robustdiff.losses.baselines import InvarianceLoss
 from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
 from robustdiff.losses.perturbation import AdversarialPerturbation, Response
@@ -379,7 +380,7 @@ def test_T11_the_frechet_floor_is_the_mean_distance_of_samples(spectrum: str) ->
         covariance = torch.cov(x.T)
         inner = torch.linalg.eigvalsh(root[:, None] * covariance * root).clamp(min=0).sqrt().sum()
         distances.append(float(x.mean(0).square().sum() + v.sum() + covariance.trace() - 2 * inner))
-    predicted = linear.frechet_floor(v, n)
+    predicted = frechet_floor(v, n)
     assert np.mean(distances) == pytest.approx(predicted, rel=0.04)
     if spectrum == "flat":
         assert predicted == pytest.approx(2.21, abs=0.005)

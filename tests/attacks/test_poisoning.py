@@ -16,7 +16,7 @@ from robustdiff.attacks.config import CorruptConfig
 from robustdiff.attacks.constraints import LpBall
 from robustdiff.attacks.goals import evaluate, value_and_gradient
 from robustdiff.attacks.optimizers import PGD
-from robustdiff.attacks.poisoning import Poison
+from robustdiff.attacks.poisoning import DenoisingLossGoal, Poison
 from robustdiff.commands import main
 from robustdiff.data.corruption import Corruption, corrupt
 from robustdiff.data.dataset import load_images

@@ -327,7 +327,7 @@ def test_masked_images_with_lost_pixels_are_used_at_every_level_and_their_repair
     assert of.lowest.tolist() == pytest.approx([0, 0.2, 0, 0])
     assert trusted().lowest.tolist() == pytest.approx([0, 0.2, 0.5, 0])
     assert whole_from(trusted(), PROCESS) is None
-    assert trusted(masked=True, holed=torch.zeros(4, dtype=torch.bool)).whole_from(PROCESS) is None
+    assert whole_from(trusted(masked=True, holed=torch.zeros(4, dtype=torch.bool)), PROCESS) is None
     far = trusted(masked=True, usable=torch.tensor([0, 0.2, 1e6, 0]).double())
     assert whole_from(far, PROCESS).tolist() == [0, 0, 200, 0]
     assert visits_of(far, PROCESS).first[2] == 0
@@ -338,7 +338,7 @@ def test_a_level_beyond_the_process_leaves_the_image_out() -> None:
     assert beyond is not None
     assert beyond.used.tolist() == [0, 1]
     with pytest.raises(UsageError, match="robustdiff audit"):
-        trusted(usable=torch.full((4,), 1e6).double()).visits(PROCESS)
+        visits_of(trusted(usable=torch.full((4,), 1e6).double()), PROCESS)
 
 
 def test_the_digest_is_of_everything_that_training_depends_on() -> None:

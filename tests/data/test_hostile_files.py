@@ -70,7 +70,7 @@ def test_json_that_is_nested_without_end(here: Path, capfd: pytest.CaptureFixtur
     (here / "data.json").write_bytes(b'{"data": {"classes": ' + NESTED + b"}}")
     assert sample_files.class_names(str(here)) == []
     (here / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + NESTED + b"\n")
-    assert metrics.Lines(here / "metrics.jsonl", 5).kept == ('{"step": 1}\n',)
+    assert metrics.JsonlLog(here / "metrics.jsonl", 5).kept == ('{"step": 1}\n',)
     (here / "run/data.json").write_bytes(NESTED)
     assert "data.json" in refused(capfd, *train_command(here, "--resume", "--dry-run"))
     (here / "run/config.json").write_bytes(NESTED)
@@ -82,7 +82,7 @@ def test_json_that_is_nested_without_end(here: Path, capfd: pytest.CaptureFixtur
 
 def test_metrics_that_are_no_text_end_before_them(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\n')
-    assert metrics.Lines(tmp_path / "metrics.jsonl", 5).kept == ('{"step": 1}\n',)
+    assert metrics.JsonlLog(tmp_path / "metrics.jsonl", 5).kept == ('{"step": 1}\n',)
 
 
 @pytest.mark.parametrize("name", ["config.json", "data.json"])

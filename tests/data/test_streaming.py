@@ -322,7 +322,7 @@ def test_training_ends_in_one_line_that_names_the_file(config, monkeypatch, capf
         return iterate_batches(*arguments[:3])
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "feed", lambda *arguments, **_: late(*arguments))
+        patch.setattr(trainer, "iterate_batches", lambda *arguments, **_: late(*arguments))
         assert main.main(flags(dataclasses.replace(config, dataloader_num_workers=workers))) == 2
     error = capfd.readouterr().err
     (line,) = (line for line in error.splitlines() if not line.startswith("step "))
@@ -403,7 +403,7 @@ def test_tensors_from_workers_come_in_shared_memory(photos: Path, monkeypatch: p
 
     monkeypatch.setattr(Connection, "recv_bytes", counted)
     got = [images for _, (images, _, _, _) in iterate_batches(batches, RankSampler(0, 3, 4, 4, 0, 1), 1)]
-    assert all(dataset.is_shared() for images in got)
+    assert all(images.is_shared() for images in got)
     assert got[0].numel() * got[0].element_size() > 100_000
     assert sent
     assert max(sent) < 5_000

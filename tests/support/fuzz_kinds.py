@@ -45,7 +45,7 @@ from fuzz_files import (
 from robustdiff.commands import main
 from robustdiff.data.dataset import load_images
 from robustdiff.data.sources import celeba_lsun
-from robustdiff.training import plan
+from robustdiff.training import setup
 from robustdiff.training.checkpoint import find_checkpoint, load_checkpoint
 from robustdiff.training.config import TrainConfig
 from robustdiff.utils import atomic_io
@@ -342,7 +342,7 @@ def network(r: random.Random, folder: Path) -> str:
         return command(train_command(folder, "--dry-run"))
     data = load_images(folder / "photos", resolution=8)
     config = TrainConfig(str(folder / "photos"), model_config_name_or_path=str(folder / "unet.json"))
-    plan.build_pipeline(config, data)
+    setup.build_pipeline(config, data)
     return "read"
 
 
