@@ -3,9 +3,9 @@
     python -m experiments.attacked_worlds --output attacked --results experiments/results/attacked
 
 For every method: its error on clean data, and how far the final draw moves, in generated spreads, when the start of the
-trajectory is moved: by random noise, by PGD at the start, by PGD at all steps. Beside it the bound of docs/theory.md
-T14, which no generator of that spread can beat. Networks are kept in ``--output``, every row and seed in
-``--results``: what is there is not done again.
+trajectory is moved: by random noise, by PGD at the start, by PGD at all steps. Beside it the bound T14 of
+docs/explanation/theory.md, which no generator of that spread can beat. Networks are kept in ``--output``, every row and
+seed in ``--results``: what is there is not done again.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
 Worlds: Gaussian images of 8 x 8 pixels, smooth and rough, and draws of the 16-dimensional subspace world of digits.
 Noise is added to shares of the images that nobody is told; the audit of `--auto` (`robustdiff.audit.run`) looks at
 the images. What training then makes of its answer is not trained but computed: the best linear denoiser at every level
-(docs/theory.md, T13; T6 for the regulariser) and the variance that DDIM generates with it. So the only chance is in the
-images and the audit. The distance is the squared Frechet distance of the generated covariance to the true one; there is
-no sampling in it, so the floor is what the same steps make of the true denoiser.
+(docs/explanation/theory.md, T13; T6 for the regulariser) and the variance that DDIM generates with it. So the only
+chance is in the images and the audit. The distance is the squared Frechet distance of the generated covariance to the
+true one; there is no sampling in it, so the floor is what the same steps make of the true denoiser.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def _page(folder: Path, config: ReproduceConfig, rows: list[dict[str, Any]], dra
 
 
 def _closed_forms(config: ReproduceConfig) -> Path | None:
-    """The experiment ``linear-gaussian``: one row per claim of docs/theory.md."""
+    """The experiment ``linear-gaussian``: one row per claim of docs/explanation/theory.md."""
     dimension, spectrum = config.dimension or 16, config.spectrum or "powerlaw"
     linear_gaussian.eigenvalues(spectrum, dimension)  # says what is wrong with them
     claims = list(linear_gaussian.CLAIMS)

@@ -100,7 +100,7 @@ class ReproduceConfig:
             require(value is None or 1 <= value <= MAX_SIDE, f"--{name} {value} must be in 1 .. {MAX_SIDE}")
         require(self.data != "", "--data is empty: name a source of images, or leave the flag out")
         needed = self.name in IMAGE_GRIDS and self.data is None and not self.list
-        require(not needed, f"{self.name} needs images: add --data PATH (docs/data.md says in which forms they come)")
+        require(not needed, f"{self.name} needs images: add --data PATH (docs/guide/data.md says in which forms)")
         good = self.minutes is None or (math.isfinite(self.minutes) and self.minutes > 0)
         require(good, f"--minutes {self.minutes} must be more than 0")
         check_extractors(self.extractor)

@@ -7,7 +7,7 @@ Symbols: ``a = sqrt(alpha_bar)``, ``s = sqrt(1 - alpha_bar)``, level ``s / a``; 
 [-r, r]: ``r^2 / 3``; signs: ``r^2``); ``m = lambda kappa``, the strength. Levels and strengths are a number or of shape
 (K,), ``v`` of shape (d,), results of shape (d,) or (K, d).
 
-Source: derived for this project; docs/theory.md, T3 to T11.
+Source: derived for this project; docs/explanation/theory.md, T3 to T11.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def optimum(alpha_bar: Numbers, v: Tensor, m: Numbers = 0.0) -> Tensor:
     Returns:
         Eigenvalues of W, shape (d,) or (K, d).
 
-    Source: derived for this project; docs/theory.md T3.
+    Source: derived for this project; docs/explanation/theory.md T3.
     """
     a, s = _scales(alpha_bar)
     inflated = 1 + _double(m).unsqueeze(-1)
@@ -64,7 +64,7 @@ def invariance_optimum(alpha_bar: Numbers, v: Tensor, m: Numbers) -> Tensor:
     ``w = s / (a^2 v + (1 + m) s^2)``. Arguments and result as in :func:`optimum`, with ``m = lambda kappa`` for a
     network that predicts the noise.
 
-    Source: derived for this project; docs/theory.md T5.
+    Source: derived for this project; docs/explanation/theory.md T5.
     """
     return optimum(alpha_bar, v, m) / (1 + _double(m).unsqueeze(-1))
 
@@ -76,7 +76,7 @@ def noise_target_strength(strength: float, kappa: float) -> float:
         strength: lambda >= 0.
         kappa: Second moment of an element of omega.
 
-    Source: derived for this project; docs/theory.md T4.
+    Source: derived for this project; docs/explanation/theory.md T4.
     """
     return strength * kappa / (1 + strength)
 
@@ -95,7 +95,7 @@ def relabelled(alpha_bar: Numbers, v: Tensor, relabel: float = 1.0, label_floor:
     Returns:
         Eigenvalues of W, shape (d,) or (K, d).
 
-    Source: derived for this project; docs/theory.md T7.
+    Source: derived for this project; docs/explanation/theory.md T7.
     """
     a, s = _scales(alpha_bar)
     asked = (relabel * s / a).clamp(min=label_floor).square()
@@ -125,7 +125,7 @@ def levelled_optimum(alpha_bar: Numbers, v: Tensor, noise: Tensor, told: Tensor,
     Raises:
         ValueError: If a level is trained by no group.
 
-    Source: derived for this project from Daras et al. (2024), arXiv 2411.02780; docs/theory.md T13.
+    Source: derived for this project from Daras et al. (2024), arXiv 2411.02780; docs/explanation/theory.md T13.
     """
     a, s = _scales(alpha_bar)
     rho = (a * _double(told) / s).square()
@@ -164,7 +164,7 @@ def ddim_gains(alpha_bar: Tensor, w: Tensor) -> Tensor:
     Raises:
         ValueError: If the shapes do not fit, or a level has no signal at all.
 
-    Source: derived for this project from Song et al. (2021, DDIM), Eq. 12; docs/theory.md T3.
+    Source: derived for this project from Song et al. (2021, DDIM), Eq. 12; docs/explanation/theory.md T3.
     """
     a, s, a_next, s_next, w = _steps(alpha_bar, w)
     return a_next * (1 - s * w) / a + s_next * w
@@ -185,7 +185,7 @@ def ddpm_variance(alpha_bar: Tensor, w: Tensor) -> Tensor:
     and ``beta_tilde = beta (1 - alpha_bar') / (1 - alpha_bar)``, for any stride. Arguments as in :func:`ddim_gains`;
     returns shape (d,).
 
-    Source: derived for this project from Ho et al. (2020), Eq. 7 and 11; docs/theory.md T3.
+    Source: derived for this project from Ho et al. (2020), Eq. 7 and 11; docs/explanation/theory.md T3.
     """
     a, s, a_next, s_next, w = _steps(alpha_bar, w)
     beta = 1 - (a / a_next).square()
@@ -213,7 +213,7 @@ def gated_variance(v: Tensor, m: float, low: float = 0.0, high: float = float("i
     Returns:
         Shape (d,).
 
-    Source: derived for this project; docs/theory.md T6.
+    Source: derived for this project; docs/explanation/theory.md T6.
     """
     v = _double(v)
     at_high = 1 / (1 + m) if high == float("inf") else (v + high**2) / (v + (1 + m) * high**2)
@@ -226,7 +226,7 @@ def gated_variance_sde(v: Tensor, m: float, low: float = 0.0, high: float = floa
     ``v/(1 + m) [1 + m v^2 / (v + (1 + m) c^2)^2]`` for a gate from 0 to c. In general, with ``v' = v / (1 + m)``:
     ``v - (v - v') (1 - ((v' + b^2) / (v' + c^2))^2) (v / (v + b^2))^2``. Arguments as in :func:`gated_variance`.
 
-    Source: derived for this project; docs/theory.md T6.
+    Source: derived for this project; docs/explanation/theory.md T6.
     """
     v = _double(v)
     shrunk = v / (1 + m)
@@ -239,7 +239,7 @@ def invariance_variance(v: Tensor, m: float, largest: float) -> Tensor:
 
     ``S^2 (v / (v + (1 + m) S^2))^(1 / (1 + m))``: it grows with S without bound. Shape (d,).
 
-    Source: derived for this project; docs/theory.md T5.
+    Source: derived for this project; docs/explanation/theory.md T5.
     """
     v = _double(v)
     return largest**2 * (v / (v + (1 + m) * largest**2)) ** (1 / (1 + m))
@@ -264,7 +264,7 @@ def spectral_clipping(alpha_bar: float, v: Tensor, strength: float, radius: floa
     Returns:
         Eigenvalues of W, shape (d,).
 
-    Source: derived for this project; docs/theory.md T9.
+    Source: derived for this project; docs/explanation/theory.md T9.
     """
     a, s = _scales(alpha_bar)
     v = _double(v)
@@ -293,7 +293,7 @@ def linf_bounds(alpha_bar: float, w: Tensor, radius: float) -> tuple[float, floa
     Returns:
         (lower, upper), of the sum of squares; divide by d for the mean that the objectives report.
 
-    Source: derived for this project; docs/theory.md T9.
+    Source: derived for this project; docs/explanation/theory.md T9.
     """
     _, s = _scales(alpha_bar)
     squares = (1 - s * _double(w)).square()
@@ -312,7 +312,8 @@ def displacement_bound(rho: float) -> float:
     Returns:
         ``sqrt(2 (1 - sqrt(1 - rho^2)))``, about rho.
 
-    Source: docs/theory.md T14; the Hermite expansion behind the Gaussian Poincare inequality (Chernoff 1981).
+    Source: docs/explanation/theory.md T14; the Hermite expansion behind the Gaussian Poincare inequality (Chernoff
+        1981).
     """
     return math.sqrt(2 * (1 - math.sqrt(1 - rho**2)))
 
@@ -330,7 +331,7 @@ def largest_displacement(gains: Tensor, bounds: Tensor) -> float:
     Returns:
         Euclidean length.
 
-    Source: derived for this project; docs/theory.md T10.
+    Source: derived for this project; docs/explanation/theory.md T10.
     """
     remaining = _double(gains).abs().flip(0).cumprod(0).flip(0)
     return float((_double(bounds)[:, None] * remaining).sum(0).norm())
@@ -348,7 +349,7 @@ def coverage_of_one_law(n: int, neighbours: int = 5) -> float:
         n: Samples on either side, > ``neighbours``.
         neighbours: k of the k-nearest-neighbour balls.
 
-    Source: derived for this project, for the metric of Naeem et al. (2020), Eq. 4; docs/theory.md T11.
+    Source: derived for this project, for the metric of Naeem et al. (2020), Eq. 4; docs/explanation/theory.md T11.
     """
     missed = 1.0
     for i in range(1, neighbours + 1):

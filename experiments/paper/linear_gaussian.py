@@ -347,7 +347,7 @@ _MEASURES: dict[str, tuple[Callable[[Finding], None], str, str]] = {
     "T10": (_T10, "shrinking looks like robustness", "largest displacement over the generated spread; DDIM, m = 2"),
 }
 CLAIMS = tuple(_MEASURES)
-"""Names of the claims, in their order; see docs/theory.md."""
+"""Names of the claims, in their order; see docs/explanation/theory.md."""
 
 
 def measure(claim: str, *, dimension: int, spectrum: str, quick: bool, seed: int) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Method:
 
 SIGNS = RandomPerturbation("signs")
 UNIT = Radius(exponent=0.0, scale=1.0, floor=0.0, random=False)
-"""Random signs of radius 1: kappa = E[omega^2] = 1, so that the strength is m of docs/theory.md."""
+"""Random signs of radius 1: kappa = E[omega^2] = 1, so that the strength is m of docs/explanation/theory.md."""
 
 
 def equivariant(strength: float | SigmaRange, perturbation: Any = SIGNS) -> Objective:  # noqa: ANN401 - either kind

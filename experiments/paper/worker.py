@@ -176,7 +176,7 @@ def _predictions(row: Row, world: World, training: Training, denoiser: Denoiser,
 
     * The standard deviation along the largest and the smallest direction: true, generated, predicted.
     * The noise gain: of the noise in a training state of level ``GAIN_LEVEL``, how much the network reports along the
-      largest direction (regression of sigma eps_hat on x_t); ``sigma w`` of docs/theory.md.
+      largest direction (regression of sigma eps_hat on x_t); ``sigma w`` of docs/explanation/theory.md.
 
     The closed form is that of a Gaussian of the world's covariance.
     """

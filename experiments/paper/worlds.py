@@ -518,7 +518,7 @@ class Subspace:
 
         ``|m - m'|^2 + tr S + tr S' - 2 tr (S^1/2 S' S^1/2)^1/2``, computed in the k dimensions where S is not 0.
 
-        Source: Dowson and Landau (1982), Eq. 2; docs/theory.md T11 for the way the root is taken.
+        Source: Dowson and Landau (1982), Eq. 2; docs/explanation/theory.md T11 for the way the root is taken.
         """
         flat = x.flatten(1).double()
         centred = flat - flat.mean(0)

@@ -71,4 +71,4 @@ def test_the_documents_show_the_committed_rows(unknown: ModuleType) -> None:
     committed = json.loads(unknown.RESULT.read_text())
     assert committed["protocol"]["images"] == unknown.COUNT
     assert len(committed["rows"]) == len(unknown.worlds()) * len(unknown.MIXTURES) * len(unknown.SEEDS)
-    assert unknown.table(committed["rows"]) in (ROOT / "docs" / "audit.md").read_text()
+    assert unknown.table(committed["rows"]) in (ROOT / "docs" / "explanation" / "audit-algorithm.md").read_text()

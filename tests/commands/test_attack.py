@@ -46,7 +46,7 @@ from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.report import collect, render
 from tests.attacks.test_optimizers import network_objective, random_network
 
-FLAGS = Path(__file__).parents[2] / "docs" / "flags.md"
+FLAGS = Path(__file__).parents[2] / "docs" / "guide" / "attack.md"
 FAST = ("-n", "3", "--sweep-n", "2", "--steps", "2", "--iterations", "4", "--batch-size", "2", "--radius", "0.1")
 FAST += ("--workers", "1")
 SMALL = {

@@ -222,7 +222,7 @@ def test_a_layers_scale_and_shift_are_those_of_what_it_reads(layer: int) -> None
 
 
 def test_a_modulated_network_can_be_the_exact_denoiser_of_a_gaussian_at_every_noise_level() -> None:
-    """W = B diag(w(t)) B^T (docs/theory.md, the optimum of plain training): no hidden layer needed."""
+    """W = B diag(w(t)) B^T (docs/explanation/theory.md, the optimum of plain training): no hidden layer needed."""
     model = points(3, True)
     assert model.modulation is not None
     turn, variances = torch.linalg.qr(normal(3, 3, seed=5)).Q, torch.tensor([1.0, 0.1, 0.002], dtype=torch.float64)

@@ -1,6 +1,6 @@
 """Images that say how noisy they are train above that noise only: the same as plain training where they are clean.
 
-The second half is T13 of docs/theory.md. ``tests/test_told.py`` has the command line. Long, because every
+The second half is T13 of docs/explanation/theory.md. ``tests/test_told.py`` has the command line. Long, because every
 objective and every prediction is held against the same formulas.
 """
 

@@ -1,9 +1,9 @@
-"""The closed forms of docs/theory.md, T1 to T8: what the objective's optimum is and what samplers make of it.
+"""T1 to T8 of docs/explanation/theory.md in closed form: what the loss's optimum is and what samplers make of it.
 
 Loss gradients are taken from the objectives themselves. Where the model is linear the loss depends on the data only
 through second moments, so samples whose moments are exact (``helpers.uncorrelated``) give expectations without error.
 
-Long, because it mirrors docs/theory.md: one section per claim.
+Long, because it mirrors docs/explanation/theory.md: one section per claim.
 """
 
 from __future__ import annotations

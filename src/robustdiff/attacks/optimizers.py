@@ -7,7 +7,7 @@ The optimisers are here, objectives and constraints in ``threat.py``::
     found = PGD(steps=40)(objective, ball, objective.like, generator)
     found.value.sqrt()    # how far each image moved, shape (B,)
 
-What an attack finds is a lower bound on what there is to find. When to disbelieve it: docs/flags.md.
+What an attack finds is a lower bound on what there is to find. When to disbelieve it: docs/guide/attack.md.
 """
 
 from __future__ import annotations

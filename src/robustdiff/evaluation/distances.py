@@ -110,7 +110,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
     Raises:
         ValueError: If a set is too small or not finite.
 
-    Source: Heusel et al. (2017), Eq. 6; docs/theory.md T11.
+    Source: Heusel et al. (2017), Eq. 6; docs/explanation/theory.md T11.
     """
     check_sets(2, a=a, b=b)
     a, b = a.double(), b.double()
@@ -141,7 +141,7 @@ def frechet_bias(features_real: Tensor, n: int, m: int) -> float:
         n: Rows on one side, >= 2.
         m: Rows on the other, >= 2.
 
-    Source: docs/theory.md T11.
+    Source: docs/explanation/theory.md T11.
     """
     check_sets(2, features_real=features_real)
     v = torch.linalg.svdvals(_factor(features_real.double())).square()
@@ -297,7 +297,7 @@ def frechet_floor(v: Tensor, n: int) -> float:
         v: Eigenvalues of the covariance, >= 0, shape (d,); zeros add nothing.
         n: Samples; the formula is good where n is several times d.
 
-    Source: derived for this project; docs/theory.md T11.
+    Source: derived for this project; docs/explanation/theory.md T11.
     """
     v = torch.as_tensor(v, dtype=torch.float64)
     pairs = v[:, None] * v / (v[:, None] + v).clamp(min=torch.finfo(torch.float64).tiny)

@@ -95,7 +95,7 @@ def precision_recall_density_coverage(
     * precision: generated points in the ball of some real point; recall: real points in that of some generated one;
     * density: how many real balls a generated point lies in, mean, divided by k: about 1 for equal laws, unbounded;
     * coverage: real points whose ball holds a generated point. For equal laws and sizes its expectation is
-      docs/theory.md T11; the others have no such closed form, so measure their floors.
+      docs/explanation/theory.md T11; the others have no such closed form, so measure their floors.
 
     Args:
         real: Features of real images, shape (n, d), n > k.

@@ -25,7 +25,8 @@ trained too seldom. ``training.curriculum`` evens that out. Below the level of t
 all (sample with a label floor there). The loss also differs: it holds the noise of y, and an error of ``x0_hat`` counts
 ``(1 - rho)^2`` times what it does for a clean image.
 
-Source: Daras et al. (2024), arXiv 2411.02780, in this package's variance-preserving notation; docs/theory.md T13.
+Source: Daras et al. (2024), arXiv 2411.02780, in this package's variance-preserving notation;
+docs/explanation/theory.md T13.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class TrainConfig:
     # -- objective --
     auto: bool = False
     """Find out which images are noisy, blurred, compressed, holed, odd or copies, and train each only where it can be
-    trusted: on clean images plain training, else plain training of what is right in each (docs/audit.md)."""
+    trusted: on clean images plain training, else plain training of what is right in each (docs/guide/audit.md)."""
     auto_without: UseAppendAction[tuple[AutoPart, ...]] = ()
     """A part that --auto leaves out (repeatable)."""
     noise_levels: OptionalText = None

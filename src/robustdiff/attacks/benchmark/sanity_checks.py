@@ -1,7 +1,7 @@
 """Flags that say when an attack must not be believed: each a measured number against a stated limit.
 
 A model that looks robust because its attack failed is the usual mistake (Athalye et al. 2018; Carlini et al. 2019).
-Every attack computes all of these; ``docs/flags.md`` says what each means and what to do.
+Every attack computes all of these; ``docs/guide/attack.md`` says what each means and what to do.
 """
 
 from __future__ import annotations
