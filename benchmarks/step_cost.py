@@ -67,16 +67,16 @@ class Counter:
         self.images += inputs[0].shape[0]
 
 
-def objectives(process: NoiseSchedule) -> dict[str, tuple[DenoisingLoss, float]]:
+def objectives(schedule: NoiseSchedule) -> dict[str, tuple[DenoisingLoss, float]]:
     """Objectives by name, each with the cost that theory expects relative to plain."""
-    gated = EquivarianceLoss.preset("gated", process)
+    gated = EquivarianceLoss.preset("gated", schedule)
     assert isinstance(gated.strength, SigmaRange)
-    levels = process.noise_to_signal(torch.arange(process.num_timesteps))
+    levels = schedule.noise_to_signal(torch.arange(schedule.num_timesteps))
     share = (gated.strength(levels) > 0).double().mean().item()
     return {
-        "plain": (DenoisingLoss(process), 1.0),
-        "random": (EquivarianceLoss.preset("paper", process, perturbation="random"), 2.0),
-        "adversarial (paper)": (EquivarianceLoss.preset("paper", process), 8 / 3),
+        "plain": (DenoisingLoss(schedule), 1.0),
+        "random": (EquivarianceLoss.preset("paper", schedule, perturbation="random"), 2.0),
+        "adversarial (paper)": (EquivarianceLoss.preset("paper", schedule), 8 / 3),
         "gated": (gated, 1 + share),
     }
 
@@ -115,8 +115,8 @@ class Step:
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
     """Time every objective in turn, ``repetitions`` times of ``steps`` steps each."""
-    process = NoiseSchedule.from_scheduler(DDPMScheduler())
-    named = objectives(process)
+    schedule = NoiseSchedule.from_scheduler(DDPMScheduler())
+    named = objectives(schedule)
     steps = {name: Step(objective, arguments) for name, (objective, _) in named.items()}
     for step in steps.values():  # warm-up: allocations, kernels, the optimiser's state
         for seed in range(2):

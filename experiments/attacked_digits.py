@@ -102,7 +102,7 @@ def measure(
         return unshrunk | {"error": error, "spread": row.shrink * unshrunk["spread"]}
     trajectory = trajectory_of(pipeline, "ddim", attacks.calls)
     if row.relabel != 1:
-        model = SigmaClampedModel(pipeline.unet, trajectory.process, row.relabel)
+        model = SigmaClampedModel(pipeline.unet, trajectory.schedule, row.relabel)
         trajectory = dataclasses.replace(trajectory, model=model)
     pipeline.unet.eval()
     generator = torch.Generator().manual_seed(derive_seed("attacked digits", seed))

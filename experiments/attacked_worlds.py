@@ -34,7 +34,7 @@ from experiments.paper.errors import (
     training_set,
 )
 from experiments.paper.toy_grid import FRONTIER, MAIN, METHODS, Method, Row, equivariant
-from experiments.paper.toy_training import Denoiser, load, process_for, save, train
+from experiments.paper.toy_training import Denoiser, load, save, schedule_for, train
 from experiments.paper.worker import trained_network
 from robustdiff import __version__
 from robustdiff.attacks.constraints import LpBall
@@ -96,21 +96,21 @@ class Unrolled:
     """The denoising loss, and how far an adversarial push of the start moves the end of a short sampler.
 
     Args:
-        process: Noise process.
+        schedule: Noise schedule.
         strength: Of the penalty ``mean ||G(x + w) - G(x)||^2 / radius^2``.
         radius: Of w, one sign-gradient step from a random start in the box.
         calls: Steps of the unrolled DDIM.
     """
 
-    process: NoiseSchedule
+    schedule: NoiseSchedule
     strength: float = 1.0
     radius: float = 0.3
     calls: int = 5
 
     def __call__(self, model: Model, x0: Tensor, generator: Generators = None) -> LossOutput:
         """Loss terms of a batch, (B, d)."""
-        terms = DenoisingLoss(self.process)(model, x0, generator=generator)
-        trajectory = DifferentiableSampler.of(model, self.process, "ddim", self.calls)
+        terms = DenoisingLoss(self.schedule)(model, x0, generator=generator)
+        trajectory = DifferentiableSampler.of(model, self.schedule, "ddim", self.calls)
         x, start = draw_normal(x0, generator), draw_normal(x0, generator)
         end = trajectory.run(x)
         leaf = (self.radius * start.clamp(-1, 1)).requires_grad_()
@@ -137,7 +137,7 @@ OWN: dict[str, Method] = {
         f"unrolled-m{m:g}": Method(
             f"end to end, unrolled, strength {m:g}",
             "the end of a five-step sampler must not follow an adversarial push of its start",
-            lambda process, m=m: Unrolled(process, m),  # type: ignore[misc,return-value]
+            lambda schedule, m=m: Unrolled(schedule, m),  # type: ignore[misc,return-value]
             settings={"unrolled": 5, "radius": 0.3, "strength": m},
         )
         for m in (0.1, 1.0)
@@ -174,16 +174,16 @@ def network(world_name: str, name: str, seed: int, folder: Path) -> Denoiser:
         assert found is not None  # nobody told it to stop
         return found
     method, world = OWN[name], build_world(world_name)
-    training, process = training_for(world, False), process_for(method.prediction)
+    training, schedule = training_for(world, False), schedule_for(method.prediction)
     x0, _ = training_set(world, "clean", training, seed)
     path = folder / "networks" / f"{world_name}-clean-{name}-seed{seed}.safetensors"
     about = [str(training), dict(method.settings), seed, list(x0.shape)]
     there = load(path, x0.shape[1], training, about)
     if there is None:
         started = time.perf_counter()
-        there = train(method.objective(process), x0, training, seed), time.perf_counter() - started
+        there = train(method.objective(schedule), x0, training, seed), time.perf_counter() - started
         save(there[0], path, about, there[1])
-    return Denoiser(there[0], process, there[1])
+    return Denoiser(there[0], schedule, there[1])
 
 
 def measure(world_name: str, name: str, seed: int, folder: Path) -> dict[str, float | None]:
@@ -199,7 +199,7 @@ def measure(world_name: str, name: str, seed: int, folder: Path) -> dict[str, fl
     if kind[0] is not None:
         denoiser, change = free_choices(kind[0], denoiser)[kind[1]]
     error = judge(world, denoiser, training, seed, change)[MAIN[world_name]]
-    trajectory = DifferentiableSampler.of(denoiser.model, denoiser.process, "ddim", ATTACKS.calls)
+    trajectory = DifferentiableSampler.of(denoiser.model, denoiser.schedule, "ddim", ATTACKS.calls)
     generator = torch.Generator().manual_seed(derive_seed("attacked", seed))
     true = world.sample(50_000, torch.Generator().manual_seed(0)).flatten(1).double().var(0).sum().sqrt()
     # Shrinking scales a displacement and the spread alike: what is divided by the spread is that of the plain network

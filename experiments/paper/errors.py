@@ -199,7 +199,7 @@ def score_error(world: Mixture, denoiser: Denoiser, training: Training, seed: in
     squares = []
 
     def watch(x_t: Tensor, t: Tensor) -> None:
-        alpha, sigma = float(denoiser.process.alpha(t)), float(denoiser.process.sigma(t))
+        alpha, sigma = float(denoiser.schedule.alpha(t)), float(denoiser.schedule.sigma(t))
         error = denoiser.eps_hat(x_t, t) + sigma * world.score(x_t, alpha, sigma)
         squares.append(_bounded(error).square().mean())
 
@@ -207,7 +207,7 @@ def score_error(world: Mixture, denoiser: Denoiser, training: Training, seed: in
     return float(torch.stack(squares).mean().sqrt())
 
 
-def ideal(world: World, process: NoiseSchedule) -> Denoiser:
+def ideal(world: World, schedule: NoiseSchedule) -> Denoiser:
     """The network that predicts the noise exactly: ``-sigma`` times the score of the clean law.
 
     Raises:
@@ -217,11 +217,11 @@ def ideal(world: World, process: NoiseSchedule) -> Denoiser:
         raise ValueError("the world has no density, so no exact score")
 
     def model(x_t: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
+        alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
         eps = -sigma * world.score(x_t, alpha, sigma)
-        return process.output_from_x0((x_t - sigma * eps) / alpha, x_t.double(), t).to(x_t.dtype)
+        return schedule.output_from_x0((x_t - sigma * eps) / alpha, x_t.double(), t).to(x_t.dtype)
 
-    return Denoiser(model, process)
+    return Denoiser(model, schedule)
 
 
 def judge(
@@ -265,7 +265,7 @@ def free_choices(kind: str, plain: Denoiser) -> dict[float, tuple[Denoiser, Call
     """
 
     def asked(**change: float) -> Denoiser:
-        return Denoiser(SigmaClampedModel(plain.model, plain.process, **change), plain.process)
+        return Denoiser(SigmaClampedModel(plain.model, plain.schedule, **change), plain.schedule)
 
     if kind == "relabel":
         return {f: (asked(relabel=f), lambda x: x) for f in RELABELS}
@@ -309,8 +309,8 @@ def jacobian(
     noise on, 0 where it removes all of it. Root mean square over ``points`` trajectories, with exact directional
     derivatives along the axes (up to 8) or along 8 random signs (Hutchinson).
     """
-    d, process = dimension(world), denoiser.process
-    wanted = set(_visited(process, training.calls).tolist())
+    d, schedule = dimension(world), denoiser.schedule
+    wanted = set(_visited(schedule, training.calls).tolist())
     levels: list[float] = []
     norms: list[float] = []
     if d <= 8:
@@ -321,37 +321,37 @@ def jacobian(
     def watch(x_t: Tensor, t: Tensor) -> None:
         if int(t) not in wanted:
             return
-        alpha, squares = process.alpha(t), []
+        alpha, squares = schedule.alpha(t), []
         for probe in probes:
             along = probe.expand_as(x_t).contiguous()
             _, moved = torch.func.jvp(lambda y: denoiser.x0_hat(y * alpha, t), (x_t / alpha,), (along,))
             squares.append(moved.square().sum(1) / d)
-        levels.append(float(process.noise_to_signal(t)))
+        levels.append(float(schedule.noise_to_signal(t)))
         norms.append(float(torch.stack(squares).mean().sqrt()))
 
     draw(denoiser, points, d, training.calls, seed, watch)
     return {"jacobian_levels": levels, "jacobian": norms}
 
 
-def _visited(process: NoiseSchedule, calls: int) -> Tensor:
+def _visited(schedule: NoiseSchedule, calls: int) -> Tensor:
     """Those timesteps of a trailing sampler that lie nearest to ``LEVELS``."""
-    steps = torch.arange(process.num_timesteps, 0, -process.num_timesteps // calls) - 1
-    at = process.noise_to_signal(steps).log()
+    steps = torch.arange(schedule.num_timesteps, 0, -schedule.num_timesteps // calls) - 1
+    at = schedule.noise_to_signal(steps).log()
     nearest = (at[:, None] - torch.tensor(LEVELS).log()).abs().argmin(0)
     return steps[sorted(set(nearest.tolist()))]
 
 
-def predicted_variance(v: Tensor, method: str, m: float, process: NoiseSchedule, calls: int) -> Tensor:
+def predicted_variance(v: Tensor, method: str, m: float, schedule: NoiseSchedule, calls: int) -> Tensor:
     """Closed form (T3, T5): the variance that the sampler generates from the ideal linear epsilon-predictor.
 
     Args:
         v: Variances of the data, shape (d,).
         method: ``"invariance"``, or anything else for equivariance.
         m: Strength at every noise level; 0 is plain training.
-        process: Noise process.
+        schedule: Noise schedule.
         calls: Network calls of DDIM, trailing.
     """
-    steps = torch.arange(process.num_timesteps, 0, -process.num_timesteps // calls) - 1
-    alpha_bar = process.alphas_cumprod.double()[steps]
+    steps = torch.arange(schedule.num_timesteps, 0, -schedule.num_timesteps // calls) - 1
+    alpha_bar = schedule.alphas_cumprod.double()[steps]
     kind = linear.invariance_optimum if method == "invariance" else linear.optimum
     return linear.ddim_variance(torch.cat([alpha_bar, torch.ones(1)]), kind(alpha_bar, v, m))

@@ -191,25 +191,25 @@ class Finding:
             self.curves[f"{case}: continuum"] = continuum / v
 
 
-def robust(process: NoiseSchedule, m: float, **changes: Any) -> EquivarianceLoss:  # noqa: ANN401
+def robust(schedule: NoiseSchedule, m: float, **changes: Any) -> EquivarianceLoss:  # noqa: ANN401
     """The objective with omega uniform on [-1, 1] and ``lambda kappa = m``."""
-    return EquivarianceLoss(process, RandomPerturbation(), **{"strength": m / KAPPA, "radius": UNIT, **changes})
+    return EquivarianceLoss(schedule, RandomPerturbation(), **{"strength": m / KAPPA, "radius": UNIT, **changes})
 
 
 def _T3(finding: Finding) -> None:
-    data, process = finding.data, NoiseSchedule.from_scheduler(ddpm())
+    data, schedule = finding.data, NoiseSchedule.from_scheduler(ddpm())
     finding.settings["m"] = [1.0, 0.3, 3.0]
     samplers = {name: make_scheduler(name, ddpm(), finding.steps) for name in ("ddim", "ddpm")}
     alpha_bar = visited(samplers["ddim"])[:-1]
     for m in finding.settings["m"]:
-        model = solve(robust(process, m), data, samplers["ddim"].timesteps.tolist())
+        model = solve(robust(schedule, m), data, samplers["ddim"].timesteps.tolist())
         for name, scheduler in samplers.items():
             predicted = linear.optimum(alpha_bar, data.v, m)
             finding.sample(f"{name}, m = {m:g}", scheduler, model, predicted, data.v / (1 + m))
 
 
 def _T4(finding: Finding) -> None:
-    data, process = finding.data, NoiseSchedule.from_scheduler(ddpm())
+    data, schedule = finding.data, NoiseSchedule.from_scheduler(ddpm())
     m = finding.settings["m"] = 1.0
     scheduler = make_scheduler("ddim", ddpm(), finding.steps)
     for case, effective, changes in (
@@ -217,7 +217,7 @@ def _T4(finding: Finding) -> None:
         ("gradient through the perturbed branch", m, {"gradient": "perturbed"}),
         ("gradient through the clean branch", 0.0, {"gradient": "clean"}),
     ):
-        model = solve(robust(process, m, **changes), data, scheduler.timesteps.tolist())
+        model = solve(robust(schedule, m, **changes), data, scheduler.timesteps.tolist())
         w = linear.optimum(visited(scheduler)[:-1], data.v, effective)
         finding.sample(case, scheduler, model, w, data.v / (1 + effective))
 
@@ -240,13 +240,13 @@ def _T5(finding: Finding) -> None:
 
 
 def _T6(finding: Finding) -> None:
-    data, process = finding.data, NoiseSchedule.from_scheduler(ddpm())
+    data, schedule = finding.data, NoiseSchedule.from_scheduler(ddpm())
     finding.settings["gates"] = gates = [[0.0, 0.17, 1.7], [0.0, 0.115, 5.9], [0.5, 3.0, 2.0]]
     samplers = {name: make_scheduler(name, ddpm(), finding.steps) for name in ("ddim", "ddpm")}
     alpha_bar = visited(samplers["ddim"])[:-1]
     level = (1 / alpha_bar - 1).sqrt()
     for low, high, m in gates:
-        objective = robust(process, m, strength=SigmaRange(low, high, m / KAPPA))
+        objective = robust(schedule, m, strength=SigmaRange(low, high, m / KAPPA))
         model = solve(objective, data, samplers["ddim"].timesteps.tolist())
         w = linear.optimum(alpha_bar, data.v, m * ((low <= level) & (level <= high)).double())
         for name, scheduler in samplers.items():
@@ -256,14 +256,14 @@ def _T6(finding: Finding) -> None:
 
 
 def _T7(finding: Finding) -> None:
-    data, process = finding.data, NoiseSchedule.from_scheduler(ddpm())
+    data, schedule = finding.data, NoiseSchedule.from_scheduler(ddpm())
     m = finding.settings["m"] = 1.0
     relabel = finding.settings["relabel"] = (1 + m) ** 0.5
     scheduler = make_scheduler("ddim", ddpm(), finding.steps)
-    asked = process.timestep_at(relabel * process.noise_to_signal(scheduler.timesteps))
-    plain = solve(DenoisingLoss(process), data, sorted({*scheduler.timesteps.tolist(), *asked.tolist()}))
+    asked = schedule.timestep_at(relabel * schedule.noise_to_signal(scheduler.timesteps))
+    plain = solve(DenoisingLoss(schedule), data, sorted({*scheduler.timesteps.tolist(), *asked.tolist()}))
     w = linear.optimum(visited(scheduler)[:-1], data.v, m)
-    finding.sample("relabelled", scheduler, SigmaClampedModel(plain, process, relabel), w, data.v / (1 + m))
+    finding.sample("relabelled", scheduler, SigmaClampedModel(plain, schedule, relabel), w, data.v / (1 + m))
 
 
 def waves(d: int) -> Tensor:
@@ -275,11 +275,11 @@ def waves(d: int) -> Tensor:
 
 
 def _T9(finding: Finding) -> None:
-    data, process = finding.data, NoiseSchedule.from_scheduler(ddpm())
+    data, schedule = finding.data, NoiseSchedule.from_scheduler(ddpm())
     d, column = len(data.v), torch.arange(len(data.v))
     finding.settings.update(sigma_over_alpha=1.0, attack_steps=20)
-    t = process.timestep_at(torch.tensor(1.0))
-    alpha_bar, times = float(process.alphas_cumprod[t]), t.repeat(len(data.x0))
+    t = schedule.timestep_at(torch.tensor(1.0))
+    alpha_bar, times = float(schedule.alphas_cumprod[t]), t.repeat(len(data.x0))
     paired = data.v[torch.where(column > 0, 2 * ((column + 1) // 2) - 1, 0)]  # both waves of a frequency alike
     finding.curves["stationary: eigenvalues"] = paired
     worlds = {"stationary": Data.draw(paired, waves(d), len(data.x0), data.seed), "random axes": data}
@@ -288,13 +288,13 @@ def _T9(finding: Finding) -> None:
         "random signs": RandomPerturbation("signs"),
     }
     for name, world in worlds.items():
-        model, x_t = solve(DenoisingLoss(process), world, [int(t)]), process.add_noise(world.x0, world.eps, times)
+        model, x_t = solve(DenoisingLoss(schedule), world, [int(t)]), schedule.add_noise(world.x0, world.eps, times)
         low, high = linear.linf_bounds(alpha_bar, linear.optimum(alpha_bar, world.v), 1.0)
         finding.curves[f"{name}: bounds"] = torch.tensor([low, high])
 
         def respond(omega: Tensor, model: LinearDenoiser = model, x_t: Tensor = x_t) -> Response:
-            moved = model(process.perturb(x_t, omega, times), times) - model(x_t, times)
-            return Response(moved, process.equivariance_residual(moved, omega, times))
+            moved = model(schedule.perturb(x_t, omega, times), times) - model(x_t, times)
+            return Response(moved, schedule.equivariance_residual(moved, omega, times))
 
         for attack, perturbation in attacks.items():
             omega = perturbation(respond, torch.ones(len(x_t)), x_t, data.generator(3000))
@@ -309,14 +309,14 @@ def _T9(finding: Finding) -> None:
 
 
 def _T10(finding: Finding) -> None:
-    v, process, steps = finding.data.v, NoiseSchedule.from_scheduler(ddpm()), 10
+    v, schedule, steps = finding.data.v, NoiseSchedule.from_scheduler(ddpm()), 10
     finding.settings.update(m=[2.0, 0.0], push=0.1, sampler_steps=steps, attack_steps=20, restarts=8)
     data = Data.draw(v, torch.eye(len(v), dtype=torch.float64), len(finding.data.x0), finding.data.seed)
     scheduler = make_scheduler("ddim", ddpm(), steps)
     levels, times, push = visited(scheduler), scheduler.timesteps, finding.settings["push"]
     attack = AdversarialPerturbation(finding.settings["attack_steps"])
     for m in finding.settings["m"]:
-        model = solve(robust(process, m), data, times.tolist(), diagonal=True)
+        model = solve(robust(schedule, m), data, times.tolist(), diagonal=True)
 
         def respond(omega: Tensor, model: LinearDenoiser = model) -> Response:
             x_t = torch.zeros_like(omega[:, 0])

@@ -99,8 +99,8 @@ def fields(path: Path, world: World, panels: Mapping[str, Denoiser], data: Tenso
     if isinstance(world, Plane | Mixture | LinearGaussian):
         drawn["exact, clean law"] = looked.flat(world.score(y, 1.0, FIELD_LEVEL).float())
     for name, denoiser in panels.items():
-        t = denoiser.process.timestep_at(torch.tensor([FIELD_LEVEL]))[0]
-        alpha, sigma = denoiser.process.alpha(t), denoiser.process.sigma(t)
+        t = denoiser.schedule.timestep_at(torch.tensor([FIELD_LEVEL]))[0]
+        alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
         with torch.no_grad():
             drawn[name] = looked.flat(-denoiser.eps_hat(alpha * y, t) * alpha / sigma)
     return figures.draw_fields(path, drawn, grid, looked.flat(data[:400]), looked.support, title)

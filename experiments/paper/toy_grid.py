@@ -90,7 +90,7 @@ class Method:
         title: As the tables call it.
         what: One sentence.
         told: What it was told beyond the dirty data.
-        objective: The objective, given the process; free methods share that of ``plain``.
+        objective: The objective, given the schedule; free methods share that of ``plain``.
         settings: What was set, flat.
         free: A change at sampling time that costs no training of its own.
         base: Whose network a free change is made to.
@@ -120,7 +120,7 @@ UNIT = Radius(exponent=0.0, scale=1.0, floor=0.0, random=False)
 
 def equivariant(strength: float | SigmaRange, perturbation: Any = SIGNS) -> Objective:  # noqa: ANN401 - either kind
     """The robust objective with perturbations of radius 1: with signs the strength is m."""
-    return lambda process: EquivarianceLoss(process, perturbation=perturbation, strength=strength, radius=UNIT)
+    return lambda schedule: EquivarianceLoss(schedule, perturbation=perturbation, strength=strength, radius=UNIT)
 
 
 def _strength(low: float, high: float, m: float) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _strength(low: float, high: float, m: float) -> dict[str, Any]:
 
 
 def _paper(perturbation: Any) -> Objective:  # noqa: ANN401 - either kind
-    return lambda process: EquivarianceLoss.preset("paper", process, perturbation=perturbation)
+    return lambda schedule: EquivarianceLoss.preset("paper", schedule, perturbation=perturbation)
 
 
 PAPER = {"strength": 0.3, "radius": "s^2 U(0, 1) + 8/255"}
@@ -144,7 +144,9 @@ METHODS: dict[str, Method] = {
     "invariance": Method(
         "invariance (paper)",
         "classifier-style adversarial training: the predicted noise must not move",
-        lambda process: InvarianceLoss(process, perturbation=AdversarialPerturbation(), strength=0.3, radius=Radius()),
+        lambda schedule: InvarianceLoss(
+            schedule, perturbation=AdversarialPerturbation(), strength=0.3, radius=Radius()
+        ),
         settings={"perturbation": "adversarial, one step, shift", **PAPER},
         prediction="epsilon",
     ),
@@ -169,7 +171,7 @@ METHODS: dict[str, Method] = {
     "preset": Method(
         "gated, as shipped",
         "the package's default preset: random uniform noise of radius 1 at sigma/alpha <= 0.2, m = 1.25",
-        lambda process: EquivarianceLoss.preset("gated", process),
+        lambda schedule: EquivarianceLoss.preset("gated", schedule),
         told="nothing of these data; chosen on the frontiers of these worlds",
         settings={
             "perturbation": "random uniform, r = 1",
@@ -181,7 +183,7 @@ METHODS: dict[str, Method] = {
     "gated-strong": Method(
         "gated, c = 0.15, m = 5",
         "stronger than the preset: random uniform noise of radius 1 at sigma/alpha <= 0.15, m = 5",
-        lambda process: EquivarianceLoss.preset("gated", process, strength=SigmaRange(0.0, 0.15, 15.0)),
+        lambda schedule: EquivarianceLoss.preset("gated", schedule, strength=SigmaRange(0.0, 0.15, 15.0)),
         settings={"perturbation": "random uniform, r = 1", "low": 0.0, "high": 0.15, "strength": 15.0},
     ),
     "gated-low": Method(
@@ -284,7 +286,7 @@ INVARIANCE: dict[str, Method] = {
         f"{name}-m{m:g}": Method(
             f"{name}, m = {m:g}",
             f"{what}, random signs of radius 1 at every noise level",
-            lambda process, kind=kind, m=m: kind(process, perturbation=SIGNS, strength=m, radius=UNIT),  # type: ignore[misc]
+            lambda schedule, kind=kind, m=m: kind(schedule, perturbation=SIGNS, strength=m, radius=UNIT),  # type: ignore[misc]
             settings=_strength(0.0, math.inf, m),
             prediction="epsilon",
         )

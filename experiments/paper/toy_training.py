@@ -30,32 +30,32 @@ from robustdiff.utils.seeds import derive_seed
 WARMUP = 200
 
 
-def process_for(prediction: Prediction) -> NoiseSchedule:
+def schedule_for(prediction: Prediction) -> NoiseSchedule:
     """1000 linear betas (Ho et al. 2020)."""
     return NoiseSchedule.from_scheduler(DDPMScheduler(prediction_type=prediction))
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network, or anything called like one, and the process that says what it predicts.
+    """A network, or anything called like one, and the schedule that says what it predicts.
 
     Attributes:
         model: ``callable(x_t, t)``.
-        process: Its noise process.
+        schedule: Its noise schedule.
         seconds: What its training took.
     """
 
     model: Model
-    process: NoiseSchedule
+    schedule: NoiseSchedule
     seconds: float = 0.0
 
     def eps_hat(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The predicted noise at states (n, d) and timestep ()."""
-        return self.process.eps_hat(self.model(x_t, t), x_t, t)
+        return self.schedule.eps_hat(self.model(x_t, t), x_t, t)
 
     def x0_hat(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The denoised points."""
-        return self.process.x0_hat(self.model(x_t, t), x_t, t)
+        return self.schedule.x0_hat(self.model(x_t, t), x_t, t)
 
 
 class Stopped(Exception):
@@ -68,7 +68,7 @@ def train(
     """Train a ``PointDenoiser`` and return its moving average.
 
     Args:
-        objective: Of the process above.
+        objective: Of the schedule above.
         x0: Training points, shape (n, d), float32.
         training: Sizes and lengths.
         seed: Rules initial weights, batches and every draw.
@@ -87,7 +87,7 @@ def train(
     optimiser = torch.optim.AdamW(
         model.parameters(), training.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
-    schedule = get_scheduler("cosine", optimiser, num_warmup_steps=WARMUP, num_training_steps=training.steps)
+    lr_schedule = get_scheduler("cosine", optimiser, num_warmup_steps=WARMUP, num_training_steps=training.steps)
     average = EMAModel(model.parameters(), decay=0.999, foreach=True)
     for step in range(training.steps):
         batch = x0[torch.randint(len(x0), (training.batch_size,), generator=generator)]
@@ -95,7 +95,7 @@ def train(
         loss.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        schedule.step()
+        lr_schedule.step()
         average.step(model.parameters())
         if step % 50 == 0:
             if not torch.isfinite(loss):
@@ -146,7 +146,7 @@ def load(path: Path, dimension: int, training: Training, settings: object) -> tu
 
 
 def settings_of(training: Training, prediction: Prediction) -> dict[str, object]:
-    """The training as JSON, with the process; an input scale of 1 and no modulation are left out."""
+    """The training as JSON, with the schedule; an input scale of 1 and no modulation are left out."""
     usual = {"input_scale": 1.0, "modulated": False}
     lengths = {key: value for key, value in asdict(training).items() if key not in usual or usual[key] != value}
     return {**lengths, "betas": "linear, 1000", "prediction": prediction, "sampler": "ddim, trailing"}
@@ -164,7 +164,7 @@ def draw(
     """``n`` points in ``calls`` DDIM steps, shape (n, dimension); nothing is clipped.
 
     Args:
-        denoiser: Network and process.
+        denoiser: Network and schedule.
         n: Number of points; all in one batch.
         dimension: Coordinates of a point.
         calls: Must divide the 1000 noise levels.
@@ -172,7 +172,7 @@ def draw(
         watch: Sees every state with its timestep, (n, d) and (), before the network does.
     """
     sampler = DDIMScheduler(
-        prediction_type=denoiser.process.prediction_type, clip_sample=False, timestep_spacing="trailing"
+        prediction_type=denoiser.schedule.prediction_type, clip_sample=False, timestep_spacing="trailing"
     )
     sampler.set_timesteps(calls)
     generator = torch.Generator().manual_seed(derive_seed("sampling", seed))

@@ -37,8 +37,8 @@ from experiments.paper.toy_training import (
     Stopped,
     draw,
     load,
-    process_for,
     save,
+    schedule_for,
     settings_of,
     train,
 )
@@ -152,9 +152,9 @@ def trained_network(
     training = training_for(world, quick)
     asked = replace(row, method=row.trained)  # a free row asks another's network, of the same experiment
     method = asked.what
-    process = process_for(method.prediction)
+    schedule = schedule_for(method.prediction)
     if method.exact:
-        return ideal(world, process)
+        return ideal(world, schedule)
     x0, hit = training_set(world, row.dirt, training, seed)
     about = [row_settings(asked, quick, images), row.dirt, seed, tuple(x0.shape)]
     path = folder / "networks" / f"{row.world}-{row.dirt}-{row.trained}-seed{seed}.safetensors"
@@ -163,12 +163,12 @@ def trained_network(
         data = training_data(method, x0, hit)
         started = time.perf_counter()
         try:
-            model = train(method.objective(process), data, training, seed, _stop.is_set if stop and _stop else bool)
+            model = train(method.objective(schedule), data, training, seed, _stop.is_set if stop and _stop else bool)
         except Stopped:
             return None
         found = model, time.perf_counter() - started
         save(model, path, about, found[1])
-    return Denoiser(found[0], process, found[1])
+    return Denoiser(found[0], schedule, found[1])
 
 
 def _predictions(row: Row, world: World, training: Training, denoiser: Denoiser, seed: int) -> dict[str, float]:
@@ -188,14 +188,14 @@ def _predictions(row: Row, world: World, training: Training, denoiser: Denoiser,
         assert isinstance(world, LinearGaussian)
         true, found = world.variances, world.coordinates(x).var(0)
     kind, m = row.method.split("-")[0], row.what.settings.get("m", 0.0)
-    process = denoiser.process
-    expected = predicted_variance(true, kind, m, process, training.calls)
-    t = process.timestep_at(torch.tensor([GAIN_LEVEL]))[0]
+    schedule = denoiser.schedule
+    expected = predicted_variance(true, kind, m, schedule, training.calls)
+    t = schedule.timestep_at(torch.tensor([GAIN_LEVEL]))[0]
     generator = torch.Generator().manual_seed(derive_seed("gain", seed))
     x0 = world.sample(20_000, generator)
-    x_t = process.add_noise(x0, draw_normal(x0, generator), t)
+    x_t = schedule.add_noise(x0, draw_normal(x0, generator), t)
     state, reported = (world.coordinates(y.double())[:, 0] for y in (x_t, denoiser.eps_hat(x_t, t)))
-    alpha_bar = float(process.alphas_cumprod.double()[t])
+    alpha_bar = float(schedule.alphas_cumprod.double()[t])
     w = (linear.invariance_optimum if kind == "invariance" else linear.optimum)(alpha_bar, true, m)[0]
     return {
         "sd_large_true": float(true[0].sqrt()),
@@ -204,6 +204,6 @@ def _predictions(row: Row, world: World, training: Training, denoiser: Denoiser,
         "sd_small_true": float(true[-1].sqrt()),
         "sd_small": float(found[-1].sqrt()),
         "sd_small_predicted": float(expected[-1].sqrt()),
-        "noise_gain": float(process.sigma(t) * (state * reported).sum() / state.square().sum()),
+        "noise_gain": float(schedule.sigma(t) * (state * reported).sum() / state.square().sum()),
         "noise_gain_predicted": float((1 - alpha_bar) ** 0.5 * w),
     }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from experiments.paper import linear
-from experiments.paper.toy_training import process_for
+from experiments.paper.toy_training import schedule_for
 from helpers import experiment
 
 ROOT = Path(__file__).parents[2]
@@ -23,14 +23,14 @@ def attacked() -> ModuleType:
 
 
 def test_the_unrolled_penalty_of_a_linear_denoiser_is_its_squared_gain(attacked: ModuleType) -> None:
-    process, v = process_for("epsilon"), torch.tensor([0.2, 0.01, 1.0])
-    alphas_cumprod = process.alphas_cumprod.double()
+    schedule, v = schedule_for("epsilon"), torch.tensor([0.2, 0.01, 1.0])
+    alphas_cumprod = schedule.alphas_cumprod.double()
 
     def model(x_t: Tensor, t: Tensor) -> Tensor:
         w = linear.optimum(alphas_cumprod[t.reshape(-1)], v.double(), 0.0)
         return (w * x_t).to(x_t.dtype)
 
-    objective = attacked.Unrolled(process, strength=2.0, radius=0.3, calls=5)
+    objective = attacked.Unrolled(schedule, strength=2.0, radius=0.3, calls=5)
     x0 = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) * v.sqrt()
     terms = objective(model, x0, generator=torch.Generator().manual_seed(1))
     steps = torch.tensor([999, 799, 599, 399, 199])
@@ -59,8 +59,8 @@ def test_a_row_is_measured_kept_and_not_measured_again(
 def test_a_sampler_that_runs_away_has_no_spread_and_ends_nothing(
     attacked: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = process_for("epsilon")
-    away = attacked.Denoiser(lambda x_t, t: 1e38 * x_t, process, 0.0)
+    schedule = schedule_for("epsilon")
+    away = attacked.Denoiser(lambda x_t, t: 1e38 * x_t, schedule, 0.0)
     monkeypatch.setattr(attacked, "ATTACKS", attacked.Attacks(points=4, draws=50, steps=2))
     monkeypatch.setattr(attacked, "network", lambda *_: away)
     monkeypatch.setattr(attacked, "judge", lambda *_: {"w2": 1e6})

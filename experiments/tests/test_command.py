@@ -32,7 +32,7 @@ from experiments.paper.config import EXPERIMENTS
 from experiments.paper.errors import build_world, floor_of, judge, predicted_variance
 from experiments.paper.linear_gaussian import CLAIMS
 from experiments.paper.toy_grid import METHODS, rows_of
-from experiments.paper.toy_training import Denoiser, load, process_for
+from experiments.paper.toy_training import Denoiser, load, schedule_for
 
 TINY = {"points": 300, "steps": 60, "samples": 100, "calls": 20, "width": 16, "depth": 1}
 CALLS = (20, 5)
@@ -197,7 +197,7 @@ def test_a_row_ends_with_its_result_its_network_and_a_page(small: None, tmp_path
     model, seconds = kept
     assert 0 < seconds <= row["seconds"]
     world = build_world("plane")
-    assert row["runs"]["0"]["values"] == judge(world, Denoiser(model, process_for("v_prediction")), short, 0)
+    assert row["runs"]["0"]["values"] == judge(world, Denoiser(model, schedule_for("v_prediction")), short, 0)
     assert row["runs"]["0"]["floor"] == floor_of(world, short, 0)
     for part in ("values", "floor"):
         assert set(row[part]) == {"w2", "w2_in_plane", "distance", "coverage"}
@@ -305,7 +305,7 @@ def test_the_invariance_experiment_has_its_predictions(small: None, tmp_path: Pa
         f"sd_{a}{b}" for a in ("large", "small") for b in ("", "_true", "_predicted")
     }
     assert (values["sd_large_true"], values["sd_small_true"]) == pytest.approx((0.2**0.5, 0.1))
-    wanted = predicted_variance(torch.tensor([0.2, 0.01]), "plain", 0.0, process_for("epsilon"), SMALL.short.calls)
+    wanted = predicted_variance(torch.tensor([0.2, 0.01]), "plain", 0.0, schedule_for("epsilon"), SMALL.short.calls)
     found = [values["sd_large_predicted"], values["sd_small_predicted"]]
     assert found == pytest.approx(wanted.sqrt().tolist(), rel=1e-6)
     assert values["noise_gain_predicted"] == pytest.approx(100 / 100.2, rel=1e-3)  # sigma w at level 10

@@ -56,7 +56,7 @@ from experiments.paper.toy_grid import (
     Training,
     images_training,
 )
-from experiments.paper.toy_training import Denoiser, draw, process_for
+from experiments.paper.toy_training import Denoiser, draw, schedule_for
 from experiments.paper.worlds import LinearGaussian, Mixture, Plane, Subspace, World
 from helpers import normal, seeded
 from robustdiff.diffusion.schedule import NoiseSchedule, Prediction
@@ -64,11 +64,11 @@ from robustdiff.evaluation.distances import frechet_floor
 from robustdiff.utils.errors import UsageError
 
 SMALL = Training(points=400, samples=200, calls=20)
-EPSILON = process_for("epsilon")
+EPSILON = schedule_for("epsilon")
 
 
-def denoiser(eps_hat: Callable[[Tensor, Tensor], Tensor], process: NoiseSchedule = EPSILON) -> Denoiser:
-    return Denoiser(eps_hat, process)
+def denoiser(eps_hat: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule = EPSILON) -> Denoiser:
+    return Denoiser(eps_hat, schedule)
 
 
 def perfect(world: Any, shift: float = 0.0) -> Denoiser:
@@ -376,16 +376,16 @@ def test_a_network_is_judged_by_its_draws_against_fresh_ones() -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_ideal_network_has_the_exact_score_whatever_it_predicts(prediction: Prediction) -> None:
-    process, t = process_for(prediction), torch.tensor(400)
+    schedule, t = schedule_for(prediction), torch.tensor(400)
     for name in ("ring", "gaussian", "subspace"):
         world: Any = build_world(name)
         x_t = normal(20, dimension(world), dtype=torch.float32)
-        alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
+        alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
         wanted = (-sigma * world.score(x_t, alpha, sigma)).float()
-        torch.testing.assert_close(ideal(world, process).eps_hat(x_t, t), wanted, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ideal(world, schedule).eps_hat(x_t, t), wanted, rtol=1e-3, atol=1e-4)
     nothing: Any = object()
     with pytest.raises(ValueError, match="no density"):
-        ideal(nothing, process)
+        ideal(nothing, schedule)
 
 
 def test_the_ideal_network_reaches_the_floor() -> None:
@@ -406,7 +406,7 @@ def test_the_ideal_network_reaches_the_floor_of_a_subspace() -> None:
     """4,000 draws: beside the floor of theory (one sd of a single set: half of it) stands the sampler's own error."""
     h, n, calls = 0.3, 4000, 200
     world = Subspace(0.4 * normal(30, 1, 3, 4, seed=1, dtype=torch.float32), 3, h)
-    x = draw(ideal(world, process_for("v_prediction")), n, 12, calls, 0)
+    x = draw(ideal(world, schedule_for("v_prediction")), n, 12, calls, 0)
     found = errors(world, x, x)
     sampler = (
         predicted_variance(world.variances, "plain", 0.0, EPSILON, calls).sqrt() - world.variances.sqrt()

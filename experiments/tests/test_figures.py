@@ -19,7 +19,7 @@ from experiments.paper.errors import training_set
 from experiments.paper.figures import Frontier, Point
 from experiments.paper.point_denoiser import PointDenoiser
 from experiments.paper.toy_grid import METHODS, Training
-from experiments.paper.toy_training import Denoiser, process_for
+from experiments.paper.toy_training import Denoiser, schedule_for
 from experiments.paper.worlds import Subspace
 from helpers import normal
 from robustdiff.utils.images import image_grid
@@ -250,7 +250,7 @@ def test_figures_of_the_subspace_show_draws_of_its_law_and_the_exact_score(tmp_p
         for dirt, methods in kinds.items()
         for method in methods
     }  # fmt: skip
-    network = Denoiser(PointDenoiser(16, 8, 1, modulated=True).requires_grad_(False), process_for("v_prediction"))
+    network = Denoiser(PointDenoiser(16, 8, 1, modulated=True).requires_grad_(False), schedule_for("v_prediction"))
     asked = []
 
     def networks(name: str, dirt: str, method: str) -> Denoiser:

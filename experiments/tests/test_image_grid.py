@@ -55,7 +55,7 @@ TINY = dataclasses.replace(SCALE["cpu"].quick, samples=20, choosing=14)
 @pytest.mark.parametrize("scale", SCALE)
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_training_of_the_grid_is_a_command_line_that_is_accepted(scale: str, quick: bool) -> None:
-    process = NoiseSchedule(torch.linspace(0.999, 0.001, 10))
+    schedule = NoiseSchedule(torch.linspace(0.999, 0.001, 10))
     for row in rows_of("cifar10", scale, quick=quick):
         methods = {image_rows.trained_by(row)} | ({row.method} if row.what.tuned else set())
         for method in methods:
@@ -63,7 +63,7 @@ def test_every_training_of_the_grid_is_a_command_line_that_is_accepted(scale: st
             config = main.parse(list(image_rows.train_flags(row, method, size, 3)))
             assert isinstance(config, TrainConfig)
             config.validate()
-            build_objective(config, process)
+            build_objective(config, schedule)
             assert (config.seed, config.corrupt) == (3, IMAGE_DIRTS[row.dirt])
             assert config.compile == ("gpu" in scale and not quick)
             assert config.mixed_precision == ("bf16" if "gpu" in scale else "no")

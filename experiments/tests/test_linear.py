@@ -23,7 +23,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from experiments.paper import linear
-from helpers import Given, ddpm_process, normal, process_at, seeded, uncorrelated
+from helpers import Given, ddpm_schedule, normal, schedule_at, seeded, uncorrelated
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.diffusion.sigma_floor import SigmaClampedModel
 from robustdiff.evaluation.distances import frechet_floor
@@ -49,13 +49,13 @@ class Diagonal(nn.Module):
         return self.weight[torch.searchsorted(LEVELS, t)] * x
 
 
-def minimiser(objective: type[EquivarianceLoss], process: NoiseSchedule, kappa: float, **settings: Any) -> Tensor:
+def minimiser(objective: type[EquivarianceLoss], schedule: NoiseSchedule, kappa: float, **settings: Any) -> Tensor:
     """The weights, shape (5, 5), that minimise the expected loss, by LBFGS from arbitrary ones."""
     x0, eps, omega = uncorrelated(64, 5, 5, 5, seed=1)
     x0, eps, omega = (x.repeat(len(LEVELS), 1) for x in (x0 * V.sqrt(), eps, kappa**0.5 * omega))
     t = LEVELS.repeat_interleave(64)
     # A function of the rows asked for: a gate passes some levels only, each of whole blocks of 64 rows.
-    loss = objective(process, perturbation=Given(lambda like: omega[: len(like)]), **settings)
+    loss = objective(schedule, perturbation=Given(lambda like: omega[: len(like)]), **settings)
     model = Diagonal(normal(5, 5, seed=2))
     optimiser = torch.optim.LBFGS(
         model.parameters(), max_iter=2000, tolerance_grad=1e-14, tolerance_change=0, line_search_fn="strong_wolfe"
@@ -76,53 +76,53 @@ near = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-8)
 
 @pytest.mark.parametrize("m", [0.0, 0.4, 6.0])
 def test_T3_optimum_is_where_the_objective_is_least(m: float) -> None:
-    process = ddpm_process()
-    found = minimiser(EquivarianceLoss, process, kappa=0.3, strength=m / 0.3)
-    near(found, linear.optimum(process.alphas_cumprod[LEVELS], V, m))
+    schedule = ddpm_schedule()
+    found = minimiser(EquivarianceLoss, schedule, kappa=0.3, strength=m / 0.3)
+    near(found, linear.optimum(schedule.alphas_cumprod[LEVELS], V, m))
 
 
 def test_T6_optimum_takes_a_strength_per_level() -> None:
-    process = ddpm_process()
-    level = process.noise_to_signal(LEVELS)
+    schedule = ddpm_schedule()
+    level = schedule.noise_to_signal(LEVELS)
     gate = SigmaRange(float(level[1]) - 1e-6, float(level[3]) + 1e-6, 5.0)
-    found = minimiser(EquivarianceLoss, process, kappa=0.3, strength=gate)
+    found = minimiser(EquivarianceLoss, schedule, kappa=0.3, strength=gate)
     m = 0.3 * gate(level)
     assert m.tolist() == [0, 1.5, 1.5, 1.5, 0]
-    near(found, linear.optimum(process.alphas_cumprod[LEVELS], V, m))
-    assert linear.optimum(process.alphas_cumprod[300], V, 1.5).shape == (5,)
+    near(found, linear.optimum(schedule.alphas_cumprod[LEVELS], V, m))
+    assert linear.optimum(schedule.alphas_cumprod[300], V, 1.5).shape == (5,)
 
 
 @pytest.mark.parametrize("m", [0.4, 6.0])
 def test_T5_invariance_optimum_is_where_that_objective_is_least(m: float) -> None:
-    process = ddpm_process()
-    found = minimiser(InvarianceLoss, process, kappa=0.3, strength=m / 0.3)
-    near(found, linear.invariance_optimum(process.alphas_cumprod[LEVELS], V, m))
+    schedule = ddpm_schedule()
+    found = minimiser(InvarianceLoss, schedule, kappa=0.3, strength=m / 0.3)
+    near(found, linear.invariance_optimum(schedule.alphas_cumprod[LEVELS], V, m))
 
 
 @pytest.mark.parametrize("strength", [0.5, 20.0])
 def test_T4_noise_target_strength(strength: float) -> None:
-    process, m = ddpm_process(), linear.noise_target_strength(strength, 0.3)
-    found = minimiser(EquivarianceLoss, process, kappa=0.3, strength=strength, target="noise")
-    near(found, linear.optimum(process.alphas_cumprod[LEVELS], V, m))
+    schedule, m = ddpm_schedule(), linear.noise_target_strength(strength, 0.3)
+    found = minimiser(EquivarianceLoss, schedule, kappa=0.3, strength=strength, target="noise")
+    near(found, linear.optimum(schedule.alphas_cumprod[LEVELS], V, m))
 
 
 @pytest.mark.parametrize(("steps", "floor"), [(1, 0.0), (30, 0.0), (0, 0.8), (5, 0.2)])
 def test_T7_relabelled_is_the_plain_denoiser_in_its_wrapper(steps: int, floor: float) -> None:
     """Levels spaced evenly in logarithm, so that a factor of whole steps asks at a level of the table."""
     levels = torch.logspace(-2, 2, 401, dtype=torch.float64)
-    process, factor = process_at(levels), 10 ** (steps / 100)
+    schedule, factor = schedule_at(levels), 10 ** (steps / 100)
     floor = float(levels[(levels < floor).sum()]) if floor else 0.0
 
     def plain(x: Tensor, t: Tensor) -> Tensor:
-        s2 = 1 - process.alphas_cumprod[t]
-        return x * (s2.sqrt() / (process.alphas_cumprod[t] * V[:, None] + s2))
+        s2 = 1 - schedule.alphas_cumprod[t]
+        return x * (s2.sqrt() / (schedule.alphas_cumprod[t] * V[:, None] + s2))
 
-    model = SigmaClampedModel(lambda x, t: plain(x.T, t).T, process, factor, floor)
+    model = SigmaClampedModel(lambda x, t: plain(x.T, t).T, schedule, factor, floor)
     t = torch.arange(0, 360, 7)
     answer = model(torch.ones(len(t), 5, dtype=torch.float64), t)
-    close(linear.relabelled(process.alphas_cumprod[t], V, factor, floor), answer, rtol=1e-9)
+    close(linear.relabelled(schedule.alphas_cumprod[t], V, factor, floor), answer, rtol=1e-9)
     if not floor:
-        close(linear.optimum(process.alphas_cumprod[t], V, factor**2 - 1), answer, rtol=1e-9)
+        close(linear.optimum(schedule.alphas_cumprod[t], V, factor**2 - 1), answer, rtol=1e-9)
 
 
 # -- what samplers make of it ----------------------------------------------------------------------
@@ -252,28 +252,28 @@ def test_T9_spectral_clipping_is_where_the_worst_case_objective_is_least(
     index: int, strength: float, radius: float
 ) -> None:
     """The objective itself supplies the loss; the worst omega of a diagonal A lies along its largest element."""
-    process = ddpm_process()
-    s = float(process.sigma(torch.tensor(index)))
+    schedule = ddpm_schedule()
+    s = float(schedule.sigma(torch.tensor(index)))
     x0, eps = uncorrelated(64, 5, 5, seed=4)
     x0, t = x0 * V.sqrt(), torch.full((64,), index)
 
     def loss(w: np.ndarray) -> float:
         worst = np.zeros((64, 5))
         worst[:, np.abs(1 - s * w).argmax()] = radius
-        objective = EquivarianceLoss(process, perturbation=Given(torch.tensor(worst)), strength=strength)
+        objective = EquivarianceLoss(schedule, perturbation=Given(torch.tensor(worst)), strength=strength)
         return float(objective(lambda x, t: torch.tensor(w) * x, x0, t=t, eps=eps).total.mean())
 
-    found = linear.spectral_clipping(float(process.alphas_cumprod[index]), V, strength, radius).numpy()
-    plain = linear.optimum(process.alphas_cumprod[index], V).numpy()
+    found = linear.spectral_clipping(float(schedule.alphas_cumprod[index]), V, strength, radius).numpy()
+    plain = linear.optimum(schedule.alphas_cumprod[index], V).numpy()
     clipped = 1 - s * found < (1 - s * plain) * (1 - 1e-9)
     assert clipped[0]
     assert not clipped[-1]
     # A smooth equivalent that the solver can handle: the largest element is a variable of its own.
     zero = loss(np.full(5, 1 / s))
-    assert zero == pytest.approx(float((1 / s**2) * (process.alphas_cumprod[index] * V + s**2).mean() - 1))
+    assert zero == pytest.approx(float((1 / s**2) * (schedule.alphas_cumprod[index] * V + s**2).mean() - 1))
 
     def smooth(z: np.ndarray) -> float:
-        none = EquivarianceLoss(process, strength=0)(lambda x, t: torch.tensor(z[:5]) * x, x0, t=t, eps=eps)
+        none = EquivarianceLoss(schedule, strength=0)(lambda x, t: torch.tensor(z[:5]) * x, x0, t=t, eps=eps)
         return float(none.total.mean()) + strength * radius**2 * z[5] ** 2 / 5
 
     inside = [

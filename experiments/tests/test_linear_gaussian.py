@@ -151,10 +151,10 @@ def test_T10_the_displacement_falls_and_relative_to_the_spread_it_rises(rows: Ro
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("kind", ["robust", "invariance", "clean"])
 def test_the_gradient_vanishes_at_the_solution(kind: str, diagonal: bool) -> None:
-    data, process = Data.draw(eigenvalues("powerlaw", 3), None, 256, seed=2), NoiseSchedule.from_scheduler(ddpm())
-    objective = robust(process, 1.5, gradient="clean" if kind == "clean" else "both")
+    data, schedule = Data.draw(eigenvalues("powerlaw", 3), None, 256, seed=2), NoiseSchedule.from_scheduler(ddpm())
+    objective = robust(schedule, 1.5, gradient="clean" if kind == "clean" else "both")
     if kind == "invariance":
-        objective = InvarianceLoss(process, objective.perturbation, objective.strength, UNIT)
+        objective = InvarianceLoss(schedule, objective.perturbation, objective.strength, UNIT)
     model = solve(objective, data, [60, 400], diagonal)
     for t in (60, 400):
         terms = objective(
@@ -169,10 +169,10 @@ def test_the_gradient_vanishes_at_the_solution(kind: str, diagonal: bool) -> Non
 
 def test_with_an_omega_of_exact_moments_the_solution_is_the_closed_form() -> None:
     v, m = eigenvalues("powerlaw", 4), 2.0
-    data, process = Data.draw(v, None, 128, seed=5), NoiseSchedule.from_scheduler(ddpm())
+    data, schedule = Data.draw(v, None, 128, seed=5), NoiseSchedule.from_scheduler(ddpm())
     omega = Given(uncorrelated(128, 4, seed=6)[0] / 3**0.5)
     scheduler = make_scheduler("ddim", ddpm(), 20)
-    model = solve(EquivarianceLoss(process, omega, 3 * m, UNIT), data, scheduler.timesteps.tolist())
+    model = solve(EquivarianceLoss(schedule, omega, 3 * m, UNIT), data, scheduler.timesteps.tolist())
     along = (data.basis.T @ model.weight.detach() @ data.basis).diagonal(dim1=1, dim2=2)
     alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps]
     torch.testing.assert_close(along, linear.optimum(alpha_bar, v, m), rtol=1e-5, atol=1e-6)

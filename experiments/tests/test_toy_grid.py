@@ -31,7 +31,7 @@ from experiments.paper.toy_grid import (
     rows_of,
     training_data,
 )
-from experiments.paper.toy_training import process_for, settings_of
+from experiments.paper.toy_training import schedule_for, settings_of
 from helpers import normal, seeded
 from robustdiff.data.corruption import Corruption
 from robustdiff.losses.baselines import (
@@ -72,7 +72,7 @@ BESIDE = ["ideal", "plain-epsilon", "gated-low-floor"]
 
 
 def objective(method: Method) -> DenoisingLoss:
-    return method.objective(process_for(method.prediction))
+    return method.objective(schedule_for(method.prediction))
 
 
 def second_moment(robust: EquivarianceLoss) -> float:
@@ -92,7 +92,7 @@ def test_every_method_gives_finite_losses_of_the_right_sign(name: str) -> None:
     t = torch.tensor([0, 1, 20, 60, 300, 600, 900, 999])
     x0 = normal(8, 2, dtype=torch.float32)
     terms = objective(method)(model, x0, generator=seeded(1), t=t)
-    level = process_for(method.prediction).noise_to_signal(t)
+    level = schedule_for(method.prediction).noise_to_signal(t)
     assert terms.total.shape == (8,)
     for values in (terms.total, terms.denoising, terms.equivariance, terms.radius, terms.strength):
         assert torch.isfinite(values).all()
@@ -164,7 +164,7 @@ def test_the_settings_of_the_other_objectives_are_theirs() -> None:
     for name in ("ideal", "plain", "plain-epsilon", "relabelled", "label-floor", "shrunk", "clean-subset"):
         assert type(objective(METHODS[name])) is DenoisingLoss
     shipped = objective(METHODS["preset"])
-    assert shipped == EquivarianceLoss.preset("gated", shipped.process)
+    assert shipped == EquivarianceLoss.preset("gated", shipped.schedule)
     assert isinstance(shipped, EquivarianceLoss)
     said = METHODS["preset"].settings
     assert shipped.strength == SigmaRange(said["low"], said["high"], said["strength"])

@@ -27,8 +27,8 @@ from experiments.paper.toy_training import (
     digest,
     draw,
     load,
-    process_for,
     save,
+    schedule_for,
     settings_of,
     train,
 )
@@ -47,7 +47,7 @@ VARIANCES = torch.tensor([0.2, 0.05, 0.01], dtype=torch.float64)
 
 
 def plain(prediction: Prediction = "v_prediction") -> DenoisingLoss:
-    return DenoisingLoss(process_for(prediction))
+    return DenoisingLoss(schedule_for(prediction))
 
 
 def weights(model: PointDenoiser) -> Tensor:
@@ -57,48 +57,48 @@ def weights(model: PointDenoiser) -> Tensor:
 class Ideal(torch.nn.Module):
     """The optimum of the regulariser on a Gaussian, ``eps_hat = W x_t``, as a network of either prediction."""
 
-    def __init__(self, process: NoiseSchedule, variances: Tensor, m: float = 0.0) -> None:
+    def __init__(self, schedule: NoiseSchedule, variances: Tensor, m: float = 0.0) -> None:
         super().__init__()
-        self.process = process
-        self.w = linear.optimum(process.alphas_cumprod.double(), variances, m).float()
+        self.schedule = schedule
+        self.w = linear.optimum(schedule.alphas_cumprod.double(), variances, m).float()
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         eps_hat = self.w[t] * x_t
-        if self.process.prediction_type == "epsilon":
+        if self.schedule.prediction_type == "epsilon":
             return eps_hat
-        x0_hat = (x_t - self.process.sigma(t) * eps_hat) / self.process.alpha(t)
-        return self.process.output_from_x0(x0_hat, x_t, t)
+        x0_hat = (x_t - self.schedule.sigma(t) * eps_hat) / self.schedule.alpha(t)
+        return self.schedule.output_from_x0(x0_hat, x_t, t)
 
 
 def ideal(prediction: Prediction = "epsilon", m: float = 0.0) -> Denoiser:
-    process = process_for(prediction)
-    return Denoiser(Ideal(process, VARIANCES, m), process)
+    schedule = schedule_for(prediction)
+    return Denoiser(Ideal(schedule, VARIANCES, m), schedule)
 
 
 def network(seed: int = 0, prediction: Prediction = "v_prediction") -> Denoiser:
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        return Denoiser(PointDenoiser(3, width=8, depth=1).requires_grad_(False), process_for(prediction))
+        return Denoiser(PointDenoiser(3, width=8, depth=1).requires_grad_(False), schedule_for(prediction))
 
 
-# -- the process -----------------------------------------------------------------------------------------
+# -- the schedule ----------------------------------------------------------------------------------------
 
 
 def test_the_process_is_that_of_the_paper() -> None:
-    process = process_for("epsilon")
+    schedule = schedule_for("epsilon")
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    torch.testing.assert_close(process.alphas_cumprod.double(), (1 - betas).cumprod(0), rtol=1e-5, atol=0)
-    assert process.prediction_type == "epsilon"
-    assert process_for("v_prediction").prediction_type == "v_prediction"
+    torch.testing.assert_close(schedule.alphas_cumprod.double(), (1 - betas).cumprod(0), rtol=1e-5, atol=0)
+    assert schedule.prediction_type == "epsilon"
+    assert schedule_for("v_prediction").prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_denoiser_says_what_its_network_means(prediction: Prediction) -> None:
-    process = process_for(prediction)
+    schedule = schedule_for(prediction)
     x0, eps, t = normal(5, 3, dtype=torch.float32), normal(5, 3, seed=1, dtype=torch.float32), torch.tensor(400)
-    alpha, sigma = process.alpha(t), process.sigma(t)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     output = eps if prediction == "epsilon" else alpha * eps - sigma * x0
-    denoiser = Denoiser(lambda x_t, t: output, process)
+    denoiser = Denoiser(lambda x_t, t: output, schedule)
     x_t = alpha * x0 + sigma * eps
     torch.testing.assert_close(denoiser.eps_hat(x_t, t), eps, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(denoiser.x0_hat(x_t, t), x0, rtol=1e-4, atol=1e-5)
@@ -114,7 +114,7 @@ def test_training_is_a_function_of_its_seed_bit_for_bit() -> None:
     assert torch.equal(first, weights(train(plain(), X0, TINY, 0)))
     assert not torch.equal(first, weights(train(plain(), X0, TINY, 1)))
     assert not torch.equal(first, weights(train(plain(), X0 + 0.1, TINY, 0)))
-    robust = EquivarianceLoss(process_for("v_prediction"), perturbation="random", strength=1.0)
+    robust = EquivarianceLoss(schedule_for("v_prediction"), perturbation="random", strength=1.0)
     assert torch.equal(weights(train(robust, X0, TINY, 0)), weights(train(robust, X0, TINY, 0)))
     assert not torch.equal(first, weights(train(robust, X0, TINY, 0)))
 
@@ -310,7 +310,7 @@ def test_settings_hold_the_whole_training_and_the_process() -> None:
 def test_the_input_scale_is_that_of_the_first_layer_before_training() -> None:
     x0, still = normal(50, 2, dtype=torch.float32), dataclasses.replace(TINY, steps=1, learning_rate=1e-12)
     one, four = (
-        train(DenoisingLoss(process_for("epsilon")), x0, dataclasses.replace(still, input_scale=scale), 0)
+        train(DenoisingLoss(schedule_for("epsilon")), x0, dataclasses.replace(still, input_scale=scale), 0)
         for scale in (1.0, 4.0)
     )
     torch.testing.assert_close(four.first.weight, 4 * one.first.weight)
@@ -378,7 +378,7 @@ def test_watch_sees_every_state_before_the_network_does(calls: int) -> None:
         assert len(seen) == len(asked)
         return inner.model(x_t, t)
 
-    draw(Denoiser(model, inner.process), 4, 3, calls, 0, lambda x, t: seen.append((x.clone(), int(t))))
+    draw(Denoiser(model, inner.schedule), 4, 3, calls, 0, lambda x, t: seen.append((x.clone(), int(t))))
     assert [t for _, t in seen] == list(range(999, -1, -1000 // calls))
     for (state, t), (other, u) in zip(seen, asked, strict=True):
         assert torch.equal(state, other)
@@ -387,7 +387,7 @@ def test_watch_sees_every_state_before_the_network_does(calls: int) -> None:
 
 def test_drawing_keeps_no_gradients() -> None:
     model = PointDenoiser(3, 8, 1)
-    assert not draw(Denoiser(model, process_for("epsilon")), 2, 3, 2, 0).requires_grad
+    assert not draw(Denoiser(model, schedule_for("epsilon")), 2, 3, 2, 0).requires_grad
 
 
 @pytest.mark.parametrize("m", [0.0, 2.0])
@@ -395,7 +395,7 @@ def test_drawing_keeps_no_gradients() -> None:
 def test_draws_of_the_ideal_network_have_the_variance_of_the_closed_form(m: float, calls: int) -> None:
     """T3: exact for any number of steps; 20,000 draws leave a relative error of 1 % (one sd)."""
     x = draw(ideal(m=m), 20_000, 3, calls, 0).double()
-    alpha_bar = process_for("epsilon").alphas_cumprod.double()
+    alpha_bar = schedule_for("epsilon").alphas_cumprod.double()
     levels = torch.cat([alpha_bar[torch.arange(999, -1, -1000 // calls)], torch.ones(1)])
     wanted = linear.ddim_variance(levels, linear.optimum(levels[:-1], VARIANCES, m))
     torch.testing.assert_close(x.var(0), wanted, rtol=0.04, atol=0)

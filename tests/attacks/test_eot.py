@@ -42,8 +42,8 @@ def bent(x_t: Tensor, t: Tensor) -> Tensor:
 
 def bent_batch(eot: int) -> Batch:
     """Two ancestral steps of images with one value each; the first is pushed, and then noise is added."""
-    process = NoiseSchedule(torch.tensor([0.5, 0.3]).double(), "sample")
-    trajectory = DifferentiableSampler.of(bent, process, "ddpm", [1, 0])
+    schedule = NoiseSchedule(torch.tensor([0.5, 0.3]).double(), "sample")
+    trajectory = DifferentiableSampler.of(bent, schedule, "ddpm", [1, 0])
     config = AttackConfig(
         "run", scheduler="ddpm", steps=2, at="0", noise="fixed", eot=eot, verdicts=7, n=IMAGES, radius=RADIUS
     )
@@ -67,7 +67,7 @@ def test_with_more_draws_the_attacker_knows_better_which_way_to_push(draws: int)
     batch = bent_batch(eot=5)
     found = batch.run(Cell("eot", PGD(6, restarts=16), eot=draws), lambda calls: None)
     first = batch.trajectory.steps[0]
-    sigma = float(batch.trajectory.process.sigma(torch.tensor(1)))
+    sigma = float(batch.trajectory.schedule.sigma(torch.tensor(1)))
     state = first.x * batch.state.flatten().double()
     push = first.x * RADIUS * sigma * (state + noise_of(batch, "eot", draws).mean(0)).sign()
     reached = state + noise_of(batch, "verdict", 7)

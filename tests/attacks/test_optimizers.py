@@ -38,21 +38,21 @@ PROCESS = NoiseSchedule.from_scheduler(DDPMScheduler())
 class Linear(nn.Module):
     """The exact network of a diagonal Gaussian, in any parametrisation, with a strength m of the regulariser (T3)."""
 
-    def __init__(self, process: NoiseSchedule = PROCESS, m: float = 0.0) -> None:
+    def __init__(self, schedule: NoiseSchedule = PROCESS, m: float = 0.0) -> None:
         super().__init__()
-        self.process = process
-        table = linear.optimum(process.alphas_cumprod.double(), VARIANCES, m)
+        self.schedule = schedule
+        table = linear.optimum(schedule.alphas_cumprod.double(), VARIANCES, m)
         self.weight = nn.Parameter(table)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         eps = self.weight[t.long()] * x_t
-        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        return self.process.output_from_x0((x_t - sigma * eps) / alpha, x_t, t)
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        return self.schedule.output_from_x0((x_t - sigma * eps) / alpha, x_t, t)
 
 
 def linear_trajectory(steps: int = 20, prediction: str = "epsilon", m: float = 0.0, sampler: str = "ddim"):
-    process = NoiseSchedule(PROCESS.alphas_cumprod, prediction)  # type: ignore[arg-type]
-    return DifferentiableSampler.of(Linear(process, m), process, sampler, steps)  # type: ignore[arg-type]
+    schedule = NoiseSchedule(PROCESS.alphas_cumprod, prediction)  # type: ignore[arg-type]
+    return DifferentiableSampler.of(Linear(schedule, m), schedule, sampler, steps)  # type: ignore[arg-type]
 
 
 def points(n: int = 3, seed: int = 0) -> Tensor:

@@ -52,9 +52,9 @@ def poison(photos: Path, model: Path, output: str, *flags: str) -> dict:  # noqa
 
 def truth(pipeline, x0: Tensor) -> Tensor:
     """Expected loss of the exact epsilon-network of N(0, v) at images: ``mean (1 - g s)^2 + (g a x0)^2`` over t."""
-    process = pipeline.unet.process
-    t = torch.arange(process.num_timesteps)
-    a, s = process.alpha(t).double(), process.sigma(t).double()
+    schedule = pipeline.unet.schedule
+    t = torch.arange(schedule.num_timesteps)
+    a, s = schedule.alpha(t).double(), schedule.sigma(t).double()
     gain = s / (a**2 * pipeline.unet.scale.detach() + s**2)
     return ((1 - gain * s) ** 2).mean() + (gain * a).square().mean() * x0.square().flatten(1).mean(1)
 
@@ -68,7 +68,7 @@ class PerImage(GaussianNetwork):
 
 def exact() -> tuple[Poison, Tensor]:
     pipeline = gaussian()
-    pipeline.unet = PerImage(pipeline.unet.process, 0.05)
+    pipeline.unet = PerImage(pipeline.unet.schedule, 0.05)
     return Poison(pipeline, "exact", radius=16 / 127.5, steps=20), to_uint8(0.3 * normal(16, 1, 8, 8, seed=1))
 
 
@@ -134,7 +134,7 @@ def test_every_part_of_the_noise_levels_is_drawn_from() -> None:
 
     attack, images = exact()
     loss = attack.loss(from_uint8(images).double(), range(16), 0, "test", 4)
-    evaluate(DenoisingLossGoal(spy, loss.process, loss.images, loss.generators, 4), loss.like)
+    evaluate(DenoisingLossGoal(spy, loss.schedule, loss.images, loss.generators, 4), loss.like)
     assert [int(t.min()) // 250 for t in seen] == [int(t.max()) // 250 for t in seen] == [0, 1, 2, 3]
     assert all(len(set(t.tolist())) > 8 for t in seen)
 

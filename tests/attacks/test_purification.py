@@ -28,14 +28,14 @@ SIZE = 8
 class GaussianNetwork(nn.Module):
     """The exact network for N(0, variance) pixels, in float64."""
 
-    def __init__(self, process: NoiseSchedule, variance: float) -> None:
+    def __init__(self, schedule: NoiseSchedule, variance: float) -> None:
         super().__init__()
-        self.process, self.scale = process, nn.Parameter(torch.tensor(variance, dtype=torch.float64))
+        self.schedule, self.scale = schedule, nn.Parameter(torch.tensor(variance, dtype=torch.float64))
         self.config = {"num_class_embeds": None, "sample_size": SIZE, "in_channels": 1}
         self.device, self.dtype = torch.device("cpu"), torch.float64
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        a, s = self.process.alpha(t).double(), self.process.sigma(t).double()
+        a, s = self.schedule.alpha(t).double(), self.schedule.sigma(t).double()
         return s / (a**2 * self.scale + s**2) * x_t
 
 
@@ -66,7 +66,7 @@ def test_what_is_foreign_to_the_model_is_removed_and_more_of_it_with_more_streng
     assert left[-1] < 0.05
     # all noise, then what the sampler makes of it
     times = torch.tensor(trailing(1000, 50))
-    alpha_bar = torch.cat([pipeline.unet.process.alphas_cumprod.double()[times], torch.ones(1).double()])
+    alpha_bar = torch.cat([pipeline.unet.schedule.alphas_cumprod.double()[times], torch.ones(1).double()])
     variance = linear.ddim_variance if sampler == "ddim" else linear.ddpm_variance
     truth = variance(alpha_bar, linear.optimum(alpha_bar[:-1], torch.tensor([0.01])))
     assert float(found.var()) == pytest.approx(float(truth), rel=0.1)
@@ -77,7 +77,7 @@ def test_ddim_purification_is_its_closed_form() -> None:
     pipeline, x = gaussian(), images()
     times = torch.tensor(trailing(100, 10))
     assert times[0] == 99
-    alpha_bar = torch.cat([pipeline.unet.process.alphas_cumprod.double()[times], torch.ones(1).double()])
+    alpha_bar = torch.cat([pipeline.unet.schedule.alphas_cumprod.double()[times], torch.ones(1).double()])
     gain = linear.ddim_gains(alpha_bar, linear.optimum(alpha_bar[:-1], torch.tensor([0.01]))).prod()
     eps = torch.randn(x.shape, generator=seeded(3), dtype=torch.float64)
     with torch.no_grad():

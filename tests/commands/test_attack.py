@@ -224,8 +224,8 @@ class Masked(nn.Module):
 
 
 def checked(model: Any, prediction: str = "epsilon", radius: float = 0.3) -> dict[str, Flag]:
-    process = NoiseSchedule(network_objective().trajectory.process.alphas_cumprod, prediction)  # type: ignore[arg-type]
-    objective = FinalImageShift(DifferentiableSampler.of(model, process, "ddim", 10), normal(6, 3, seed=1), [0, 5])
+    schedule = NoiseSchedule(network_objective().trajectory.schedule.alphas_cumprod, prediction)  # type: ignore[arg-type]
+    objective = FinalImageShift(DifferentiableSampler.of(model, schedule, "ddim", 10), normal(6, 3, seed=1), [0, 5])
     flags = check_gradient(objective, LpBall("linf", radius), objective.like, seeded())
     return {flag.name: flag for flag in flags}
 
@@ -272,9 +272,9 @@ class Counting(nn.Module):
 
 
 def test_a_network_with_a_state_is_flagged_by_its_checkpoints() -> None:
-    process, x = network_objective().trajectory.process, normal(2, 3, seed=1)
+    schedule, x = network_objective().trajectory.schedule, normal(2, 3, seed=1)
     for model, expected in ((random_network().double(), False), (Counting(random_network().double()), True)):
-        objective = FinalImageShift(DifferentiableSampler.of(model, process, "ddim", 4), x, [0])
+        objective = FinalImageShift(DifferentiableSampler.of(model, schedule, "ddim", 4), x, [0])
         assert check_checkpointing(objective, 0.1 * normal(2, 1, 3, seed=2)).raised is expected
 
 

@@ -117,7 +117,7 @@ def test_the_mean_of_purified_gaussians_is_the_closed_form(here, monkeypatch) ->
     np.save("flat.npy", np.full((n, 8, 8), 191, dtype=np.uint8))
     assert main.main(["purify", "flat.npy", "exact", "-o", "new"]) == 0
     times = torch.tensor(trailing(100, 10))
-    alpha_bar = torch.cat([pipeline.unet.process.alphas_cumprod.double()[times], torch.ones(1).double()])
+    alpha_bar = torch.cat([pipeline.unet.schedule.alphas_cumprod.double()[times], torch.ones(1).double()])
     gain = linear.ddim_gains(alpha_bar, linear.optimum(alpha_bar[:-1], torch.tensor([0.01]))).prod()
     found = written("new").double() / 127.5 - 1
     deviation = float(gain * (1 - alpha_bar[0]).sqrt())

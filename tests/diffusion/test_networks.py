@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 
 from experiments.paper import linear
 from experiments.paper.point_denoiser import PointDenoiser
-from helpers import normal, process_at, seed_parameters, seeded
+from helpers import normal, schedule_at, seed_parameters, seeded
 from robustdiff.diffusion.networks import (
     NETWORKS,
     build_unet,
@@ -226,8 +226,8 @@ def test_a_modulated_network_can_be_the_exact_denoiser_of_a_gaussian_at_every_no
     model = points(3, True)
     assert model.modulation is not None
     turn, variances = torch.linalg.qr(normal(3, 3, seed=5)).Q, torch.tensor([1.0, 0.1, 0.002], dtype=torch.float64)
-    process, t = process_at(torch.logspace(-2, 2, 1000)), torch.arange(0, 1000, 100)
-    w = linear.optimum(process.alphas_cumprod.double()[t], variances)  # (10, 3)
+    schedule, t = schedule_at(torch.logspace(-2, 2, 1000)), torch.arange(0, 1000, 100)
+    w = linear.optimum(schedule.alphas_cumprod.double()[t], variances)  # (10, 3)
     read: list[torch.Tensor] = []
     model.modulation.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     with torch.no_grad():
@@ -249,8 +249,8 @@ def test_points_train_under_the_robust_objective(perturbation: str, modulated: b
     """Two clusters in the plane: 150 steps of AdamW more than halve the loss of a fresh network."""
     model = points(2, modulated)
     seed_parameters(model.last, 1)
-    process = process_at(torch.logspace(-1.5, 1, 1000))
-    objective = EquivarianceLoss(process, perturbation=perturbation, strength=0.3)
+    schedule = schedule_at(torch.logspace(-1.5, 1, 1000))
+    objective = EquivarianceLoss(schedule, perturbation=perturbation, strength=0.3)
     generator = seeded(2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []

@@ -61,17 +61,17 @@ def tiny_pipeline(prediction_type: str = "epsilon", classes: int | None = None) 
 class GaussianDenoiser(torch.nn.Module):
     """The exact network for N(0, variance) data in 8 x 8 pixels, in any parametrisation."""
 
-    def __init__(self, process: NoiseSchedule, variance: float) -> None:
+    def __init__(self, schedule: NoiseSchedule, variance: float) -> None:
         super().__init__()
-        self.process, self.variance = process, variance
+        self.schedule, self.variance = schedule, variance
         self.config = SimpleNamespace(num_class_embeds=None, sample_size=8, in_channels=1)
         self.device, self.dtype = torch.device("cpu"), torch.float64
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         t = t.reshape(-1).long().expand(len(x_t))
-        a, s = (f(t).double().reshape(-1, 1, 1, 1) for f in (self.process.alpha, self.process.sigma))
+        a, s = (f(t).double().reshape(-1, 1, 1, 1) for f in (self.schedule.alpha, self.schedule.sigma))
         x0_hat = a * self.variance / (a**2 * self.variance + s**2) * x_t
-        return self.process.output_from_x0(x0_hat, x_t, t)
+        return self.schedule.output_from_x0(x0_hat, x_t, t)
 
 
 def gaussian_pipeline(variance: float, prediction_type: str = "epsilon") -> SimpleNamespace:
@@ -149,32 +149,32 @@ def test_every_scheduler_generates_the_variance_of_gaussian_data(name: str, pred
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_T7_relabelling_by_sqrt_1_plus_m_is_the_regularised_linear_denoiser(prediction_type: str) -> None:
     scheduler = DDPMScheduler(prediction_type=prediction_type)
-    process = NoiseSchedule.from_scheduler(scheduler)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
     t, asked = torch.tensor([300]), torch.tensor([380])
-    relabel = (process.noise_to_signal(asked) / process.noise_to_signal(t)).item()
+    relabel = (schedule.noise_to_signal(asked) / schedule.noise_to_signal(t)).item()
     m, variance = relabel**2 - 1, 0.3
     x_t = torch.randn(1, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    plain = GaussianDenoiser(process, variance)
-    output = SigmaClampedModel(plain, process, relabel=relabel)(x_t, t)
-    a, s = process.alpha(t).double(), process.sigma(t).double()
+    plain = GaussianDenoiser(schedule, variance)
+    output = SigmaClampedModel(plain, schedule, relabel=relabel)(x_t, t)
+    a, s = schedule.alpha(t).double(), schedule.sigma(t).double()
     expected_eps = s * (1 + m) / (a**2 * variance + (1 + m) * s**2) * x_t  # theory T3
-    torch.testing.assert_close(process.eps_hat(output, x_t, t), expected_eps, rtol=1e-5, atol=0)
+    torch.testing.assert_close(schedule.eps_hat(output, x_t, t), expected_eps, rtol=1e-5, atol=0)
 
 
 def test_label_floor_queries_at_the_floor_below_it_and_changes_nothing_above() -> None:
-    process = NoiseSchedule.from_scheduler(DDPMScheduler())
+    schedule = NoiseSchedule.from_scheduler(DDPMScheduler())
     asked: list[int] = []
 
     def model(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         asked.extend(t.tolist())
         return torch.zeros_like(x_t)
 
-    floored = SigmaClampedModel(model, process, label_floor=process.noise_to_signal(torch.tensor(100)).item())
+    floored = SigmaClampedModel(model, schedule, label_floor=schedule.noise_to_signal(torch.tensor(100)).item())
     x_t = torch.ones(3, 1, 2, 2)
     floored(x_t, torch.tensor([10, 100, 700]))
     assert asked == [100, 100, 700]
-    plain = GaussianDenoiser(process, 0.3)
-    floored = SigmaClampedModel(plain, process, label_floor=0.1)
+    plain = GaussianDenoiser(schedule, 0.3)
+    floored = SigmaClampedModel(plain, schedule, label_floor=0.1)
     t = torch.tensor([999, 800, 500])
     assert torch.equal(floored(x_t.double(), t), plain(x_t.double(), t))
 
@@ -224,10 +224,10 @@ def test_step_counts_that_would_mis_step_are_refused_with_the_nearest_good_one()
 
 
 def test_relabelled_model_refuses_ranges_that_ask_for_more_detail() -> None:
-    process = NoiseSchedule.from_scheduler(DDPMScheduler())
+    schedule = NoiseSchedule.from_scheduler(DDPMScheduler())
     for settings in ({"relabel": 0.5}, {"label_floor": -1.0}, {"relabel": math.nan}):
         with pytest.raises(ValueError, match="relabel"):
-            SigmaClampedModel(lambda x, t: x, process, **settings)
+            SigmaClampedModel(lambda x, t: x, schedule, **settings)
 
 
 def test_grid_places_every_image() -> None:

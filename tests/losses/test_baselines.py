@@ -16,10 +16,10 @@ from helpers import (
     Given,
     SmallNet,
     Spy,
-    ddpm_process,
+    ddpm_schedule,
     gradients,
     normal,
-    process_at,
+    schedule_at,
     seeded,
 )
 from robustdiff.diffusion.schedule import NoiseSchedule
@@ -55,8 +55,8 @@ OBJECTIVES = [
 @pytest.mark.parametrize("shape", [(6, 1, 5, 5), (6, 2, 5, 5)])
 def test_the_loss_is_the_mean_over_the_elements_that_count(kind: type[DenoisingLoss], shape: tuple) -> None:
     """Each image's known elements as an image of its own: the same mean. What they lack cannot change the gradient."""
-    process, mask = ddpm_process("v_prediction"), torch.rand(shape, generator=seeded(3)) < 0.6
-    objective, scale = kind(process), torch.full((6, 2, 5, 5), 0.7, dtype=torch.float64, requires_grad=True)
+    schedule, mask = ddpm_schedule("v_prediction"), torch.rand(shape, generator=seeded(3)) < 0.6
+    objective, scale = kind(schedule), torch.full((6, 2, 5, 5), 0.7, dtype=torch.float64, requires_grad=True)
 
     def model(x: Tensor, t: Tensor) -> Tensor:  # works on each number alone
         return scale[: len(x)] * x.tanh()
@@ -73,7 +73,7 @@ def test_the_loss_is_the_mean_over_the_elements_that_count(kind: type[DenoisingL
             return 0.7 * x.tanh()
 
         some = {"t": T[i : i + 1], "eps": crop(keys["eps"])}
-        plain = DenoisingLoss(process) if kind in (EquivarianceLoss, InvarianceLoss) else objective
+        plain = DenoisingLoss(schedule) if kind in (EquivarianceLoss, InvarianceLoss) else objective
         if kind is InputPerturbationLoss:
             continue  # draws of its own: below
         alone = plain(part, crop(images()), **some)
@@ -85,7 +85,7 @@ def test_the_loss_is_the_mean_over_the_elements_that_count(kind: type[DenoisingL
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_where_all_count_the_mask_changes_nothing_and_where_none_does_the_loss_is_0(kind: type[DenoisingLoss]) -> None:
-    objective, model, mask = kind(ddpm_process()), SmallNet(), torch.ones(6, 1, 1, 1)
+    objective, model, mask = kind(ddpm_schedule()), SmallNet(), torch.ones(6, 1, 1, 1)
     plain = objective(model, images(), t=T, generator=seeded())
     terms = objective(model, images(), t=T, generator=seeded(), loss_mask=mask)
     torch.testing.assert_close(terms.denoising, plain.denoising)
@@ -103,14 +103,14 @@ def test_the_regulariser_asks_for_all_elements_unless_its_target_is_the_noise(ta
     mask = torch.rand(6, 1, 5, 5, generator=seeded(3)) < 0.6
     level, t = torch.tensor([0, 0.05, 0.1, 0, 0.2, 0.3]).double(), torch.tensor([100, 150, 200, 500, 800, 990])
     scale = torch.full((6, 2, 5, 5), 0.7, dtype=torch.float64, requires_grad=True)
-    inside = ddpm_process().noise_to_signal(t) <= 1.0
+    inside = ddpm_schedule().noise_to_signal(t) <= 1.0
     assert inside.tolist() == [True, True, True, False, False, False]
 
     def model(x: Tensor, t: Tensor) -> Tensor:  # works on each number alone; the images in the gate come first
         return scale[: len(x)] * x.tanh()
 
     objective = EquivarianceLoss(
-        ddpm_process(), Given(0.2 * normal(3, 2, 5, 5)), strength=SigmaRange(0, 1, 0.5), target=target
+        ddpm_schedule(), Given(0.2 * normal(3, 2, 5, 5)), strength=SigmaRange(0, 1, 0.5), target=target
     )
     masked, without = (
         objective(model, images(), t=t, generator=seeded(), noise_level=level, loss_mask=m) for m in (mask, None)
@@ -127,7 +127,7 @@ def test_the_regulariser_asks_for_all_elements_unless_its_target_is_the_noise(ta
 @pytest.mark.parametrize("shape", [(6,), (6, 5, 5), (5, 2, 5, 5), (1, 2, 5, 5), (6, 3, 5, 5), (6, 2, 5, 4)])
 def test_a_mask_that_does_not_fit_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"loss_mask must broadcast to the shape of x0, \(6, 2, 5, 5\), got"):
-        DenoisingLoss(ddpm_process())(SmallNet(), images(), loss_mask=torch.ones(shape))
+        DenoisingLoss(ddpm_schedule())(SmallNet(), images(), loss_mask=torch.ones(shape))
 
 
 # -- invariance ------------------------------------------------------------------------------------
@@ -135,13 +135,13 @@ def test_a_mask_that_does_not_fit_is_refused(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_invariance_penalises_the_shift_of_eps_hat(prediction: Any) -> None:
-    process, model, omega = ddpm_process(prediction), SmallNet(), 0.2 * normal(6, 2, 5, 5, seed=4)
+    schedule, model, omega = ddpm_schedule(prediction), SmallNet(), 0.2 * normal(6, 2, 5, 5, seed=4)
     x0, eps, t = images(), normal(6, 2, 5, 5, seed=2), T[:-1].repeat(2)[:6]
-    terms = InvarianceLoss(process, Given(omega), strength=0.4)(model, x0, eps=eps, t=t, generator=seeded())
-    x_t, moved = process.add_noise(x0, eps, t), process.add_noise(x0, eps + omega, t)
-    shift = process.eps_hat(model(moved, t), moved, t) - process.eps_hat(model(x_t, t), x_t, t)
+    terms = InvarianceLoss(schedule, Given(omega), strength=0.4)(model, x0, eps=eps, t=t, generator=seeded())
+    x_t, moved = schedule.add_noise(x0, eps, t), schedule.add_noise(x0, eps + omega, t)
+    shift = schedule.eps_hat(model(moved, t), moved, t) - schedule.eps_hat(model(x_t, t), x_t, t)
     torch.testing.assert_close(terms.equivariance, shift.square().mean((1, 2, 3)), rtol=1e-8, atol=1e-10)
-    plain = DenoisingLoss(process)(model, x0, eps=eps, t=t)
+    plain = DenoisingLoss(schedule)(model, x0, eps=eps, t=t)
     assert torch.equal(terms.denoising, plain.denoising)
     torch.testing.assert_close(terms.total, plain.denoising + 0.4 * terms.equivariance)
 
@@ -154,7 +154,7 @@ def test_invariance_and_equivariance_differ_by_omega_for_a_network_that_ignores_
 
     omega = 0.2 * normal(6, 2, 5, 5, seed=4)
     for kind, wanted in ((InvarianceLoss, torch.zeros(6)), (EquivarianceLoss, omega.square().mean((1, 2, 3)))):
-        terms = kind(ddpm_process(), Given(omega))(constant, images(), t=T, generator=seeded())
+        terms = kind(ddpm_schedule(), Given(omega))(constant, images(), t=T, generator=seeded())
         torch.testing.assert_close(terms.equivariance, wanted.double())
 
 
@@ -167,7 +167,7 @@ def test_a_stopped_branch_carries_no_gradient(kind: type[EquivarianceLoss], grad
     def model(x: Tensor, t: Tensor) -> Tensor:
         return weights[next(passes)] * x.tanh()
 
-    objective = kind(ddpm_process(), Given(0.2 * normal(6, 2, 5, 5)), strength=1.0, gradient=gradient)
+    objective = kind(ddpm_schedule(), Given(0.2 * normal(6, 2, 5, 5)), strength=1.0, gradient=gradient)
     terms = objective(model, images(), t=T, generator=seeded())
     got = torch.autograd.grad(terms.equivariance.sum(), list(weights.values()), allow_unused=True)
     by_name = dict(zip(weights, got, strict=True))
@@ -180,12 +180,12 @@ def test_a_stopped_branch_carries_no_gradient(kind: type[EquivarianceLoss], grad
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_with_the_true_noise_as_target_the_perturbed_state_is_plainly_denoised(prediction: Any) -> None:
     """``eps_hat(x')`` should be ``eps + omega``; in other units, the denoised image of x' should be x0."""
-    process, model, omega = ddpm_process(prediction), SmallNet(), 0.2 * normal(6, 2, 5, 5, seed=4)
+    schedule, model, omega = ddpm_schedule(prediction), SmallNet(), 0.2 * normal(6, 2, 5, 5, seed=4)
     x0, eps, t = images(), normal(6, 2, 5, 5, seed=2), T[1:].repeat(2)[:6]
-    terms = EquivarianceLoss(process, Given(omega), target="noise")(model, x0, eps=eps, t=t, generator=seeded())
-    moved = process.add_noise(x0, eps + omega, t)
-    error = (process.x0_hat(model(moved, t), moved, t) - x0).square().mean((1, 2, 3))
-    snr = process.alphas_cumprod[t] / (1 - process.alphas_cumprod[t])
+    terms = EquivarianceLoss(schedule, Given(omega), target="noise")(model, x0, eps=eps, t=t, generator=seeded())
+    moved = schedule.add_noise(x0, eps + omega, t)
+    error = (schedule.x0_hat(model(moved, t), moved, t) - x0).square().mean((1, 2, 3))
+    snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
     weight = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction]
     torch.testing.assert_close(terms.equivariance, weight * error, rtol=1e-8, atol=1e-10)
 
@@ -193,17 +193,17 @@ def test_with_the_true_noise_as_target_the_perturbed_state_is_plainly_denoised(p
 @pytest.mark.parametrize("settings", [{"target": "noise"}, {"perturbation": AdversarialPerturbation(inner="residual")}])
 def test_invariance_refuses_what_has_no_meaning_for_it(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="InvarianceLoss penalises the shift"):
-        InvarianceLoss(ddpm_process(), **settings)
+        InvarianceLoss(ddpm_schedule(), **settings)
 
 
 def test_invariance_is_switched_off_and_gated_like_the_robust_objective() -> None:
-    process, model = ddpm_process(), Calls(SmallNet())
-    plain = DenoisingLoss(process)(model, images(), t=T, generator=seeded(2))
-    off = InvarianceLoss(process, strength=0)(model, images(), t=T, generator=seeded(2))
+    schedule, model = ddpm_schedule(), Calls(SmallNet())
+    plain = DenoisingLoss(schedule)(model, images(), t=T, generator=seeded(2))
+    off = InvarianceLoss(schedule, strength=0)(model, images(), t=T, generator=seeded(2))
     assert torch.equal(off.total, plain.total)
     assert len(model.seen) == 2
     spy = Spy(AdversarialPerturbation())
-    gated = InvarianceLoss(process, spy, strength=SigmaRange(0, 0.5, 1.0))(model, images(), t=T, generator=seeded(2))
+    gated = InvarianceLoss(schedule, spy, strength=SigmaRange(0, 0.5, 1.0))(model, images(), t=T, generator=seeded(2))
     assert (gated.strength > 0).tolist() == [True, True, False, False, False, False]
     assert spy.omega.shape[0] == 2
 
@@ -222,22 +222,22 @@ def test_input_perturbation_adds_noise_to_the_state_and_not_to_the_target(predic
     target = {"epsilon": eps, "sample": x0, "v_prediction": scheduler.get_velocity(x0, eps, t)}[prediction]
     output = model(scheduler.add_noise(x0, eps + gamma * xi, t), t)
     torch.testing.assert_close(terms.total, (output - target).square().mean((1, 2, 3)))
-    plain = DenoisingLoss(objective.process)(model, x0, generator=seeded(5))
+    plain = DenoisingLoss(objective.schedule)(model, x0, generator=seeded(5))
     assert not torch.allclose(terms.total, plain.total, rtol=1e-2)
 
 
 def test_input_perturbation_with_gamma_zero_is_plain_and_its_default_is_the_source_s() -> None:
-    process, model, x0 = ddpm_process(), SmallNet(dtype=torch.float32), images(torch.float32)
-    none = InputPerturbationLoss(process, gamma=0)(model, x0, generator=seeded(5))
-    plain = DenoisingLoss(process)(model, x0, generator=seeded(5))
+    schedule, model, x0 = ddpm_schedule(), SmallNet(dtype=torch.float32), images(torch.float32)
+    none = InputPerturbationLoss(schedule, gamma=0)(model, x0, generator=seeded(5))
+    plain = DenoisingLoss(schedule)(model, x0, generator=seeded(5))
     assert torch.equal(none.total, plain.total)
     for got, wanted in zip(gradients(model, none.total.sum()), gradients(model, plain.total.sum()), strict=True):
         assert torch.equal(got, wanted)
-    assert InputPerturbationLoss(process).gamma == 0.1
+    assert InputPerturbationLoss(schedule).gamma == 0.1
 
 
 def test_input_perturbation_with_one_generator_per_image_does_not_depend_on_the_batch() -> None:
-    objective, x0, model = InputPerturbationLoss(ddpm_process()), images(), SmallNet()
+    objective, x0, model = InputPerturbationLoss(ddpm_schedule()), images(), SmallNet()
     together = objective(model, x0, generator=[seeded(i) for i in range(6)])
     alone = objective(model, x0[2:3], generator=[seeded(2)])
     torch.testing.assert_close(alone.total[0], together.total[2], rtol=1e-12, atol=0)
@@ -246,7 +246,7 @@ def test_input_perturbation_with_one_generator_per_image_does_not_depend_on_the_
 @pytest.mark.parametrize("gamma", [-0.1, float("nan")])
 def test_a_bad_gamma_is_refused(gamma: float) -> None:
     with pytest.raises(ValueError, match="gamma"):
-        InputPerturbationLoss(ddpm_process(), gamma=gamma)
+        InputPerturbationLoss(ddpm_schedule(), gamma=gamma)
 
 
 # -- pseudo-Huber ----------------------------------------------------------------------------------
@@ -257,33 +257,33 @@ def huber(error: Tensor, width: Tensor | float) -> Tensor:
     return 2 * width * (torch.sqrt(error**2 + width**2) - width)
 
 
-def error_of(process: NoiseSchedule, model: Any, x0: Tensor, seed: int) -> Tensor:
+def error_of(schedule: NoiseSchedule, model: Any, x0: Tensor, seed: int) -> Tensor:
     """Output minus target, with the noise of ``generator=seeded(seed)`` and timesteps ``T``."""
     eps = torch.randn(x0.shape, generator=seeded(seed), dtype=x0.dtype)
-    return model(process.add_noise(x0, eps, T), T) - process.target(x0, eps, T)
+    return model(schedule.add_noise(x0, eps, T), T) - schedule.target(x0, eps, T)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("width", [0.01, 0.1, 1.0, 30.0])
 def test_pseudo_huber_equals_diffusers_formula(width: float, prediction: Any) -> None:
-    process, model, x0 = ddpm_process(prediction), SmallNet(), images()
-    terms = PseudoHuberLoss(process, width=width)(model, x0, t=T, generator=seeded(3))
-    wanted = huber(error_of(process, model, x0, 3), width).mean((1, 2, 3))
+    schedule, model, x0 = ddpm_schedule(prediction), SmallNet(), images()
+    terms = PseudoHuberLoss(schedule, width=width)(model, x0, t=T, generator=seeded(3))
+    wanted = huber(error_of(schedule, model, x0, 3), width).mean((1, 2, 3))
     torch.testing.assert_close(terms.denoising, wanted, rtol=1e-8, atol=0)
     assert torch.equal(terms.total, terms.denoising)
 
 
 def test_pseudo_huber_of_a_large_width_is_the_mean_square() -> None:
-    process, model, x0 = ddpm_process(), SmallNet(), images()
-    terms = PseudoHuberLoss(process, width=1e3)(model, x0, t=T, generator=seeded(3))
-    plain = DenoisingLoss(process)(model, x0, t=T, generator=seeded(3))
+    schedule, model, x0 = ddpm_schedule(), SmallNet(), images()
+    terms = PseudoHuberLoss(schedule, width=1e3)(model, x0, t=T, generator=seeded(3))
+    plain = DenoisingLoss(schedule)(model, x0, t=T, generator=seeded(3))
     torch.testing.assert_close(terms.total, plain.total, rtol=1e-5, atol=0)
 
 
 def test_pseudo_huber_of_a_small_width_is_twice_the_width_times_the_absolute_error() -> None:
-    process, model, x0, width = ddpm_process(), SmallNet(), images(), 1e-6
-    terms = PseudoHuberLoss(process, width=width)(model, x0, t=T, generator=seeded(3))
-    wanted = 2 * width * error_of(process, model, x0, 3).abs().mean((1, 2, 3))
+    schedule, model, x0, width = ddpm_schedule(), SmallNet(), images(), 1e-6
+    terms = PseudoHuberLoss(schedule, width=width)(model, x0, t=T, generator=seeded(3))
+    wanted = 2 * width * error_of(schedule, model, x0, 3).abs().mean((1, 2, 3))
     torch.testing.assert_close(terms.total, wanted, rtol=1e-4, atol=0)
 
 
@@ -291,26 +291,28 @@ def test_pseudo_huber_of_a_small_width_is_twice_the_width_times_the_absolute_err
 def test_the_default_width_falls_from_one_to_a_tenth_with_the_noise_level(prediction: Any) -> None:
     levels = torch.tensor([1e-4, 0.5, 1.0, 9.0, 1e3, 1e5])
     widths = torch.tensor([1.0, 0.5, 0.325, 0.109, 0.1, 0.1], dtype=torch.float64)[:, None, None, None]
-    process, x0, eps = process_at(levels, prediction), images(), normal(6, 2, 5, 5, seed=2)
+    schedule, x0, eps = schedule_at(levels, prediction), images(), normal(6, 2, 5, 5, seed=2)
     model, t = SmallNet(), torch.arange(6)
-    terms = PseudoHuberLoss(process)(model, x0, eps=eps, t=t)
-    error = model(process.add_noise(x0, eps, t), t) - process.target(x0, eps, t)
+    terms = PseudoHuberLoss(schedule)(model, x0, eps=eps, t=t)
+    error = model(schedule.add_noise(x0, eps, t), t) - schedule.target(x0, eps, t)
     torch.testing.assert_close(terms.total, huber(error, widths).mean((1, 2, 3)), rtol=3e-4, atol=0)
 
 
 def test_a_width_function_sees_noise_levels() -> None:
-    process, model, x0 = ddpm_process(), SmallNet(), images()
-    terms = PseudoHuberLoss(process, width=lambda level: 0.2 + level / (1 + level))(model, x0, t=T, generator=seeded(3))
-    level = (1 / process.alphas_cumprod[T] - 1).sqrt()
+    schedule, model, x0 = ddpm_schedule(), SmallNet(), images()
+    terms = PseudoHuberLoss(schedule, width=lambda level: 0.2 + level / (1 + level))(
+        model, x0, t=T, generator=seeded(3)
+    )
+    level = (1 / schedule.alphas_cumprod[T] - 1).sqrt()
     width = (0.2 + level / (1 + level))[:, None, None, None]
-    wanted = huber(error_of(process, model, x0, 3), width).mean((1, 2, 3))
+    wanted = huber(error_of(schedule, model, x0, 3), width).mean((1, 2, 3))
     torch.testing.assert_close(terms.total, wanted, rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_pseudo_huber_is_finite_at_zero_terminal_snr(prediction: Any) -> None:
-    process, model = ddpm_process(prediction, zero_snr=True, dtype=torch.float32), SmallNet(dtype=torch.float32)
-    terms = PseudoHuberLoss(process)(model, images(torch.float32), t=torch.full((6,), 999), generator=seeded())
+    schedule, model = ddpm_schedule(prediction, zero_snr=True, dtype=torch.float32), SmallNet(dtype=torch.float32)
+    terms = PseudoHuberLoss(schedule)(model, images(torch.float32), t=torch.full((6,), 999), generator=seeded())
     assert torch.isfinite(terms.total).all()
     assert all(torch.isfinite(g).all() for g in gradients(model, terms.total.mean()))
 
@@ -318,12 +320,12 @@ def test_pseudo_huber_is_finite_at_zero_terminal_snr(prediction: Any) -> None:
 @pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2])
 def test_pseudo_huber_of_small_errors_keeps_float32_precision(size: float) -> None:
     """``sqrt(e^2 + c^2) - c`` cancels; ``e^2 / (sqrt(e^2 + c^2) + c)`` is the same number and does not."""
-    process, x0 = NoiseSchedule(torch.tensor([0.9], dtype=torch.float64)), torch.zeros(3, 4)
+    schedule, x0 = NoiseSchedule(torch.tensor([0.9], dtype=torch.float64)), torch.zeros(3, 4)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         return torch.full_like(x, size)
 
-    terms = PseudoHuberLoss(process, width=1.0)(model, x0, t=torch.zeros(3, dtype=torch.int64), eps=x0)
+    terms = PseudoHuberLoss(schedule, width=1.0)(model, x0, t=torch.zeros(3, dtype=torch.int64), eps=x0)
     wanted = 2 * size**2 / (math.sqrt(size**2 + 1) + 1)
     torch.testing.assert_close(terms.total, torch.full((3,), wanted), rtol=1e-5, atol=0)
 
@@ -331,13 +333,13 @@ def test_pseudo_huber_of_small_errors_keeps_float32_precision(size: float) -> No
 @pytest.mark.parametrize("width", [0, 0.0, -1, float("nan")])
 def test_a_bad_width_is_refused(width: float) -> None:
     with pytest.raises(ValueError, match="width"):
-        PseudoHuberLoss(ddpm_process(), width=width)
+        PseudoHuberLoss(ddpm_schedule(), width=width)
 
 
 def test_objectives_take_the_settings_of_the_robust_one() -> None:
-    changed = InvarianceLoss.preset("paper", ddpm_process(), strength=0.9, radius=Radius(scale=2))
+    changed = InvarianceLoss.preset("paper", ddpm_schedule(), strength=0.9, radius=Radius(scale=2))
     assert isinstance(changed, InvarianceLoss)
     assert changed.strength == 0.9
     assert changed.radius == Radius(scale=2)
     with pytest.raises(ValueError, match="strength"):
-        InvarianceLoss(ddpm_process(), strength=-1)
+        InvarianceLoss(ddpm_schedule(), strength=-1)

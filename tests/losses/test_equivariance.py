@@ -22,10 +22,10 @@ from helpers import (
     Given,
     SmallNet,
     Spy,
-    ddpm_process,
+    ddpm_schedule,
     gradients,
     normal,
-    process_at,
+    schedule_at,
     seeded,
 )
 from robustdiff.diffusion.schedule import NoiseSchedule
@@ -63,7 +63,7 @@ def only_finite(terms: LossOutput) -> bool:
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 def test_terms_have_one_finite_number_per_image_and_add_up(perturbation: str) -> None:
-    objective = EquivarianceLoss(ddpm_process(), PERTURBATIONS[perturbation], strength=0.7)
+    objective = EquivarianceLoss(ddpm_schedule(), PERTURBATIONS[perturbation], strength=0.7)
     terms = objective(SmallNet(), images(dtype=torch.float64), generator=seeded())
     assert all(getattr(terms, name).shape == (6,) for name in TERMS)
     assert only_finite(terms)
@@ -108,9 +108,9 @@ def test_the_plain_loss_is_the_mean_squared_error_of_diffusers_target(prediction
 def test_timesteps_and_noise_may_be_given() -> None:
     model, x0 = Calls(SmallNet()), images(dtype=torch.float64)
     eps, t = normal(6, 2, 5, 5, seed=9), torch.arange(6) * 100
-    terms = EquivarianceLoss(ddpm_process(), "random")(model, x0, eps=eps, t=t, generator=seeded())
+    terms = EquivarianceLoss(ddpm_schedule(), "random")(model, x0, eps=eps, t=t, generator=seeded())
     assert torch.equal(terms.t, t)
-    assert torch.equal(model.seen[0][0], ddpm_process().add_noise(x0, eps, t))
+    assert torch.equal(model.seen[0][0], ddpm_schedule().add_noise(x0, eps, t))
     assert torch.equal(model.seen[0][1], t)
     assert torch.equal(model.seen[1][1], t)
 
@@ -118,15 +118,15 @@ def test_timesteps_and_noise_may_be_given() -> None:
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_half_precision_images_are_raised_to_float32(half: torch.dtype) -> None:
     x0 = images().to(half)
-    terms = EquivarianceLoss(ddpm_process())(SmallNet(dtype=torch.float32), x0, generator=seeded())
-    wanted = EquivarianceLoss(ddpm_process())(SmallNet(dtype=torch.float32), x0.float(), generator=seeded())
+    terms = EquivarianceLoss(ddpm_schedule())(SmallNet(dtype=torch.float32), x0, generator=seeded())
+    wanted = EquivarianceLoss(ddpm_schedule())(SmallNet(dtype=torch.float32), x0.float(), generator=seeded())
     assert terms.total.dtype == torch.float32
     assert torch.equal(terms.total, wanted.total)
 
 
 def test_a_model_that_returns_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="shape"):
-        EquivarianceLoss(ddpm_process())(lambda x, t: torch.cat([x, x], 1), images())
+        EquivarianceLoss(ddpm_schedule())(lambda x, t: torch.cat([x, x], 1), images())
 
 
 # -- where it is off it is plain training, bit for bit ---------------------------------------------
@@ -152,7 +152,7 @@ OFF: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("off", OFF)
 def test_switched_off_it_equals_the_plain_loss_bit_for_bit_at_plain_cost(off: str, generators: str) -> None:
     results = []
-    for objective in (DenoisingLoss(ddpm_process()), EquivarianceLoss(ddpm_process(), **OFF[off])):
+    for objective in (DenoisingLoss(ddpm_schedule()), EquivarianceLoss(ddpm_schedule(), **OFF[off])):
         generator: Generators = {
             "one": seeded(4),
             "per_image": [seeded(i) for i in range(6)],
@@ -177,12 +177,12 @@ def test_switched_off_it_equals_the_plain_loss_bit_for_bit_at_plain_cost(off: st
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 def test_with_radius_zero_total_and_gradients_equal_plain_exactly(perturbation: str, prediction: Any) -> None:
-    process, model = ddpm_process(prediction), SmallNet(dtype=torch.float32)
+    schedule, model = ddpm_schedule(prediction), SmallNet(dtype=torch.float32)
     t = torch.tensor([0, 10, 200, 500, 800, 999])
-    terms = EquivarianceLoss(process, PERTURBATIONS[perturbation], strength=3.0, radius=Radius(scale=0, floor=0))(
+    terms = EquivarianceLoss(schedule, PERTURBATIONS[perturbation], strength=3.0, radius=Radius(scale=0, floor=0))(
         model, images(), t=t, generator=seeded(6)
     )
-    plain = DenoisingLoss(process)(model, images(), t=t, generator=seeded(6))
+    plain = DenoisingLoss(schedule)(model, images(), t=t, generator=seeded(6))
     assert torch.equal(terms.total, plain.total)
     assert torch.equal(terms.equivariance, torch.zeros(6))
     for got, wanted in zip(gradients(model, terms.total.mean()), gradients(model, plain.total.mean()), strict=True):
@@ -193,7 +193,7 @@ def test_the_noise_and_timesteps_drawn_do_not_depend_on_the_perturbation() -> No
     seen = []
     for perturbation in (None, *PERTURBATIONS.values()):
         model = Calls(SmallNet())
-        EquivarianceLoss(ddpm_process(), perturbation)(model, images(dtype=torch.float64), generator=seeded(8))
+        EquivarianceLoss(ddpm_schedule(), perturbation)(model, images(dtype=torch.float64), generator=seeded(8))
         seen.append(model.seen[0])
     for x_t, t, _ in seen[1:]:
         assert torch.equal(x_t, seen[0][0])
@@ -203,7 +203,7 @@ def test_the_noise_and_timesteps_drawn_do_not_depend_on_the_perturbation() -> No
 @pytest.mark.parametrize(("perturbation", "passes"), [("none", 1), ("random", 2), ("adversarial", 3)])
 def test_T12_the_number_of_forward_passes(perturbation: str, passes: int) -> None:
     model = Calls(SmallNet())
-    EquivarianceLoss(ddpm_process(), perturbation)(model, images(dtype=torch.float64), generator=seeded())
+    EquivarianceLoss(ddpm_schedule(), perturbation)(model, images(dtype=torch.float64), generator=seeded())
     assert len(model.seen) == passes
 
 
@@ -216,11 +216,11 @@ def test_T12_the_number_of_forward_passes(perturbation: str, passes: int) -> Non
 def test_at_zero_terminal_snr_losses_and_gradients_are_finite(
     prediction: Any, perturbation: str, strength: Any
 ) -> None:
-    process = ddpm_process(prediction, zero_snr=True, dtype=torch.float32)
-    assert process.alpha(torch.tensor(999)) == 0
+    schedule = ddpm_schedule(prediction, zero_snr=True, dtype=torch.float32)
+    assert schedule.alpha(torch.tensor(999)) == 0
     model, t = SmallNet(dtype=torch.float32), torch.tensor([999, 999, 999, 998, 500, 999])
     spy = Spy(PERTURBATIONS[perturbation])
-    terms = EquivarianceLoss(process, spy, strength=strength)(model, images(), t=t, generator=seeded())
+    terms = EquivarianceLoss(schedule, spy, strength=strength)(model, images(), t=t, generator=seeded())
     assert only_finite(terms)
     assert torch.isfinite(spy.omega).all()
     assert (terms.equivariance > 0).all()
@@ -236,7 +236,7 @@ def test_at_zero_terminal_snr_losses_and_gradients_are_finite(
 @pytest.mark.parametrize("strength", [0.5, SigmaRange(0.0, 1.0, 0.5)], ids=["constant", "gate"])
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 def test_with_one_generator_per_image_a_row_equals_the_same_image_alone(perturbation: str, strength: Any) -> None:
-    objective = EquivarianceLoss(ddpm_process(), PERTURBATIONS[perturbation], strength=strength)
+    objective = EquivarianceLoss(ddpm_schedule(), PERTURBATIONS[perturbation], strength=strength)
     model, x0 = SmallNet(), images(dtype=torch.float64)
     together = objective(model, x0, generator=[seeded(i) for i in range(6)])
     assert (together.strength > 0).sum() > 0
@@ -255,7 +255,7 @@ def test_with_one_generator_per_image_a_row_equals_the_same_image_alone(perturba
 @pytest.mark.parametrize("count", [0, 1, 5, 7])
 def test_a_wrong_number_of_generators_is_refused(count: int, given: bool, strength: Any) -> None:
     draws = {"t": torch.tensor([1, 1, 1, 900, 900, 900]), "eps": normal(6, 2, 5, 5)} if given else {}
-    objective = EquivarianceLoss(ddpm_process(), "random", strength=strength)
+    objective = EquivarianceLoss(ddpm_schedule(), "random", strength=strength)
     with pytest.raises(ValueError, match="generators"):
         objective(SmallNet(), images(dtype=torch.float64), generator=[seeded(i) for i in range(count)], **draws)
 
@@ -294,7 +294,7 @@ def test_the_inner_step_leaves_everything_as_if_it_had_not_run(
         generator = None if generator_seed is None else seeded(generator_seed)
         with torch.random.fork_rng([]):
             torch.manual_seed(5)
-            terms = EquivarianceLoss(ddpm_process(), perturbation)(network, images(), generator=generator)
+            terms = EquivarianceLoss(ddpm_schedule(), perturbation)(network, images(), generator=generator)
             stream = torch.get_rng_state()
         assert torch.equal(network.first.weight.grad, torch.ones_like(model.first.weight))
         assert all(p.grad is None for n, p in network.named_parameters() if n != "first.weight")
@@ -313,7 +313,7 @@ def test_the_inner_step_leaves_everything_as_if_it_had_not_run(
 def test_batch_norm_statistics_are_those_of_the_clean_and_the_penalised_pass() -> None:
     model, reference = (SmallNet(dtype=torch.float32, norm=True) for _ in range(2))
     calls = Calls(model)
-    EquivarianceLoss(ddpm_process(), AdversarialPerturbation(4))(calls, images(), generator=seeded(1))
+    EquivarianceLoss(ddpm_schedule(), AdversarialPerturbation(4))(calls, images(), generator=seeded(1))
     assert len(calls.seen) == 6
     for x, t, _ in (calls.seen[0], calls.seen[-1]):
         reference(x, t)
@@ -339,7 +339,7 @@ class BackwardCalls(TorchDispatchMode):
 def test_the_inner_step_computes_no_weight_gradient(steps: int) -> None:
     model = SmallNet(dtype=torch.float32)
     with BackwardCalls() as inner:
-        terms = EquivarianceLoss(ddpm_process(), AdversarialPerturbation(steps))(model, images(), generator=seeded())
+        terms = EquivarianceLoss(ddpm_schedule(), AdversarialPerturbation(steps))(model, images(), generator=seeded())
     assert inner.masks == [[True, False, False]] * (2 * steps)  # two convolutions
     with BackwardCalls() as outer:
         terms.total.mean().backward()
@@ -351,7 +351,7 @@ def test_weight_hooks_are_not_called_by_the_inner_step() -> None:
     model, calls = SmallNet(dtype=torch.float32), []
     for parameter in model.parameters():
         parameter.register_hook(lambda gradient: calls.append(gradient.shape))
-    terms = EquivarianceLoss(ddpm_process(), AdversarialPerturbation(3))(model, images(), generator=seeded())
+    terms = EquivarianceLoss(ddpm_schedule(), AdversarialPerturbation(3))(model, images(), generator=seeded())
     assert calls == []
     terms.total.mean().backward()
     assert len(calls) == 6
@@ -366,7 +366,7 @@ def test_a_perturbation_that_raises_still_leaves_the_buffers_as_they_were() -> N
     model, reference = (SmallNet(dtype=torch.float32, norm=True) for _ in range(2))
     calls = Calls(model)
     with pytest.raises(RuntimeError, match="on purpose"):
-        EquivarianceLoss(ddpm_process(), Failing())(calls, images(), generator=seeded())
+        EquivarianceLoss(ddpm_schedule(), Failing())(calls, images(), generator=seeded())
     reference(*calls.seen[0][:2])
     for got, wanted in zip(model.buffers(), reference.buffers(), strict=True):
         assert torch.equal(got, wanted)
@@ -387,7 +387,7 @@ def test_no_input_is_mutated(perturbation: str, strength: Any) -> None:
         "label": torch.arange(6),
     }
     kept = copy.deepcopy(given)
-    objective = EquivarianceLoss(ddpm_process(), PERTURBATIONS[perturbation], strength=strength)
+    objective = EquivarianceLoss(ddpm_schedule(), PERTURBATIONS[perturbation], strength=strength)
     objective(model, generator=seeded(), **given).total.mean().backward()
     for name in ("x0", "eps", "t", "label"):
         assert torch.equal(given[name], kept[name])
@@ -406,7 +406,7 @@ def test_a_gate_is_its_value_between_its_ends_and_zero_outside(perturbation: str
     levels = torch.tensor([0.05, 0.1, 0.3, 1.0, 1.01, 50.0])
     assert SigmaRange(0.1, 1.0, 2.5)(levels).tolist() == [0, 2.5, 2.5, 2.5, 0, 0]
     terms = EquivarianceLoss(
-        process_at(levels),
+        schedule_at(levels),
         PERTURBATIONS[perturbation],
         strength=SigmaRange(0.09, 1.005, 2.5),
         radius=Radius(random=False),
@@ -420,7 +420,7 @@ def test_a_gate_is_its_value_between_its_ends_and_zero_outside(perturbation: str
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 def test_only_images_inside_the_gate_take_the_perturbed_passes(perturbation: str) -> None:
     model = Calls(SmallNet())
-    objective = EquivarianceLoss(ddpm_process(), PERTURBATIONS[perturbation], strength=SigmaRange(0, 0.5, 2.0))
+    objective = EquivarianceLoss(ddpm_schedule(), PERTURBATIONS[perturbation], strength=SigmaRange(0, 0.5, 2.0))
     objective(model, images(dtype=torch.float64), t=MIXED_T, generator=seeded())
     assert model.seen[0][0].shape[0] == 6
     assert len(model.seen) > 1
@@ -436,8 +436,8 @@ def test_a_gated_objective_equals_an_ungated_one_with_the_same_omega() -> None:
         images(dtype=torch.float64),
         normal(6, 2, 5, 5),
     )
-    gated = EquivarianceLoss(ddpm_process(), Given(omega[INSIDE]), strength=SigmaRange(0, 0.5, 2.0))
-    everywhere = EquivarianceLoss(ddpm_process(), Given(omega), strength=2.0)
+    gated = EquivarianceLoss(ddpm_schedule(), Given(omega[INSIDE]), strength=SigmaRange(0, 0.5, 2.0))
+    everywhere = EquivarianceLoss(ddpm_schedule(), Given(omega), strength=2.0)
     got, wanted = (o(model, x0, t=MIXED_T, eps=eps, generator=seeded()) for o in (gated, everywhere))
     torch.testing.assert_close(got.equivariance[INSIDE], wanted.equivariance[INSIDE])
     torch.testing.assert_close(got.total[INSIDE], wanted.total[INSIDE])
@@ -483,9 +483,9 @@ def test_extra_model_arguments_are_passed_through_and_sliced_with_their_images(
         "shared": torch.zeros(7),
         "name": "same for all",
     }
-    process = process_at(torch.linspace(0.01, 0.03, 60))  # t = 10 ident, so the gate lets 0, 1 and 2 through
+    schedule = schedule_at(torch.linspace(0.01, 0.03, 60))  # t = 10 ident, so the gate lets 0, 1 and 2 through
     model = Calls(RowChecking())
-    objective = EquivarianceLoss(process, PERTURBATIONS[perturbation], strength=strength)
+    objective = EquivarianceLoss(schedule, PERTURBATIONS[perturbation], strength=strength)
     terms = objective(model, images(dtype=torch.float64), t=10 * ident, generator=seeded(), **arguments)
     inside = 6 if strength == 0.5 else 3
     assert model.seen[-1][0].shape[0] == inside
@@ -496,7 +496,7 @@ def test_a_named_tuple_of_model_arguments_is_sliced_too() -> None:
     def model(x: Tensor, t: Tensor, pair: Response) -> Tensor:
         return x * pair.shift[:, None, None, None] + pair.residual[:, None, None, None]
 
-    objective = EquivarianceLoss(ddpm_process(), "random", strength=SigmaRange(0, 0.5, 1.0))
+    objective = EquivarianceLoss(ddpm_schedule(), "random", strength=SigmaRange(0, 0.5, 1.0))
     pair = Response(torch.rand(6, generator=seeded()).double(), torch.rand(6, generator=seeded(1)).double())
     terms = objective(model, images(dtype=torch.float64), t=MIXED_T, generator=seeded(), pair=pair)
     assert torch.isfinite(terms.total).all()
@@ -509,23 +509,25 @@ def test_a_strength_function_sees_noise_levels_and_must_return_one_number_per_im
         seen.append(levels)
         return levels.clamp(max=2)
 
-    process = ddpm_process()
-    terms = EquivarianceLoss(process, "random", strength=strength)(
+    schedule = ddpm_schedule()
+    terms = EquivarianceLoss(schedule, "random", strength=strength)(
         SmallNet(), images(dtype=torch.float64), t=MIXED_T, generator=seeded()
     )
-    level = (1 / process.alphas_cumprod[MIXED_T] - 1).sqrt()
+    level = (1 / schedule.alphas_cumprod[MIXED_T] - 1).sqrt()
     torch.testing.assert_close(seen[0], level)
     torch.testing.assert_close(terms.strength, level.clamp(max=2))
     torch.testing.assert_close(terms.total, terms.denoising + level.clamp(max=2) * terms.equivariance)
     with pytest.raises(ValueError, match="shape"):
-        EquivarianceLoss(process, "random", strength=lambda levels: levels[:1])(SmallNet(), images(dtype=torch.float64))
+        EquivarianceLoss(schedule, "random", strength=lambda levels: levels[:1])(
+            SmallNet(), images(dtype=torch.float64)
+        )
 
 
 @pytest.mark.parametrize(
     ("radius", "what"), [(lambda sigma, _: sigma[:1], "shape"), (lambda sigma, _: -sigma, "negative")]
 )
 def test_a_bad_radius_from_a_function_is_refused(radius: Any, what: str) -> None:
-    objective = EquivarianceLoss(ddpm_process(), "random", radius=radius)
+    objective = EquivarianceLoss(ddpm_schedule(), "random", radius=radius)
     with pytest.raises(ValueError, match=f"radius.*{what}"):
         objective(SmallNet(), images(dtype=torch.float64), generator=seeded())
 
@@ -540,16 +542,16 @@ def test_a_bad_radius_from_a_function_is_refused(radius: Any, what: str) -> None
 )
 def test_inputs_that_would_be_broadcast_or_misread_are_refused(x0: Tensor, draws: dict[str, Tensor], what: str) -> None:
     with pytest.raises(ValueError, match=what):
-        EquivarianceLoss(ddpm_process(), "random")(SmallNet(), x0, **draws)
+        EquivarianceLoss(ddpm_schedule(), "random")(SmallNet(), x0, **draws)
 
 
 def test_an_infinite_strength_is_refused() -> None:
     with pytest.raises(ValueError, match="strength must be a finite number"):
-        EquivarianceLoss(ddpm_process(), "random", strength=float("inf"))
+        EquivarianceLoss(ddpm_schedule(), "random", strength=float("inf"))
 
 
 def test_a_negative_strength_from_a_function_is_refused() -> None:
-    objective = EquivarianceLoss(ddpm_process(), "random", strength=lambda levels: -torch.ones_like(levels))
+    objective = EquivarianceLoss(ddpm_schedule(), "random", strength=lambda levels: -torch.ones_like(levels))
     with pytest.raises(ValueError, match="strength"):
         objective(SmallNet(), images(dtype=torch.float64), generator=seeded())
 
@@ -579,7 +581,7 @@ def tiny_unet(**settings: Any) -> UNet2DModel:
 def test_a_class_conditional_unet_trains(strength: Any) -> None:
     model = tiny_unet(num_class_embeds=10)
     x0 = normal(6, 2, 8, 8).float().clamp(-1, 1)
-    objective = EquivarianceLoss(ddpm_process(dtype=torch.float32), strength=strength)
+    objective = EquivarianceLoss(ddpm_schedule(dtype=torch.float32), strength=strength)
     labels = torch.tensor([9, 0, 3, 3, 7, 1])
     terms = objective(model, x0, t=MIXED_T, generator=seeded(), class_labels=labels)
     other = objective(model, x0, t=MIXED_T, generator=seeded(), class_labels=labels.flip(0))
@@ -620,7 +622,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         model = tiny_unet().train()
         if checkpointed:
             model.enable_gradient_checkpointing()
-        terms = EquivarianceLoss(ddpm_process(dtype=torch.float32))(model, x0, generator=seeded(1))
+        terms = EquivarianceLoss(ddpm_schedule(dtype=torch.float32))(model, x0, generator=seeded(1))
         results.append([terms.total, *gradients(model, terms.total.mean())])
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted)
@@ -630,7 +632,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 def test_under_bfloat16_autocast_losses_are_float32_and_close(perturbation: str) -> None:
     model = SmallNet(dtype=torch.float32)
     objective = EquivarianceLoss(
-        ddpm_process(dtype=torch.float32), PERTURBATIONS[perturbation], radius=Radius(floor=0.5)
+        ddpm_schedule(dtype=torch.float32), PERTURBATIONS[perturbation], radius=Radius(floor=0.5)
     )
     wanted = objective(model, images(), t=MIXED_T, generator=seeded(2))
     calls = Calls(model)
@@ -654,10 +656,10 @@ def test_outputs_in_bfloat16_are_subtracted_in_float32(gradient: Any) -> None:
         return (1.7 * x).to(torch.bfloat16)
 
     x0, eps, omega = images(), normal(6, 2, 5, 5).float(), normal(6, 2, 5, 5, seed=4).float()
-    process = ddpm_process(dtype=torch.float32)
-    terms = EquivarianceLoss(process, Given(omega), gradient=gradient)(model, x0, eps=eps, t=MIXED_T)
-    x_t = process.add_noise(x0, eps, MIXED_T)
-    clean, moved = model(x_t, MIXED_T).float(), model(process.perturb(x_t, omega, MIXED_T), MIXED_T).float()
+    schedule = ddpm_schedule(dtype=torch.float32)
+    terms = EquivarianceLoss(schedule, Given(omega), gradient=gradient)(model, x0, eps=eps, t=MIXED_T)
+    x_t = schedule.add_noise(x0, eps, MIXED_T)
+    clean, moved = model(x_t, MIXED_T).float(), model(schedule.perturb(x_t, omega, MIXED_T), MIXED_T).float()
     wanted = (moved - clean - omega).square().mean((1, 2, 3))
     torch.testing.assert_close(terms.equivariance, wanted, rtol=1e-6, atol=0)
 
@@ -668,7 +670,7 @@ def test_a_compiled_model_gives_the_same_terms_gradients_and_buffers(backend: st
     for compiled in (False, True):
         network = SmallNet(dtype=torch.float32, norm=True)
         model = torch.compile(network, backend=backend) if compiled else network
-        terms = EquivarianceLoss(ddpm_process(dtype=torch.float32))(model, images(), generator=seeded(1))
+        terms = EquivarianceLoss(ddpm_schedule(dtype=torch.float32))(model, images(), generator=seeded(1))
         results.append([terms.total, terms.equivariance, *gradients(network, terms.total.mean()), *network.buffers()])
         assert all(p.grad is None for p in network.parameters())
     for got, wanted in zip(*results, strict=True):
@@ -679,12 +681,12 @@ def test_a_compiled_model_gives_the_same_terms_gradients_and_buffers(backend: st
 
 
 def test_the_paper_preset_is_what_the_paper_states() -> None:
-    process = ddpm_process()
-    preset = EquivarianceLoss.preset("paper", process)
+    schedule = ddpm_schedule()
+    preset = EquivarianceLoss.preset("paper", schedule)
     assert preset == EquivarianceLoss(
-        process, AdversarialPerturbation(1, "shift"), 0.3, Radius(2.0, 1.0, 8 / 255, True)
+        schedule, AdversarialPerturbation(1, "shift"), 0.3, Radius(2.0, 1.0, 8 / 255, True)
     )
-    assert EquivarianceLoss.preset("paper", process, strength=0.5).strength == 0.5
+    assert EquivarianceLoss.preset("paper", schedule, strength=0.5).strength == 0.5
     assert "paper" in PRESETS
 
 
@@ -702,7 +704,7 @@ def test_the_paper_preset_is_what_the_paper_states() -> None:
 )
 def test_bad_settings_of_the_objective_are_refused_by_name(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        EquivarianceLoss(ddpm_process(), **settings)
+        EquivarianceLoss(ddpm_schedule(), **settings)
 
 
 @pytest.mark.parametrize(
@@ -716,4 +718,4 @@ def test_bad_gates_are_refused(low: float, high: float, value: float) -> None:
 
 def test_an_unknown_preset_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="papre"):
-        EquivarianceLoss.preset("papre", ddpm_process())
+        EquivarianceLoss.preset("papre", ddpm_schedule())

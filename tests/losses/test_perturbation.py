@@ -16,9 +16,9 @@ from helpers import (
     Given,
     SmallNet,
     Spy,
-    ddpm_process,
+    ddpm_schedule,
     normal,
-    process_at,
+    schedule_at,
     seeded,
 )
 from robustdiff.losses.equivariance import EquivarianceLoss
@@ -100,7 +100,7 @@ def test_omega_never_leaves_its_box(name: str) -> None:
 @pytest.mark.parametrize("name", ["uniform", "signs", "shift_1_None", "residual_3_None"])
 def test_omega_never_leaves_its_box_inside_an_objective(name: str) -> None:
     spy = Spy(BOXED[name])
-    objective = EquivarianceLoss(ddpm_process(dtype=torch.float32), perturbation=spy)
+    objective = EquivarianceLoss(ddpm_schedule(dtype=torch.float32), perturbation=spy)
     terms = objective(SmallNet(dtype=torch.float32), normal(16, 2, 5, 5).float(), generator=seeded(2))
     assert (spy.omega.flatten(1).abs().amax(1) <= terms.radius).all()
     assert torch.equal(spy.radius, terms.radius)
@@ -148,7 +148,7 @@ def test_omega_with_one_generator_per_image_does_not_depend_on_the_batch(name: s
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_T9_the_gradient_at_omega_zero_is_exactly_zero(prediction: Any, inner: str) -> None:
     spy = Spy(RandomPerturbation())
-    EquivarianceLoss(ddpm_process(prediction), perturbation=spy)(SmallNet(), normal(6, 2, 5, 5), generator=seeded(1))
+    EquivarianceLoss(ddpm_schedule(prediction), perturbation=spy)(SmallNet(), normal(6, 2, 5, 5), generator=seeded(1))
     assert spy.respond is not None
     zero = torch.zeros(6, 2, 5, 5, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(getattr(spy.respond(zero), inner).square().sum(), zero)
@@ -161,12 +161,12 @@ def test_T9_the_gradient_at_omega_zero_is_exactly_zero(prediction: Any, inner: s
 @pytest.mark.parametrize("inner", ["shift", "residual"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_one_step_climbs_above_its_random_start_and_ten_steps_above_one(prediction: Any, inner: Any) -> None:
-    process, x0 = ddpm_process(prediction), normal(48, 2, 5, 5, seed=2)
+    schedule, x0 = ddpm_schedule(prediction), normal(48, 2, 5, 5, seed=2)
     t = torch.arange(20, 980, 20)
     values = []
     for perturbation in (RandomPerturbation(), AdversarialPerturbation(1, inner), AdversarialPerturbation(10, inner)):
         spy = Spy(perturbation)
-        objective = EquivarianceLoss(process, perturbation=spy, radius=Radius(scale=0, floor=0.3))
+        objective = EquivarianceLoss(schedule, perturbation=spy, radius=Radius(scale=0, floor=0.3))
         objective(SmallNet(seed=3), x0, t=t, generator=seeded(1))
         assert spy.respond is not None
         values.append(getattr(spy.respond(spy.omega), inner).square().flatten(1).mean(1).mean())
@@ -180,14 +180,14 @@ def test_the_inner_objectives_are_the_shift_of_eps_and_the_residual() -> None:
     d, t = 6, torch.tensor([400] * 5)
     weight, omega = normal(d, d, seed=1), normal(5, d, seed=2)
     for prediction in PREDICTIONS:
-        process = ddpm_process(prediction)
-        a, s = process.alpha(t)[0], process.sigma(t)[0]
+        schedule = ddpm_schedule(prediction)
+        a, s = schedule.alpha(t)[0], schedule.sigma(t)[0]
 
-        def model(x: Tensor, t: Tensor, process: Any = process, a: Tensor = a, s: Tensor = s) -> Tensor:
-            return process.output_from_x0((x - s * x @ weight.T) / a, x, t)
+        def model(x: Tensor, t: Tensor, schedule: Any = schedule, a: Tensor = a, s: Tensor = s) -> Tensor:
+            return schedule.output_from_x0((x - s * x @ weight.T) / a, x, t)
 
         spy = Spy(RandomPerturbation())
-        EquivarianceLoss(process, perturbation=spy)(model, normal(5, d), t=t, generator=seeded())
+        EquivarianceLoss(schedule, perturbation=spy)(model, normal(5, d), t=t, generator=seeded())
         assert spy.respond is not None
         response = spy.respond(omega)
         torch.testing.assert_close(response.shift, s * omega @ weight.T)
@@ -228,15 +228,15 @@ def test_T9_the_two_inner_objectives_pull_in_different_directions(inner: Any, si
     """
     ones, across = torch.ones(2, 2).double() / 2, torch.tensor([[0.5, -0.5], [-0.5, 0.5]], dtype=torch.float64)
     matrix = 0.9 * ones + 0.1 * across
-    process, t = process_at(torch.tensor([1.0])), torch.zeros(64, dtype=torch.int64)
-    s = process.sigma(t)[0]
+    schedule, t = schedule_at(torch.tensor([1.0])), torch.zeros(64, dtype=torch.int64)
+    s = schedule.sigma(t)[0]
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         return x @ (torch.eye(2).double() - matrix) / s
 
     spy = Spy(AdversarialPerturbation(20, inner))
     radius = Radius(scale=0, floor=0.4)
-    EquivarianceLoss(process, spy, radius=radius)(model, normal(64, 2), t=t, generator=seeded())
+    EquivarianceLoss(schedule, spy, radius=radius)(model, normal(64, 2), t=t, generator=seeded())
     torch.testing.assert_close(spy.omega.abs(), torch.full((64, 2), 0.4, dtype=torch.float64))
     assert ((spy.omega[:, 0] * spy.omega[:, 1]).sign() == sign).double().mean() > 0.9
 
@@ -257,7 +257,7 @@ def test_T9_most_of_the_attack_on_a_stationary_network_goes_to_the_brightness() 
 @pytest.mark.parametrize("steps", [1, 3, 10])
 def test_the_attack_takes_one_forward_pass_per_step(steps: int) -> None:
     model = Calls(SmallNet())
-    objective = EquivarianceLoss(ddpm_process(), perturbation=AdversarialPerturbation(steps))
+    objective = EquivarianceLoss(ddpm_schedule(), perturbation=AdversarialPerturbation(steps))
     objective(model, normal(3, 2, 5, 5), generator=seeded())
     assert len(model.seen) == 2 + steps
 
@@ -274,10 +274,10 @@ def test_the_step_size_is_in_units_of_the_radius() -> None:
 
 
 def test_the_attack_works_where_gradients_are_switched_off() -> None:
-    process, x0 = ddpm_process(), normal(4, 2, 5, 5)
-    with_grad = EquivarianceLoss(process)(SmallNet(), x0, generator=seeded(1))
+    schedule, x0 = ddpm_schedule(), normal(4, 2, 5, 5)
+    with_grad = EquivarianceLoss(schedule)(SmallNet(), x0, generator=seeded(1))
     with torch.no_grad():
-        without = EquivarianceLoss(process)(SmallNet(), x0, generator=seeded(1))
+        without = EquivarianceLoss(schedule)(SmallNet(), x0, generator=seeded(1))
     assert torch.equal(with_grad.total.detach(), without.total)
     assert not without.total.requires_grad
 
@@ -294,9 +294,14 @@ def test_names_stand_for_the_default_settings() -> None:
 def test_a_perturbation_of_ones_own_is_used_as_it_is() -> None:
     omega = normal(4, 2, 5, 5, seed=8) * 0.1
     model = Calls(SmallNet())
-    process, x0, eps, t = ddpm_process(), normal(4, 2, 5, 5), normal(4, 2, 5, 5, seed=1), torch.tensor([1, 9, 99, 999])
-    EquivarianceLoss(process, perturbation=Given(omega))(model, x0, eps=eps, t=t)
-    torch.testing.assert_close(model.seen[1][0], process.add_noise(x0, eps + omega, t))
+    schedule, x0, eps, t = (
+        ddpm_schedule(),
+        normal(4, 2, 5, 5),
+        normal(4, 2, 5, 5, seed=1),
+        torch.tensor([1, 9, 99, 999]),
+    )
+    EquivarianceLoss(schedule, perturbation=Given(omega))(model, x0, eps=eps, t=t)
+    torch.testing.assert_close(model.seen[1][0], schedule.add_noise(x0, eps + omega, t))
 
 
 @pytest.mark.parametrize(
@@ -335,7 +340,7 @@ def test_bad_settings_are_refused_by_name(make: Callable[[], Any], named: str) -
 
 def test_noise_levels_of_a_custom_process_reach_the_radius() -> None:
     spy = Spy(RandomPerturbation())
-    process = process_at(torch.tensor([0.1, 1.0, 3.0]))
-    objective = EquivarianceLoss(process, perturbation=spy, radius=Radius(exponent=2, scale=1, floor=0, random=False))
+    schedule = schedule_at(torch.tensor([0.1, 1.0, 3.0]))
+    objective = EquivarianceLoss(schedule, perturbation=spy, radius=Radius(exponent=2, scale=1, floor=0, random=False))
     objective(SmallNet(), normal(3, 2, 5, 5), t=torch.arange(3), generator=seeded())
     torch.testing.assert_close(spy.radius, torch.tensor([0.01 / 1.01, 0.5, 0.9], dtype=torch.float64))

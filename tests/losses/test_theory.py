@@ -25,9 +25,9 @@ from helpers import (
     Given,
     SmallNet,
     Spy,
-    ddpm_process,
+    ddpm_schedule,
     normal,
-    process_at,
+    schedule_at,
     seed_parameters,
     seeded,
     uncorrelated,
@@ -68,19 +68,19 @@ class PointNet(nn.Module):
 def test_T1_the_regulariser_is_the_weighted_shift_of_the_denoised_image(
     network: str, prediction: Any, perturbation: Any, zero_snr: bool
 ) -> None:
-    process, t = ddpm_process(prediction, zero_snr), torch.tensor([0, 1, 20, 150, 400, 700, 950, 998])
+    schedule, t = ddpm_schedule(prediction, zero_snr), torch.tensor([0, 1, 20, 150, 400, 700, 950, 998])
     model: Callable[..., Tensor] = SmallNet(seed=2) if network == "convolutions" else PointNet()
     x0, eps = (normal(8, 2, 5, 5, seed=s) if network == "convolutions" else normal(8, 3, seed=s) for s in (1, 2))
     spy = Spy(perturbation)
-    objective = EquivarianceLoss(process, perturbation=spy, radius=Radius(floor=0.3))
+    objective = EquivarianceLoss(schedule, perturbation=spy, radius=Radius(floor=0.3))
     terms = objective(model, x0, t=t, eps=eps, generator=seeded(1))
 
-    x_t = process.add_noise(x0, eps, t)
-    moved = process.add_noise(x0, eps + spy.omega, t)
-    denoised, denoised_moved = process.x0_hat(model(x_t, t), x_t, t), process.x0_hat(model(moved, t), moved, t)
-    snr = process.alphas_cumprod[t] / (1 - process.alphas_cumprod[t])
+    x_t = schedule.add_noise(x0, eps, t)
+    moved = schedule.add_noise(x0, eps + spy.omega, t)
+    denoised, denoised_moved = schedule.x0_hat(model(x_t, t), x_t, t), schedule.x0_hat(model(moved, t), moved, t)
+    snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
     weight = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction]
-    close(process.x0_weight(t), weight)
+    close(schedule.x0_weight(t), weight)
     expected = weight * (denoised_moved - denoised).square().flatten(1).mean(1)
     middle = (t >= 20) & (t <= 700)
     close(terms.equivariance[middle], expected[middle])  # to 1e-10
@@ -91,30 +91,30 @@ def test_T1_the_regulariser_is_the_weighted_shift_of_the_denoised_image(
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_T1_the_plain_loss_weighs_an_error_of_the_denoised_image_alike(prediction: Any) -> None:
-    process, t = ddpm_process(prediction), torch.tensor([1, 20, 150, 400, 700, 950])
+    schedule, t = ddpm_schedule(prediction), torch.tensor([1, 20, 150, 400, 700, 950])
     x0, eps, model = normal(6, 2, 5, 5, seed=1), normal(6, 2, 5, 5, seed=2), SmallNet()
-    x_t = process.add_noise(x0, eps, t)
-    error = (process.x0_hat(model(x_t, t), x_t, t) - x0).square().flatten(1).mean(1)
-    close(DenoisingLoss(process)(model, x0, t=t, eps=eps).denoising, process.x0_weight(t) * error, rtol=1e-9)
+    x_t = schedule.add_noise(x0, eps, t)
+    error = (schedule.x0_hat(model(x_t, t), x_t, t) - x0).square().flatten(1).mean(1)
+    close(DenoisingLoss(schedule)(model, x0, t=t, eps=eps).denoising, schedule.x0_weight(t) * error, rtol=1e-9)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_T1_the_residual_of_eps_is_minus_alpha_over_sigma_times_the_shift_of_x0(prediction: Any) -> None:
-    process, t, model = ddpm_process(prediction), torch.tensor([1, 20, 150, 400, 700, 950]), SmallNet(seed=5)
+    schedule, t, model = ddpm_schedule(prediction), torch.tensor([1, 20, 150, 400, 700, 950]), SmallNet(seed=5)
     x_t, omega = normal(6, 2, 5, 5, seed=3), 0.3 * normal(6, 2, 5, 5, seed=4)
-    moved = process.perturb(x_t, omega, t)
+    moved = schedule.perturb(x_t, omega, t)
     before, after = model(x_t, t), model(moved, t)
-    eps_residual = process.eps_hat(after, moved, t) - process.eps_hat(before, x_t, t) - omega
-    x0_shift = process.x0_hat(after, moved, t) - process.x0_hat(before, x_t, t)
-    ratio = (process.alpha(t) / process.sigma(t))[:, None, None, None]
+    eps_residual = schedule.eps_hat(after, moved, t) - schedule.eps_hat(before, x_t, t) - omega
+    x0_shift = schedule.x0_hat(after, moved, t) - schedule.x0_hat(before, x_t, t)
+    ratio = (schedule.alpha(t) / schedule.sigma(t))[:, None, None, None]
     close(eps_residual, -ratio * x0_shift, atol=1e-10)
-    close(process.eps_shift(after - before, omega, t), eps_residual + omega, atol=1e-10)
+    close(schedule.eps_shift(after - before, omega, t), eps_residual + omega, atol=1e-10)
     factor = {
         "epsilon": -ratio,
         "sample": torch.ones_like(ratio),
-        "v_prediction": -1 / process.sigma(t)[:, None, None, None],
+        "v_prediction": -1 / schedule.sigma(t)[:, None, None, None],
     }
-    close(process.equivariance_residual(after - before, omega, t), factor[prediction] * x0_shift, atol=1e-9)
+    close(schedule.equivariance_residual(after - before, omega, t), factor[prediction] * x0_shift, atol=1e-9)
 
 
 # -- T2: it penalises posterior covariance ---------------------------------------------------------
@@ -124,14 +124,14 @@ def test_T2_for_the_ideal_gaussian_denoiser_the_penalty_is_snr_squared_times_the
     variances = torch.tensor([0.02, 0.3, 1.0, 2.5], dtype=torch.float64)
     (omega,) = uncorrelated(64, 4, seed=1)
     for index in (50, 300, 800):
-        process, t = ddpm_process(), torch.full((64,), index)
-        a2 = process.alphas_cumprod[index]
+        schedule, t = ddpm_schedule(), torch.full((64,), index)
+        a2 = schedule.alphas_cumprod[index]
         s2 = 1 - a2
 
         def ideal(x: Tensor, t: Tensor, a2: Tensor = a2, s2: Tensor = s2) -> Tensor:
             return s2.sqrt() * x / (a2 * variances + s2)
 
-        objective = EquivarianceLoss(process, perturbation=Given(0.2 * omega))
+        objective = EquivarianceLoss(schedule, perturbation=Given(0.2 * omega))
         terms = objective(ideal, normal(64, 4), t=t, generator=seeded())
         posterior = variances * s2 / (a2 * variances + s2)
         close(4 * terms.equivariance.mean(), 0.2**2 * (a2 / s2) ** 2 * posterior.square().sum())
@@ -144,14 +144,14 @@ def mixture_score(y: Tensor, noise: Tensor | float) -> Tensor:
 
 
 def test_T2_for_a_mixture_and_small_omega_the_penalty_is_snr_squared_times_the_posterior_variance_squared() -> None:
-    process, t = process_at(torch.tensor([0.6])), torch.zeros(41, dtype=torch.int64)
-    a2, s2 = process.alphas_cumprod[0], 1 - process.alphas_cumprod[0]
+    schedule, t = schedule_at(torch.tensor([0.6])), torch.zeros(41, dtype=torch.int64)
+    a2, s2 = schedule.alphas_cumprod[0], 1 - schedule.alphas_cumprod[0]
 
     def ideal(x: Tensor, t: Tensor) -> Tensor:
         return -s2.sqrt() * mixture_score(x / a2.sqrt(), s2 / a2) / a2.sqrt()
 
     x0 = torch.linspace(-2, 2, 41, dtype=torch.float64)[:, None]
-    objective = EquivarianceLoss(process, perturbation=Given(torch.full_like(x0, 1e-5)))
+    objective = EquivarianceLoss(schedule, perturbation=Given(torch.full_like(x0, 1e-5)))
     terms = objective(ideal, x0, t=t, eps=torch.zeros_like(x0))
     grid = torch.linspace(-4, 4, 20_001, dtype=torch.float64)
     prior = torch.exp(-(grid - 1).square() / 0.08) + torch.exp(-(grid + 1).square() / 0.08)
@@ -186,19 +186,19 @@ def covariance(d: int = 4) -> Tensor:
     return basis @ torch.diag(torch.logspace(-1.3, 0.3, d, dtype=torch.float64)) @ basis.T
 
 
-def output_matrix(process: NoiseSchedule, index: int, eps_matrix: Tensor) -> Tensor:
+def output_matrix(schedule: NoiseSchedule, index: int, eps_matrix: Tensor) -> Tensor:
     """The matrix of the network's output, in its parametrisation, whose eps_hat is ``eps_matrix x_t``."""
-    a, s = process.alphas_cumprod[index].sqrt(), (1 - process.alphas_cumprod[index]).sqrt()
+    a, s = schedule.alphas_cumprod[index].sqrt(), (1 - schedule.alphas_cumprod[index]).sqrt()
     eye = torch.eye(len(eps_matrix), dtype=torch.float64)
     x0_matrix = (eye - s * eps_matrix) / a
     return {"epsilon": eps_matrix, "sample": x0_matrix, "v_prediction": (a * eye - x0_matrix) / s}[
-        process.prediction_type
+        schedule.prediction_type
     ]
 
 
-def T3_optimum(process: NoiseSchedule, index: int, m: float, sigma: Tensor) -> Tensor:
+def T3_optimum(schedule: NoiseSchedule, index: int, m: float, sigma: Tensor) -> Tensor:
     """T3: ``W* = s (1+m) [a^2 Sigma + (1+m) s^2 I]^-1``."""
-    a2 = process.alphas_cumprod[index]
+    a2 = schedule.alphas_cumprod[index]
     s2 = 1 - a2
     eye = torch.eye(len(sigma), dtype=torch.float64)
     return s2.sqrt() * (1 + m) * torch.linalg.inv(a2 * sigma + (1 + m) * s2 * eye)
@@ -218,9 +218,9 @@ def expected_gradient(objective: Any, index: int, matrix: Tensor, kappa: float) 
 
 def assert_stationary(objective: Any, index: int, eps_matrix: Tensor, kappa: float, elsewhere: Tensor) -> None:
     """The expected gradient vanishes at ``eps_matrix`` and does not at ``elsewhere``."""
-    process = objective.process
-    at = expected_gradient(objective, index, output_matrix(process, index, eps_matrix), kappa)
-    away = expected_gradient(objective, index, output_matrix(process, index, elsewhere), kappa)
+    schedule = objective.schedule
+    at = expected_gradient(objective, index, output_matrix(schedule, index, eps_matrix), kappa)
+    away = expected_gradient(objective, index, output_matrix(schedule, index, elsewhere), kappa)
     assert away.abs().max() > 1e-5
     assert at.abs().max() < 1e-8 * away.abs().max()
 
@@ -228,33 +228,33 @@ def assert_stationary(objective: Any, index: int, eps_matrix: Tensor, kappa: flo
 @pytest.mark.parametrize("index", [30, 200, 600, 900])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_T3_the_expected_gradient_vanishes_at_the_closed_form_optimum(prediction: Any, index: int) -> None:
-    process, kappa = ddpm_process(prediction), RADIUS**2 / 3
-    optimum = partial(T3_optimum, process, index, sigma=covariance())
-    objective = EquivarianceLoss(process, strength=LAMBDA)
+    schedule, kappa = ddpm_schedule(prediction), RADIUS**2 / 3
+    optimum = partial(T3_optimum, schedule, index, sigma=covariance())
+    objective = EquivarianceLoss(schedule, strength=LAMBDA)
     assert_stationary(objective, index, optimum(LAMBDA * kappa), kappa, elsewhere=optimum(0.0))
 
 
 def test_T3_the_plain_objective_has_its_optimum_at_m_zero() -> None:
-    process = ddpm_process()
-    optimum = partial(T3_optimum, process, 300, sigma=covariance())
-    assert_stationary(EquivarianceLoss(process, strength=0), 300, optimum(0.0), 0.3, elsewhere=optimum(0.2))
+    schedule = ddpm_schedule()
+    optimum = partial(T3_optimum, schedule, 300, sigma=covariance())
+    assert_stationary(EquivarianceLoss(schedule, strength=0), 300, optimum(0.0), 0.3, elsewhere=optimum(0.2))
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_T4_a_stop_gradient_on_the_clean_branch_has_the_same_optimum(prediction: Any) -> None:
-    process, kappa = ddpm_process(prediction), RADIUS**2 / 3
-    optimum = partial(T3_optimum, process, 400, sigma=covariance())
-    objective = EquivarianceLoss(process, strength=LAMBDA, gradient="perturbed")
+    schedule, kappa = ddpm_schedule(prediction), RADIUS**2 / 3
+    optimum = partial(T3_optimum, schedule, 400, sigma=covariance())
+    objective = EquivarianceLoss(schedule, strength=LAMBDA, gradient="perturbed")
     assert_stationary(objective, 400, optimum(LAMBDA * kappa), kappa, elsewhere=optimum(0.0))
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_T4_a_stop_gradient_on_the_perturbed_branch_leaves_the_plain_expected_gradient(prediction: Any) -> None:
-    process, kappa = ddpm_process(prediction), RADIUS**2 / 3
+    schedule, kappa = ddpm_schedule(prediction), RADIUS**2 / 3
     matrix = normal(4, 4, seed=31)
-    clean = expected_gradient(EquivarianceLoss(process, strength=LAMBDA, gradient="clean"), 400, matrix, kappa)
-    plain = expected_gradient(EquivarianceLoss(process, strength=0), 400, matrix, kappa)
-    both = expected_gradient(EquivarianceLoss(process, strength=LAMBDA), 400, matrix, kappa)
+    clean = expected_gradient(EquivarianceLoss(schedule, strength=LAMBDA, gradient="clean"), 400, matrix, kappa)
+    plain = expected_gradient(EquivarianceLoss(schedule, strength=0), 400, matrix, kappa)
+    both = expected_gradient(EquivarianceLoss(schedule, strength=LAMBDA), 400, matrix, kappa)
     close(clean, plain, atol=1e-10)
     assert (both - plain).abs().max() > 0.05
 
@@ -264,23 +264,23 @@ def test_T4_a_stop_gradient_on_the_perturbed_branch_leaves_the_plain_expected_gr
 def test_T4_with_the_true_noise_as_target_m_is_lambda_kappa_over_one_plus_lambda(
     prediction: Any, gradient: Any
 ) -> None:
-    process, kappa = ddpm_process(prediction), RADIUS**2 / 3
-    optimum = partial(T3_optimum, process, 400, sigma=covariance())
-    objective = EquivarianceLoss(process, strength=LAMBDA, target="noise", gradient=gradient)
+    schedule, kappa = ddpm_schedule(prediction), RADIUS**2 / 3
+    optimum = partial(T3_optimum, schedule, 400, sigma=covariance())
+    objective = EquivarianceLoss(schedule, strength=LAMBDA, target="noise", gradient=gradient)
     m = LAMBDA * kappa / (1 + LAMBDA)
     assert_stationary(objective, 400, optimum(m), kappa, elsewhere=optimum(LAMBDA * kappa))
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_T5_the_optimum_of_invariance(prediction: Any) -> None:
-    process, kappa = ddpm_process(prediction), RADIUS**2 / 3
-    optimum = partial(T3_optimum, process, 400, sigma=covariance())
-    objective = InvarianceLoss(process, strength=LAMBDA)
+    schedule, kappa = ddpm_schedule(prediction), RADIUS**2 / 3
+    optimum = partial(T3_optimum, schedule, 400, sigma=covariance())
+    objective = InvarianceLoss(schedule, strength=LAMBDA)
     if prediction == "epsilon":
         wanted = optimum(LAMBDA * kappa) / (1 + LAMBDA * kappa)
     else:
         # the plain loss weighs eps errors by (s/a)^2 or 1/a^2, the penalty is on eps_hat itself: m is divided by it
-        a2 = process.alphas_cumprod[400]
+        a2 = schedule.alphas_cumprod[400]
         m = LAMBDA * kappa / ((1 - a2) / a2 if prediction == "sample" else 1 / a2).item()
         wanted = optimum(m) / (1 + m)
     assert_stationary(objective, 400, wanted, kappa, elsewhere=optimum(LAMBDA * kappa))
@@ -288,10 +288,10 @@ def test_T5_the_optimum_of_invariance(prediction: Any) -> None:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_T3_training_a_linear_model_reaches_the_closed_form_optimum(prediction: Any) -> None:
-    process, index, rows = ddpm_process(prediction), 300, 2048
+    schedule, index, rows = ddpm_schedule(prediction), 300, 2048
     sigma = covariance()
     objective = EquivarianceLoss(
-        process, perturbation="random", strength=6.0, radius=Radius(scale=0, floor=RADIUS, random=False)
+        schedule, perturbation="random", strength=6.0, radius=Radius(scale=0, floor=RADIUS, random=False)
     )
     model = Linear(torch.zeros(4, 4, dtype=torch.float64))
     optimiser = torch.optim.Adam(model.parameters(), lr=0.05)
@@ -308,8 +308,8 @@ def test_T3_training_a_linear_model_reaches_the_closed_form_optimum(prediction: 
             optimiser.param_groups[0]["lr"] = 0.002
         if step >= 3 * steps // 4:
             average += model.matrix.detach() / (steps - 3 * steps // 4)
-    wanted = output_matrix(process, index, T3_optimum(process, index, 6.0 * RADIUS**2 / 3, sigma))
-    plain = output_matrix(process, index, T3_optimum(process, index, 0.0, sigma))
+    wanted = output_matrix(schedule, index, T3_optimum(schedule, index, 6.0 * RADIUS**2 / 3, sigma))
+    plain = output_matrix(schedule, index, T3_optimum(schedule, index, 0.0, sigma))
     scale = torch.linalg.matrix_norm(wanted - plain)
     assert torch.linalg.matrix_norm(average - wanted) < 0.01 * torch.linalg.matrix_norm(wanted)
     assert torch.linalg.matrix_norm(average - wanted) < 0.01 * scale
@@ -337,13 +337,15 @@ class PerLevel(nn.Module):
         return self.weight[t][:, None] * x
 
 
-def optimum_per_level(kind: type[EquivarianceLoss], process: NoiseSchedule, variance: float, **settings: Any) -> Tensor:
+def optimum_per_level(
+    kind: type[EquivarianceLoss], schedule: NoiseSchedule, variance: float, **settings: Any
+) -> Tensor:
     """The minimiser w[t] of the objective's expected loss, found from its own gradient (affine in w), shape (T,)."""
-    levels = process.num_timesteps
+    levels = schedule.num_timesteps
     t, x0, eps, omega = factorial(levels, variance)
     kappa = settings.pop("kappa")
     given = Given(lambda like: kappa**0.5 * omega[: len(like)])
-    objective = kind(process, perturbation=given, **settings)
+    objective = kind(schedule, perturbation=given, **settings)
     slopes = []
     for value in (0.0, 1.0):
         model = PerLevel(value, levels)
@@ -353,16 +355,16 @@ def optimum_per_level(kind: type[EquivarianceLoss], process: NoiseSchedule, vari
     return slopes[0] / (slopes[0] - slopes[1])
 
 
-def ode_variance(process: NoiseSchedule, w: Tensor) -> float:
+def ode_variance(schedule: NoiseSchedule, w: Tensor) -> float:
     """Variance generated by dy/dsigma = eps_hat from sigma_T noise: trapezoid in log sigma."""
-    level = process.noise_to_signal(torch.arange(process.num_timesteps))
-    rate = w * process.alpha(torch.arange(process.num_timesteps)) * level
+    level = schedule.noise_to_signal(torch.arange(schedule.num_timesteps))
+    rate = w * schedule.alpha(torch.arange(schedule.num_timesteps)) * level
     return (level[-1].square() * torch.exp(-2 * torch.trapezoid(rate, level.log()))).item()
 
 
-def sde_variance(process: NoiseSchedule, w: Tensor) -> float:
+def sde_variance(schedule: NoiseSchedule, w: Tensor) -> float:
     """Variance after all DDPM steps, ``V -> A^2 V + beta_tilde``, in units of y = x/a."""
-    table = process.alphas_cumprod
+    table = schedule.alphas_cumprod
     value = torch.ones((), dtype=torch.float64)
     for t in range(len(table) - 1, 0, -1):
         beta = 1 - table[t] / table[t - 1]
@@ -376,14 +378,14 @@ def test_T5_the_variance_generated_by_invariance_grows_with_the_largest_noise(
     m: float, largest: float, stated: float | None
 ) -> None:
     v, kappa = 0.01, 0.3
-    process = process_at(torch.logspace(-4, math.log10(largest), 2000, dtype=torch.float64))
-    w = optimum_per_level(InvarianceLoss, process, v, kappa=kappa, strength=m / kappa)
+    schedule = schedule_at(torch.logspace(-4, math.log10(largest), 2000, dtype=torch.float64))
+    w = optimum_per_level(InvarianceLoss, schedule, v, kappa=kappa, strength=m / kappa)
     wanted = largest**2 * (v / (v + (1 + m) * largest**2)) ** (1 / (1 + m))
-    assert ode_variance(process, w) == pytest.approx(wanted, rel=2e-3)
+    assert ode_variance(schedule, w) == pytest.approx(wanted, rel=2e-3)
     if stated is not None:
         assert wanted == pytest.approx(stated, abs=5e-4)
-    robust = optimum_per_level(EquivarianceLoss, process, v, kappa=kappa, strength=m / kappa)
-    assert ode_variance(process, robust) == pytest.approx(v / (1 + m), rel=2e-3)
+    robust = optimum_per_level(EquivarianceLoss, schedule, v, kappa=kappa, strength=m / kappa)
+    assert ode_variance(schedule, robust) == pytest.approx(v / (1 + m), rel=2e-3)
 
 
 @pytest.mark.parametrize("v", [0.001, 0.03, 0.3, 3.0])
@@ -392,28 +394,28 @@ def test_T6_a_gated_strength_is_a_soft_wiener_filter(v: float, strength: float, 
     kappa, count = 0.3, 3000
     # the edge lies half-way between two levels, so that the trapezoid across the jump is right
     step = math.log(edge / 1e-4) / count
-    process = process_at(torch.exp(math.log(edge) + step * torch.arange(0.5 - count, math.log(200 / edge) / step)))
-    w = optimum_per_level(EquivarianceLoss, process, v, kappa=kappa, strength=SigmaRange(0, edge, strength / kappa))
+    schedule = schedule_at(torch.exp(math.log(edge) + step * torch.arange(0.5 - count, math.log(200 / edge) / step)))
+    w = optimum_per_level(EquivarianceLoss, schedule, v, kappa=kappa, strength=SigmaRange(0, edge, strength / kappa))
     c2 = edge**2
-    assert ode_variance(process, w) == pytest.approx(v * (v + c2) / (v + (1 + strength) * c2), rel=2e-3)
+    assert ode_variance(schedule, w) == pytest.approx(v * (v + c2) / (v + (1 + strength) * c2), rel=2e-3)
     sde = v / (1 + strength) * (1 + strength * v**2 / (v + (1 + strength) * c2) ** 2)
-    assert sde_variance(process, w) == pytest.approx(sde, rel=1e-2)
+    assert sde_variance(schedule, w) == pytest.approx(sde, rel=1e-2)
 
 
 def test_T7_the_regularised_denoiser_is_the_plain_one_asked_at_an_inflated_noise_level() -> None:
     v, m, kappa = 0.2, 0.7, 0.3
     levels = torch.logspace(-2, 2, 50, dtype=torch.float64)
-    process, inflated = process_at(levels), process_at(levels * (1 + m) ** 0.5)
+    schedule, inflated = schedule_at(levels), schedule_at(levels * (1 + m) ** 0.5)
     every = torch.arange(50)
-    robust = optimum_per_level(EquivarianceLoss, process, v, kappa=kappa, strength=m / kappa)
+    robust = optimum_per_level(EquivarianceLoss, schedule, v, kappa=kappa, strength=m / kappa)
     plain = optimum_per_level(EquivarianceLoss, inflated, v, kappa=kappa, strength=0)
-    close(1 - process.sigma(every) * robust, 1 - inflated.sigma(every) * plain, rtol=1e-9, atol=1e-11)
+    close(1 - schedule.sigma(every) * robust, 1 - inflated.sigma(every) * plain, rtol=1e-9, atol=1e-11)
 
 
 VARIANCES = torch.tensor([0.02, 0.3, 2.0], dtype=torch.float64)
 
 
-def run_step_by_step(scheduler: Any, process: NoiseSchedule, m: float) -> tuple[Tensor, Tensor]:
+def run_step_by_step(scheduler: Any, schedule: NoiseSchedule, m: float) -> tuple[Tensor, Tensor]:
     """diffusers' scheduler on the linear denoiser of T3: gain of the start and variance added, per direction.
 
     Two states, 1 and 0, take every step with the same noise: their difference is the gain, and what 0 becomes,
@@ -422,12 +424,12 @@ def run_step_by_step(scheduler: Any, process: NoiseSchedule, m: float) -> tuple[
     gain, added = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     states = torch.stack([torch.ones(3), torch.zeros(3)]).double()[:, :, None]  # (state, direction, one element)
     for t in scheduler.timesteps:
-        a2 = process.alphas_cumprod[t]
+        a2 = schedule.alphas_cumprod[t]
         w = (1 - a2).sqrt() * (1 + m) / (a2 * VARIANCES + (1 + m) * (1 - a2))
         eps_hat = w[None, :, None] * states
         times = t.repeat(2)
         x0_hat = (states - (1 - a2).sqrt() * eps_hat) / a2.sqrt()
-        output = process.output_from_x0(x0_hat, states, times)
+        output = schedule.output_from_x0(x0_hat, states, times)
         one, zero = (
             scheduler.step(output[i], t, states[i], generator=seeded(int(t))).prev_sample[:, 0] for i in range(2)
         )
@@ -502,9 +504,9 @@ def T8_oracle(alpha2: float, m: float, centre: float = 1.0) -> tuple[np.ndarray,
 
 def test_T8_a_trained_network_reaches_the_nonlinear_optimum() -> None:
     m, radius, level, rows = 1.0, 0.3, 0.5, 1024
-    process = process_at(torch.tensor([level]))
+    schedule = schedule_at(torch.tensor([level]))
     objective = EquivarianceLoss(
-        process,
+        schedule,
         perturbation="random",
         strength=m * 3 / radius**2,
         radius=Radius(scale=0, floor=radius, random=False),
@@ -518,7 +520,7 @@ def test_T8_a_trained_network_reaches_the_nonlinear_optimum() -> None:
 
     steps, generator = 2500, seeded(8)
     optimiser = torch.optim.Adam(layers.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    lr_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     t = torch.zeros(rows, dtype=torch.int64)
     for _ in range(steps):
         side = torch.randint(0, 2, (rows, 1), generator=generator) * 2 - 1
@@ -526,8 +528,8 @@ def test_T8_a_trained_network_reaches_the_nonlinear_optimum() -> None:
         optimiser.zero_grad()
         objective(model, x0, t=t, generator=generator).total.mean().backward()
         optimiser.step()
-        schedule.step()
-    grid, density, plain, oracle = T8_oracle(process.alphas_cumprod[0].item(), m)
+        lr_schedule.step()
+    grid, density, plain, oracle = T8_oracle(schedule.alphas_cumprod[0].item(), m)
     with torch.no_grad():
         learned = layers(torch.tensor(grid, dtype=torch.float32)[:, None])[:, 0].numpy()
 
@@ -541,9 +543,9 @@ def test_T8_a_trained_network_reaches_the_nonlinear_optimum() -> None:
 
 def test_T8_for_one_gaussian_the_oracle_is_T3() -> None:
     """A check of the tridiagonal solve, and of the two theorems against each other."""
-    process, index, m = ddpm_process(), 300, 0.6
-    grid, density, plain, oracle = T8_oracle(process.alphas_cumprod[index].item(), m, centre=0.0)
+    schedule, index, m = ddpm_schedule(), 300, 0.6
+    grid, density, plain, oracle = T8_oracle(schedule.alphas_cumprod[index].item(), m, centre=0.0)
     seen = density > 1e-3 * density.max()
     for curve, strength in ((plain, 0.0), (oracle, m)):
-        slope = T3_optimum(process, index, strength, torch.tensor([[0.04]], dtype=torch.float64)).item()
+        slope = T3_optimum(schedule, index, strength, torch.tensor([[0.04]], dtype=torch.float64)).item()
         np.testing.assert_allclose(curve[seen], slope * grid[seen], rtol=1e-4, atol=1e-5)

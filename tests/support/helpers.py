@@ -45,7 +45,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(shape, generator=seeded(seed), dtype=dtype)
 
 
-def ddpm_process(
+def ddpm_schedule(
     prediction: Prediction = "epsilon", zero_snr: bool = False, dtype: torch.dtype = torch.float64
 ) -> NoiseSchedule:
     """The process of diffusers' default DDPM scheduler, with its table in ``dtype``."""
@@ -53,7 +53,7 @@ def ddpm_process(
     return NoiseSchedule(scheduler.alphas_cumprod.to(dtype), prediction)
 
 
-def process_at(levels: Tensor, prediction: Prediction = "epsilon") -> NoiseSchedule:
+def schedule_at(levels: Tensor, prediction: Prediction = "epsilon") -> NoiseSchedule:
     """A process whose noise levels sigma/alpha are ``levels``, ascending, shape (T,)."""
     return NoiseSchedule(1 / (1 + levels.double().square()), prediction)
 

@@ -78,10 +78,10 @@ def test_every_image_comes_with_its_own_level(config: TrainConfig, monkeypatch, 
         def __call__(self, model, x0, *, noise_level=None, **more):
             seen.append((x0.clone(), noise_level.clone()))
             terms = super().__call__(model, x0, noise_level=noise_level, **more)
-            assert (self.process.noise_to_signal(terms.t) > noise_level).all()
+            assert (self.schedule.noise_to_signal(terms.t) > noise_level).all()
             return terms
 
-    monkeypatch.setattr(trainer, "build_objective", lambda _, process, unknown: Watching(process))
+    monkeypatch.setattr(trainer, "build_objective", lambda _, schedule, unknown: Watching(schedule))
     run(config, **feeding)
     data = load_images(config.data)
     met = set()
@@ -96,8 +96,8 @@ def test_every_image_comes_with_its_own_level(config: TrainConfig, monkeypatch, 
 def test_two_processes_and_workers_meet_the_levels_of_the_counter(photos: Path) -> None:
     data, sigma = load_images(photos), torch.linspace(0, 1, 8, dtype=torch.float64)
     batches = Batches(data, (), 3, True, sigma=sigma)
-    for process in range(2):
-        for counters, _ in iterate_batches(batches, RankSampler(0, 5, 6, 3, process, 2), workers=1):
+    for schedule in range(2):
+        for counters, _ in iterate_batches(batches, RankSampler(0, 5, 6, 3, schedule, 2), workers=1):
             levels = batches.noise_levels(counters)
             assert levels.tolist() == [sigma[batches.index(counter)] for counter in counters]
     assert Batches(data, (), 3, True).noise_levels(range(3)) is None
@@ -172,8 +172,8 @@ def test_plan_card_and_account_say_what_the_run_was_told(config: TrainConfig, ca
     assert account["trained"] == 8
     told = account["noise_levels"]
     assert (told["count"], told["lowest"], told["median"], told["highest"]) == (3, 0.1, 0.2, 0.4)
-    process = NoiseSchedule.from_scheduler(DDPMScheduler(50))
-    above = [(process.noise_to_signal(torch.arange(50)) > level).double().mean().item() for level in LEVELS.values()]
+    schedule = NoiseSchedule.from_scheduler(DDPMScheduler(50))
+    above = [(schedule.noise_to_signal(torch.arange(50)) > level).double().mean().item() for level in LEVELS.values()]
     assert told["timesteps"] == pytest.approx(sum(above) / 3)
     assert told["untrained_below"] == 0
 

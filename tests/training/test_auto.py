@@ -106,7 +106,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[torch.Tens
     original = EquivarianceLoss.__call__
 
     def watching(self, model, x0, **arguments):
-        seen.append((arguments["t"], arguments[name], self.process))
+        seen.append((arguments["t"], arguments[name], self.schedule))
         return original(self, model, x0, **arguments)
 
     monkeypatch.setattr(EquivarianceLoss, "__call__", watching)
@@ -118,8 +118,8 @@ def test_noisy_images_meet_their_level_and_no_timestep_below_it(config: TrainCon
     run(config, corrupt=NOISY)
     assert any((levels > 0).any() for _, levels, _ in seen)
     assert any((levels == 0).any() for _, levels, _ in seen)
-    for t, levels, process in seen:
-        assert (process.noise_to_signal(t) > levels).all()
+    for t, levels, schedule in seen:
+        assert (schedule.noise_to_signal(t) > levels).all()
 
 
 def test_where_every_image_lost_pixels_the_loss_spares_them_at_low_noise(config: TrainConfig, monkeypatch) -> None:
@@ -130,7 +130,7 @@ def test_where_every_image_lost_pixels_the_loss_spares_them_at_low_noise(config:
     assert found["masked"]
     level = max(image["usable"] for image in found["images"])
     spared = torch.cat([~mask.flatten(1).all(1) for _, mask, _ in seen])
-    below = torch.cat([process.noise_to_signal(t) <= level for t, _, process in seen])
+    below = torch.cat([schedule.noise_to_signal(t) <= level for t, _, schedule in seen])
     assert spared.any()
     assert not spared[~below].any()
     assert spared[below].double().mean() > 0.9  # a few images lost so little that nothing was found
@@ -273,15 +273,15 @@ def test_the_objective_starts_from_gated_or_with_auto_from_plain() -> None:
 
 
 def test_levels_that_nothing_is_known_of_are_regularised_unless_flags_say_what_else() -> None:
-    process, unknown = NoiseSchedule(torch.linspace(0.999, 0.01, 100)), (0.0, 0.15)
-    plain = build_objective(TrainConfig("x", auto=True), process)
-    assert plain == EquivarianceLoss.preset("plain", process)
-    fallen = build_objective(TrainConfig("x", auto=True), process, unknown)
-    assert fallen == EquivarianceLoss.preset("gated", process, strength=SigmaRange(0.0, 0.15, 15.0))
-    paper = build_objective(TrainConfig("x", auto=True, preset="paper"), process, unknown)
-    assert paper == EquivarianceLoss.preset("paper", process)
+    schedule, unknown = NoiseSchedule(torch.linspace(0.999, 0.01, 100)), (0.0, 0.15)
+    plain = build_objective(TrainConfig("x", auto=True), schedule)
+    assert plain == EquivarianceLoss.preset("plain", schedule)
+    fallen = build_objective(TrainConfig("x", auto=True), schedule, unknown)
+    assert fallen == EquivarianceLoss.preset("gated", schedule, strength=SigmaRange(0.0, 0.15, 15.0))
+    paper = build_objective(TrainConfig("x", auto=True, preset="paper"), schedule, unknown)
+    assert paper == EquivarianceLoss.preset("paper", schedule)
     own = TrainConfig("x", auto=True, perturbation="random", strength=2.0, gate="0:0.4")
-    assert build_objective(own, process, unknown).strength == SigmaRange(0.0, 0.4, 2.0)
+    assert build_objective(own, schedule, unknown).strength == SigmaRange(0.0, 0.4, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -311,9 +311,9 @@ def test_global_randomness_rules_nothing_and_is_left_alone(batches: Batches) -> 
 @pytest.mark.parametrize("preset", ["gated", "paper"])
 def test_timesteps_noise_and_perturbation_belong_to_the_counter(batches: Batches, base, preset: str) -> None:
     """What the network is given, pass by pass, is bitwise the same in a batch of 12 and one by one."""
-    process = NoiseSchedule(torch.linspace(0.999, 0.01, 100))
+    schedule = NoiseSchedule(torch.linspace(0.999, 0.01, 100))
     gate = "0:1" if preset == "gated" else None
-    objective = build_objective(dataclasses.replace(base, preset=preset, gate=gate), process)
+    objective = build_objective(dataclasses.replace(base, preset=preset, gate=gate), schedule)
     assert isinstance(objective, EquivarianceLoss)
 
     class Half(torch.nn.Module):  # works on each number alone: batches cannot change its rounding

@@ -313,11 +313,11 @@ def test_flips_are_mirrored_half_of_the_time(photos: Path) -> None:
 
 
 def test_objective_flags_reach_the_objective() -> None:
-    process = NoiseSchedule(torch.linspace(0.99, 0.01, 10))
-    paper = build_objective(TrainConfig("x", preset="paper"), process)
-    assert paper == EquivarianceLoss.preset("paper", process)
-    gated = build_objective(TrainConfig("x"), process)
-    assert gated == EquivarianceLoss.preset("gated", process)
+    schedule = NoiseSchedule(torch.linspace(0.99, 0.01, 10))
+    paper = build_objective(TrainConfig("x", preset="paper"), schedule)
+    assert paper == EquivarianceLoss.preset("paper", schedule)
+    gated = build_objective(TrainConfig("x"), schedule)
+    assert gated == EquivarianceLoss.preset("gated", schedule)
     assert isinstance(gated.strength, SigmaRange)
     flags = TrainConfig(
         "x",
@@ -334,17 +334,17 @@ def test_objective_flags_reach_the_objective() -> None:
         gradient="perturbed",
     )
     flags.validate()
-    robust = build_objective(flags, process)
+    robust = build_objective(flags, schedule)
     assert robust.strength == SigmaRange(0.1, 0.5, 2.0)
     assert dataclasses.astuple(robust.radius) == (1.0, 0.5, 0.0, False)
     assert dataclasses.astuple(robust.perturbation) == (3, "residual", 0.7)
     assert robust.gradient == "perturbed"
-    assert build_objective(TrainConfig("x", preset="plain"), process).perturbation is None
-    assert build_objective(TrainConfig("x", perturbation="none"), process).perturbation is None
-    assert build_objective(TrainConfig("x", gate="0:inf", strength=1.0), process).strength == 1.0
-    assert type(build_objective(TrainConfig("x", objective="invariance"), process)) is InvarianceLoss
+    assert build_objective(TrainConfig("x", preset="plain"), schedule).perturbation is None
+    assert build_objective(TrainConfig("x", perturbation="none"), schedule).perturbation is None
+    assert build_objective(TrainConfig("x", gate="0:inf", strength=1.0), schedule).strength == 1.0
+    assert type(build_objective(TrainConfig("x", objective="invariance"), schedule)) is InvarianceLoss
     for name in ("input-perturbation", "pseudo-huber"):
-        peer = build_objective(TrainConfig("x", objective=name), process)
+        peer = build_objective(TrainConfig("x", objective=name), schedule)
         assert isinstance(peer, DenoisingLoss)
         assert not isinstance(peer, EquivarianceLoss)
 

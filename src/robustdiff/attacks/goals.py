@@ -183,15 +183,15 @@ class NoisePredictionShift:
 
     def __call__(self, omega: Tensor, term: int) -> Tensor:
         """Sum over the image's elements of the squared shift or residual of one step."""
-        x, process = self.states[term], self.trajectory.process
+        x, schedule = self.states[term], self.trajectory.schedule
         t = torch.tensor(self.trajectory.steps[self.attacked[term]].t, device=x.device)
         kwargs = dict(self.trajectory.kwargs)
         if term not in self._clean:
             with torch.no_grad():
                 self._clean[term] = call_model(self.trajectory.model, x, t, kwargs)
         push = omega[:, term]
-        shift = call_model(self.trajectory.model, process.perturb(x, push, t), t, kwargs) - self._clean[term]
-        moved = process.eps_shift if self.inner == "shift" else process.equivariance_residual
+        shift = call_model(self.trajectory.model, schedule.perturb(x, push, t), t, kwargs) - self._clean[term]
+        moved = schedule.eps_shift if self.inner == "shift" else schedule.equivariance_residual
         return moved(shift, push, t).square().flatten(1).sum(1)
 
 

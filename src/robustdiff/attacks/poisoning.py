@@ -47,7 +47,7 @@ class DenoisingLossGoal:
 
     Args:
         model: ``callable(x_t, t, **kwargs)``.
-        process: Its noise process.
+        schedule: Its noise schedule.
         images: In [-1, 1], shape (B, C, H, W).
         generators: One per image: then no image depends on its neighbours.
         terms: Draws that are averaged per evaluation, >= 1.
@@ -60,7 +60,7 @@ class DenoisingLossGoal:
     """
 
     model: Model
-    process: NoiseSchedule
+    schedule: NoiseSchedule
     images: Tensor
     generators: Sequence[torch.Generator]
     terms: int = 4
@@ -80,12 +80,12 @@ class DenoisingLossGoal:
     def __call__(self, omega: Tensor, term: int) -> Tensor:
         """Mean squared error of the prediction, shape (B,), at new draws."""
         x0 = (self.images + omega[:, 0]).clamp(-1, 1)
-        levels = self.process.num_timesteps
+        levels = self.schedule.num_timesteps
         u = draw_uniform(self.images.flatten(1)[:, 0], self.generators)
         t = ((term + u) / self.terms * levels).long().clamp(max=levels - 1)
         eps = draw_normal(self.images, self.generators)
-        output = call_model(self.model, self.process.add_noise(x0, eps, t), t, dict(self.kwargs))
-        return (output - self.process.target(x0, eps, t)).square().flatten(1).mean(1)
+        output = call_model(self.model, self.schedule.add_noise(x0, eps, t), t, dict(self.kwargs))
+        return (output - self.schedule.target(x0, eps, t)).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,9 +179,9 @@ class Poison:
 
     def loss(self, x0: Tensor, places: Sequence[int], seed: int, what: str, terms: int) -> DenoisingLossGoal:
         """The objective at some images of the set."""
-        process = NoiseSchedule.from_scheduler(self.pipeline.scheduler)
+        schedule = NoiseSchedule.from_scheduler(self.pipeline.scheduler)
         kwargs = {} if self.labels is None else {"class_labels": self.labels[list(places)].to(x0.device)}
-        return DenoisingLossGoal(self.pipeline.unet, process, x0, place_generators(what, seed, places), terms, kwargs)
+        return DenoisingLossGoal(self.pipeline.unet, schedule, x0, place_generators(what, seed, places), terms, kwargs)
 
 
 def load_poison(config: CorruptConfig, /, **settings: Any) -> tuple[ImageDataset, Poison]:  # noqa: ANN401 - passed through

@@ -96,7 +96,7 @@ def purify(
     trajectory = dataclasses.replace(trajectory, model=_Fixed(unet), kwargs=kwargs)
     x0 = image.to(device=unet.device, dtype=unet.dtype)
     t = torch.full((len(x0),), levels - 1, device=x0.device)
-    noisy = trajectory.process.add_noise(x0, draw_normal(x0, generator), t)
+    noisy = trajectory.schedule.add_noise(x0, draw_normal(x0, generator), t)
     noise = trajectory.draw_noise(x0, generator)
     checkpointed = torch.is_grad_enabled() and image.requires_grad
     return trajectory.run(noisy, noise=noise, checkpointed=checkpointed).to(device=image.device, dtype=image.dtype)

@@ -47,20 +47,20 @@ class StepCoefficients:
     noise: float
 
 
-def ddim_step(process: NoiseSchedule, t: int, previous: int, final_alpha_bar: float = 1.0) -> StepCoefficients:
+def ddim_step(schedule: NoiseSchedule, t: int, previous: int, final_alpha_bar: float = 1.0) -> StepCoefficients:
     """The deterministic step from ``t`` to ``previous`` (below 0: to the image itself).
 
     Source: Song et al. (2021, DDIM), Eq. 12 with eta = 0; diffusers' ``DDIMScheduler``.
     """
-    after = float(process.alphas_cumprod[previous]) if previous >= 0 else final_alpha_bar
+    after = float(schedule.alphas_cumprod[previous]) if previous >= 0 else final_alpha_bar
     return StepCoefficients(t, after**0.5, (1 - after) ** 0.5, 0.0, 0.0)
 
 
-def ddpm_step(process: NoiseSchedule, t: int, previous: int, large_variance: bool = False) -> StepCoefficients:
+def ddpm_step(schedule: NoiseSchedule, t: int, previous: int, large_variance: bool = False) -> StepCoefficients:
     """The ancestral step from ``t`` to ``previous``, for any stride.
 
     Args:
-        process: Noise process.
+        schedule: Noise schedule.
         t: Timestep, in [0, T).
         previous: Where it leads, below ``t``; below 0: to the image itself.
         large_variance: beta_t for the variance (diffusers' ``fixed_large``) instead of the posterior's
@@ -68,8 +68,8 @@ def ddpm_step(process: NoiseSchedule, t: int, previous: int, large_variance: boo
 
     Source: Ho et al. (2020), Eq. 7; diffusers' ``DDPMScheduler``.
     """
-    here = float(process.alphas_cumprod[t])
-    after = float(process.alphas_cumprod[previous]) if previous >= 0 else 1.0
+    here = float(schedule.alphas_cumprod[t])
+    after = float(schedule.alphas_cumprod[previous]) if previous >= 0 else 1.0
     alpha = here / after
     variance = (1 - alpha) if large_variance else max((1 - after) / (1 - here) * (1 - alpha), 1e-20)
     x0, x = after**0.5 * (1 - alpha) / (1 - here), alpha**0.5 * (1 - after) / (1 - here)
@@ -106,7 +106,7 @@ class DifferentiableSampler:
 
     Args:
         model: ``callable(x_t, t, **kwargs)``, returning a tensor or an object with ``.sample``.
-        process: Its noise process.
+        schedule: Its noise schedule.
         steps: What each step does, the noisiest first.
         clip: Bound on the denoised image within each step (diffusers' ``clip_sample_range``), or None.
         clamp: Whether the image at the end is held in [-1, 1], as ``robustdiff.sample`` does.
@@ -114,7 +114,7 @@ class DifferentiableSampler:
     """
 
     model: Model
-    process: NoiseSchedule
+    schedule: NoiseSchedule
     steps: Sequence[StepCoefficients]
     clip: float | None = None
     clamp: bool = False
@@ -124,7 +124,7 @@ class DifferentiableSampler:
     def of(
         cls,
         model: Model,
-        process: NoiseSchedule,
+        schedule: NoiseSchedule,
         sampler: Sampler = "ddim",
         timesteps: Sequence[int] | int = 50,
         *,
@@ -136,7 +136,7 @@ class DifferentiableSampler:
 
         Args:
             model: As above.
-            process: As above.
+            schedule: As above.
             sampler: ``"ddim"`` (deterministic) or ``"ddpm"`` (ancestral).
             timesteps: Falling timesteps in [0, T), or how many, trailing.
             final_alpha_bar: What DDIM's last step arrives at; 1 unless a scheduler says otherwise.
@@ -148,7 +148,7 @@ class DifferentiableSampler:
         """
         if sampler not in get_args(Sampler):
             raise ValueError(f"sampler {sampler!r} is not one of {', '.join(get_args(Sampler))}")
-        levels = process.num_timesteps
+        levels = schedule.num_timesteps
         if isinstance(timesteps, int):
             if not 1 <= timesteps <= levels:
                 raise ValueError(f"the number of steps, {timesteps}, must be in 1 .. {levels}")
@@ -158,10 +158,10 @@ class DifferentiableSampler:
             raise ValueError(f"timesteps must fall from below {levels} to at least 0, got {list(timesteps)}")
         pairs = list(pairwise(times))
         if sampler == "ddim":
-            steps = [ddim_step(process, t, previous, final_alpha_bar) for t, previous in pairs]
+            steps = [ddim_step(schedule, t, previous, final_alpha_bar) for t, previous in pairs]
         else:
-            steps = [ddpm_step(process, t, previous, large_variance) for t, previous in pairs]
-        return cls(model, process, steps, **settings)
+            steps = [ddpm_step(schedule, t, previous, large_variance) for t, previous in pairs]
+        return cls(model, schedule, steps, **settings)
 
     @property
     def stochastic(self) -> bool:
@@ -184,7 +184,7 @@ class DifferentiableSampler:
     def sigmas(self, attacked: Sequence[int], like: Tensor) -> Tensor:
         """Noise scales s_k of the sampler steps ``attacked``, shape (K,), dtype and device of ``like``."""
         t = torch.tensor([self.steps[k].t for k in attacked], device=like.device)
-        return self.process.sigma(t).to(like.dtype)
+        return self.schedule.sigma(t).to(like.dtype)
 
     def draw_noise(self, like: Tensor, generator: Generators = None, first: int = 0) -> list[Tensor | None]:
         """The noise of every step from ``first`` on, in the order in which stock pipelines draw it.
@@ -273,10 +273,10 @@ class DifferentiableSampler:
         """One step without its fresh noise."""
         step = self.steps[k]
         output = call_model(self.model, x, t, dict(self.kwargs))
-        x0_hat = self.process.x0_hat(output, x, t)
+        x0_hat = self.schedule.x0_hat(output, x, t)
         if self.clip is not None:
             x0_hat = x0_hat.clamp(-self.clip, self.clip)
         moved = step.x0 * x0_hat
         if step.eps:
-            moved = moved + step.eps * self.process.eps_hat(output, x, t)
+            moved = moved + step.eps * self.schedule.eps_hat(output, x, t)
         return moved + step.x * x if step.x else moved

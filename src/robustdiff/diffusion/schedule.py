@@ -1,4 +1,4 @@
-"""The forward noise process: signal and noise scales, adding noise, and converting predictions.
+"""The forward noise schedule: signal and noise scales, adding noise, and converting predictions.
 
 Notation (used in the whole package): ``x_t = alpha(t) * x0 + sigma(t) * eps`` with
 ``alpha = sqrt(alpha_bar)`` and ``sigma = sqrt(1 - alpha_bar)``, diffusers' DDPM convention.

@@ -23,7 +23,7 @@ class SigmaClampedModel:
 
     Args:
         model: ``callable(x_t, t, **kwargs)``.
-        process: Its noise process.
+        schedule: Its noise schedule.
         relabel: Factor >= 1 on the noise level. In a linear-Gaussian world ``sqrt(1 + m)`` gives exactly what the
             equivariance regulariser of strength m gives.
         label_floor: Least noise level sigma/alpha to query at, >= 0: details finer than this are not asked for.
@@ -35,7 +35,7 @@ class SigmaClampedModel:
     """
 
     model: Model
-    process: NoiseSchedule
+    schedule: NoiseSchedule
     relabel: float = 1.0
     label_floor: float = 0.0
 
@@ -47,12 +47,12 @@ class SigmaClampedModel:
     def __call__(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> Tensor:  # noqa: ANN401 - passed through
         """The prediction for state ``x_t``, (B, ...), at timesteps ``t``, (B,) or ()."""
         t = t.to(x_t.device).round().long().reshape(-1).expand(x_t.shape[0])
-        level = self.process.noise_to_signal(t)
+        level = self.schedule.noise_to_signal(t)
         wanted = (self.relabel * level).clamp(min=self.label_floor)
         changed = wanted > level
-        asked = torch.where(changed, self.process.timestep_at(wanted), t)
-        rescale = torch.where(changed, self.process.alpha(asked) / self.process.alpha(t), torch.ones_like(level))
+        asked = torch.where(changed, self.schedule.timestep_at(wanted), t)
+        rescale = torch.where(changed, self.schedule.alpha(asked) / self.schedule.alpha(t), torch.ones_like(level))
         state = x_t * expand_to(rescale.to(x_t.dtype), x_t)
         output = call_model(self.model, state, asked, kwargs)
-        answer = self.process.output_from_x0(self.process.x0_hat(output, state, asked), x_t, t)
+        answer = self.schedule.output_from_x0(self.schedule.x0_hat(output, state, asked), x_t, t)
         return torch.where(expand_to(asked != t, x_t), answer, output)

@@ -40,31 +40,31 @@ from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.utils.tensors import expand_to, to_device
 
 
-def first_timesteps(process: NoiseSchedule, noise_level: Tensor) -> Tensor:
+def first_timesteps(schedule: NoiseSchedule, noise_level: Tensor) -> Tensor:
     """The least timestep whose noise level sigma/alpha is above that of each image.
 
     Args:
-        process: The noise process; its levels must not fall with t.
+        schedule: The noise schedule; its levels must not fall with t.
         noise_level: sigma_n, standard deviation of the noise in each image, >= 0, in units of the data, shape (B,).
 
     Returns:
         int64, shape (B,), where ``noise_level`` lies; 0 for a clean image.
 
     Raises:
-        ValueError: If a level is negative, not finite, or not below the largest one of the process.
+        ValueError: If a level is negative, not finite, or not below the largest one of the schedule.
     """
-    table = process.noise_to_signal(torch.arange(process.num_timesteps, device=noise_level.device)).double()
+    table = schedule.noise_to_signal(torch.arange(schedule.num_timesteps, device=noise_level.device)).double()
     if not bool((table.diff().nan_to_num(0.0) >= 0).all()):  # inf - inf is no fall
-        raise ValueError("noise_level needs a process whose noise grows with t: sort alphas_cumprod downwards")
+        raise ValueError("noise_level needs a schedule whose noise grows with t: sort alphas_cumprod downwards")
     level = noise_level.double()
     bad = level[~(level.isfinite() & (level >= 0))]
     if len(bad):
         raise ValueError(f"noise_level must be finite and 0 or more, got {bad[0].item():g}")
     first = torch.searchsorted(table, level.contiguous(), right=True)
-    if bool((first == process.num_timesteps).any()):
+    if bool((first == schedule.num_timesteps).any()):
         raise ValueError(
             f"noise_level {level.max().item():.4g} is not below {table[-1].item():.4g}, the largest noise level "
-            "sigma/alpha of the process: no timestep is left for such an image"
+            "sigma/alpha of the schedule: no timestep is left for such an image"
         )
     return first
 
@@ -96,11 +96,11 @@ class NoisyBatch:
         return NoisyBatch(self.t[index], self.eps[here], self.x_t[here], self.target[here], keep, mask)
 
 
-def add_noise(process: NoiseSchedule, x0: Tensor, z: Tensor, t: Tensor, noise_level: Tensor | None) -> NoisyBatch:
+def add_noise(schedule: NoiseSchedule, x0: Tensor, z: Tensor, t: Tensor, noise_level: Tensor | None) -> NoisyBatch:
     """State and target of images at their timesteps, by the formulas above.
 
     Args:
-        process: The noise process.
+        schedule: The noise schedule.
         x0: Images, shape (B, ...): y, where they have noise of their own.
         z: Standard normal numbers of that shape.
         t: Timesteps, shape (B,), not below :func:`first_timesteps`.
@@ -110,10 +110,10 @@ def add_noise(process: NoiseSchedule, x0: Tensor, z: Tensor, t: Tensor, noise_le
         The batch; its ``eps`` is e.
     """
     if noise_level is None:
-        return NoisyBatch(t, z, process.add_noise(x0, z, t), process.target(x0, z, t))
+        return NoisyBatch(t, z, schedule.add_noise(x0, z, t), schedule.target(x0, z, t))
     level = to_device(noise_level, t.device).double()
-    ratio = level / process.noise_to_signal(t).double()  # to 0 at zero terminal SNR
+    ratio = level / schedule.noise_to_signal(t).double()  # to 0 at zero terminal SNR
     # 1 - rho in double precision: little is left of it where L is hardly above sigma_n
     keep, pull = (expand_to(to_device(c.to(x0.dtype), x0.device), x0) for c in (1 - ratio.square(), level * ratio))
     e = keep.sqrt() * z
-    return NoisyBatch(t, e, process.add_noise(x0, e, t), process.target(keep * x0 - pull * e, e, t), keep)
+    return NoisyBatch(t, e, schedule.add_noise(x0, e, t), schedule.target(keep * x0 - pull * e, e, t), keep)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustdiff.losses.ambient import NoisyBatch
 from robustdiff.losses.denoising import DenoisingLoss
-from robustdiff.losses.equivariance import EquivarianceLoss, Schedule
+from robustdiff.losses.equivariance import EquivarianceLoss, FunctionOfSigma
 from robustdiff.losses.perturbation import AdversarialPerturbation
 from robustdiff.utils.random import Generators, draw_normal
 from robustdiff.utils.tensors import expand_to, to_device
@@ -37,7 +37,7 @@ class InvarianceLoss(EquivarianceLoss):
 
     def _penalised(self, noised: NoisyBatch, output: Tensor, perturbed: Tensor, omega: Tensor, t: Tensor) -> Tensor:
         output, perturbed = self._branches(output, perturbed)
-        return self.process.eps_shift(perturbed - output, omega, t)
+        return self.schedule.eps_shift(perturbed - output, omega, t)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class InputPerturbationLoss(DenoisingLoss):
     """Input perturbation: the state is built with ``eps + gamma xi``, xi ~ N(0, I), the target keeps ``eps``.
 
     Args:
-        process: The noise process.
+        schedule: The noise schedule.
         gamma: Extra noise relative to eps, >= 0 (0.1 in the source).
 
     Source: Ning et al. (2023), "Input Perturbation Reduces Exposure Bias in Diffusion Models", Algorithm 1.
@@ -63,7 +63,7 @@ class InputPerturbationLoss(DenoisingLoss):
     ) -> NoisyBatch:
         noised = super()._noise(x0, generator, t, eps, noise_level)
         xi = draw_normal(x0, generator)
-        return replace(noised, x_t=self.process.add_noise(x0, noised.eps + self.gamma * xi, noised.t))
+        return replace(noised, x_t=self.schedule.add_noise(x0, noised.eps + self.gamma * xi, noised.t))
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class PseudoHuberLoss(DenoisingLoss):
     ``noise_level``: what a noisy image tells of the clean one is a mean, and this loss has its least value elsewhere.
 
     Args:
-        process: The noise process.
+        schedule: The noise schedule.
         width: c > 0: a number, or a function of sigma/alpha. Default: falls from 1 (no noise) to ``0.1`` (all noise) as
             ``0.1 + 0.9 / (1 + sigma/alpha)^2``.
 
@@ -84,7 +84,7 @@ class PseudoHuberLoss(DenoisingLoss):
     Source: Khrapov et al. (2024), arXiv 2403.16728.
     """
 
-    width: float | Schedule | None = None
+    width: float | FunctionOfSigma | None = None
     takes_noise_level: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ class PseudoHuberLoss(DenoisingLoss):
             raise ValueError(f"PseudoHuberLoss needs width > 0, got {self.width}")
 
     def _denoising(self, noised: NoisyBatch, output: Tensor) -> Tensor:
-        level = self.process.noise_to_signal(noised.t)
+        level = self.schedule.noise_to_signal(noised.t)
         if self.width is None:
             width = 0.1 + 0.9 / (1 + level).square()
         else:

@@ -61,10 +61,10 @@ class DenoisingLoss:
     """The denoising loss ``||output - target||^2`` (Ho et al. 2020, Eq. 14), uniform in t.
 
     Args:
-        process: The noise process, which also says what the model predicts.
+        schedule: The noise schedule, which also says what the model predicts.
     """
 
-    process: NoiseSchedule
+    schedule: NoiseSchedule
     takes_noise_level: ClassVar[bool] = True
     """Whether the minimum stays where it is when images are noisy and say how much."""
 
@@ -100,7 +100,7 @@ class DenoisingLoss:
 
         Raises:
             ValueError: If ``x0`` is not floating point, or ``t``, ``eps``, ``noise_level``, ``loss_mask`` or the
-                model's output do not fit its shape; if a noise level is not below the largest of the process, or ``t``
+                model's output do not fit its shape; if a noise level is not below the largest of the schedule, or ``t``
                 not above it; or if this objective cannot use noise levels.
         """
         check_generators(generator, x0.shape[0])
@@ -123,13 +123,13 @@ class DenoisingLoss:
     def _noise(
         self, x0: Tensor, generator: Generators, t: Tensor | None, eps: Tensor | None, noise_level: Tensor | None
     ) -> NoisyBatch:
-        first = None if noise_level is None else first_timesteps(self.process, noise_level)
+        first = None if noise_level is None else first_timesteps(self.schedule, noise_level)
         if t is None:
-            t = self.process.draw_timesteps(x0.shape[0], generator, first)
+            t = self.schedule.draw_timesteps(x0.shape[0], generator, first)
         elif first is not None and bool((t < to_device(first, t.device)).any()):
             raise ValueError("t is not above the noise_level of every image: draw it from levels.first_timesteps on")
         eps = draw_normal(x0, generator) if eps is None else eps.to(x0.dtype)
-        return add_noise(self.process, x0, eps, t, noise_level)
+        return add_noise(self.schedule, x0, eps, t, noise_level)
 
     def _denoising(self, noised: NoisyBatch, output: Tensor) -> Tensor:
         return noised.mean((noised.kept(output) - noised.target).square())

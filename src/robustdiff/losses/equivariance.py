@@ -40,7 +40,7 @@ from robustdiff.losses.perturbation import (
 from robustdiff.utils.random import Generators
 from robustdiff.utils.tensors import to_device
 
-Schedule = Callable[[Tensor], Tensor]
+FunctionOfSigma = Callable[[Tensor], Tensor]
 """Maps noise levels sigma/alpha, shape (B,), to values, shape (B,)."""
 
 
@@ -96,7 +96,7 @@ class EquivarianceLoss(DenoisingLoss):
     SNR + 1), so that a ``strength`` means the same for epsilon-, sample- and v-prediction.
 
     Args:
-        process: The noise process, which also says what the model predicts.
+        schedule: The noise schedule, which also says what the model predicts.
         perturbation: ``"none"``, ``"random"``, ``"adversarial"``, or a :class:`Perturbation` object.
         strength: lambda >= 0: a number, or a function of sigma/alpha, shape (B,) -> (B,), such as :class:`SigmaRange`.
         radius: Bound on omega per noise level: a :class:`Radius` or ``callable(sigma, generator)``.
@@ -113,7 +113,7 @@ class EquivarianceLoss(DenoisingLoss):
     """
 
     perturbation: str | Perturbation | None = "adversarial"
-    strength: float | Schedule = 0.3
+    strength: float | FunctionOfSigma = 0.3
     radius: Radius | Callable[[Tensor, Generators], Tensor] = field(default_factory=Radius)
     gradient: Literal["both", "perturbed", "clean"] = "both"
     target: Literal["output", "noise"] = "output"
@@ -132,7 +132,7 @@ class EquivarianceLoss(DenoisingLoss):
             raise ValueError("target='noise' has no clean branch: use gradient='both' or 'perturbed'")
 
     @classmethod
-    def preset(cls, name: str, process: NoiseSchedule, **changes: Any) -> EquivarianceLoss:  # noqa: ANN401 - fields
+    def preset(cls, name: str, schedule: NoiseSchedule, **changes: Any) -> EquivarianceLoss:  # noqa: ANN401 - fields
         """Published or recommended settings by name (``PRESETS``); ``changes`` override single fields.
 
         Raises:
@@ -140,7 +140,7 @@ class EquivarianceLoss(DenoisingLoss):
         """
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
-        return cls(process, **{**PRESETS[name], **changes})
+        return cls(schedule, **{**PRESETS[name], **changes})
 
     def _terms(
         self,
@@ -183,7 +183,7 @@ class EquivarianceLoss(DenoisingLoss):
         """Lambda per image, shape (B,), where ``t`` lies."""
         if not callable(self.strength):
             return torch.full(t.shape, float(self.strength), dtype=dtype, device=t.device)
-        strength = self.strength(self.process.noise_to_signal(t)).to(dtype)
+        strength = self.strength(self.schedule.noise_to_signal(t)).to(dtype)
         if strength.shape != t.shape:
             raise ValueError(f"the strength function returned shape {tuple(strength.shape)}, not {tuple(t.shape)}")
         if not bool((strength >= 0).all()):
@@ -192,7 +192,7 @@ class EquivarianceLoss(DenoisingLoss):
 
     def _radius(self, t: Tensor, dtype: torch.dtype, generator: Generators) -> Tensor:
         """The bound on omega per image, shape (B,), where ``t`` lies."""
-        radius = self.radius(self.process.sigma(t).to(dtype), generator)
+        radius = self.radius(self.schedule.sigma(t).to(dtype), generator)
         if radius.shape != t.shape:
             raise ValueError(f"the radius function returned shape {tuple(radius.shape)}, not {tuple(t.shape)}")
         if not isinstance(self.radius, Radius) and not bool((radius >= 0).all()):
@@ -215,13 +215,13 @@ class EquivarianceLoss(DenoisingLoss):
         clean = output.detach()
 
         def perturbed_output(omega: Tensor) -> Tensor:
-            return call_model(model, self.process.perturb(noised.x_t, omega, t), t, kwargs)
+            return call_model(model, self.schedule.perturb(noised.x_t, omega, t), t, kwargs)
 
         def respond(omega: Tensor) -> Response:
             with kept_random_stream(omega.device):
                 moved = perturbed_output(omega) - clean
             return Response(
-                self.process.eps_shift(moved, omega, t), self.process.equivariance_residual(moved, omega, t)
+                self.schedule.eps_shift(moved, omega, t), self.schedule.equivariance_residual(moved, omega, t)
             )
 
         with kept_buffers(model):
@@ -234,9 +234,9 @@ class EquivarianceLoss(DenoisingLoss):
         if self.target == "noise":
             # The state x_t' holds the noise eps + omega; its target is that of the clean state, moved alike.
             error = noised.kept(perturbed) - noised.target
-            return self.process.equivariance_residual(error, noised.kept(omega), t)
+            return self.schedule.equivariance_residual(error, noised.kept(omega), t)
         output, perturbed = self._branches(output, perturbed)
-        return self.process.equivariance_residual(perturbed - output, omega, t)
+        return self.schedule.equivariance_residual(perturbed - output, omega, t)
 
     def _branches(self, output: Tensor, perturbed: Tensor) -> tuple[Tensor, Tensor]:
         """The clean and the perturbed output, one of them a fixed target if ``gradient`` says so."""

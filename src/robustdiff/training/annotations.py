@@ -36,20 +36,20 @@ class NoiseLevels:
         source: A file, or ``corrupt``.
         sigma: Standard deviation, in the [-1, 1] range; float64, shape (N,), 0 where nothing is said.
         trained: Places of the images that are trained on, int64.
-        process: The noise process they are trained in.
+        schedule: The noise schedule they are trained in.
     """
 
     source: str
     sigma: Tensor
     trained: Tensor
-    process: NoiseSchedule
+    schedule: NoiseSchedule
 
     def visits(self) -> LevelBalancedSampler:
         """When each image is used: every noise level equally often."""
         weight = torch.zeros(len(self.sigma), dtype=torch.float64)
         weight[self.trained] = 1.0
         inside = torch.where(weight > 0, self.sigma, torch.zeros_like(self.sigma))
-        return LevelBalancedSampler(first_timesteps(self.process, inside), weight, self.process.num_timesteps)
+        return LevelBalancedSampler(first_timesteps(self.schedule, inside), weight, self.schedule.num_timesteps)
 
     @property
     def sha256(self) -> str:
@@ -59,7 +59,7 @@ class NoiseLevels:
     def describe(self) -> dict[str, Any]:
         """JSON-ready account for ``data.json``; levels and timesteps are those of the noisy images trained on."""
         sigma = self.sigma[self.trained]
-        first = first_timesteps(self.process, sigma)
+        first = first_timesteps(self.schedule, sigma)
         noisy = sigma[sigma > 0]
         lowest = int(first.min())
         return {
@@ -68,8 +68,8 @@ class NoiseLevels:
             "lowest": noisy.min().item(),
             "median": noisy.median().item(),
             "highest": noisy.max().item(),
-            "timesteps": 1 - first[sigma > 0].double().mean().item() / self.process.num_timesteps,
-            "untrained_below": self.process.noise_to_signal(torch.tensor(lowest)).item() if lowest else 0.0,
+            "timesteps": 1 - first[sigma > 0].double().mean().item() / self.schedule.num_timesteps,
+            "untrained_below": self.schedule.noise_to_signal(torch.tensor(lowest)).item() if lowest else 0.0,
             "sha256": self.sha256,
         }
 
@@ -97,7 +97,7 @@ def told_levels(
     trained: Tensor,
     corruptions: Sequence[Corruption],
     seed: int,
-    process: NoiseSchedule,
+    schedule: NoiseSchedule,
 ) -> NoiseLevels:
     """The noise level of every image.
 
@@ -107,7 +107,7 @@ def told_levels(
         trained: Places of those that are trained on.
         corruptions: The dirt; for ``corrupt``, gaussian only.
         seed: Of the dirt.
-        process: The noise process, whose largest level is the limit.
+        schedule: The noise schedule, whose largest level is the limit.
 
     Raises:
         UsageError: If the file cannot be used, a name is unknown, a level has no meaning, or all are 0.
@@ -118,12 +118,12 @@ def told_levels(
         for index in range(len(data)):
             hits = [c for place, c in enumerate(corruptions) if c.hits(seed, index, place)]
             sigma[index] = math.hypot(*(float(c.parameters["sigma"]) for c in hits))
-        _check(sigma.max().item(), flag, process)
+        _check(sigma.max().item(), flag, schedule)
     else:
         places = {name: place for place, name in enumerate(data.names)}
         skipped = {name for name, _ in data.skipped}
         for name, value, where in read_levels(Path(source), data):
-            _check(value, f"{flag}{where}", process)
+            _check(value, f"{flag}{where}", schedule)
             if name in places:
                 sigma[places[name]] = value
             elif name not in skipped:
@@ -132,17 +132,17 @@ def told_levels(
                 )
     if not bool((sigma[trained] > 0).any()):
         raise UsageError(f"{flag}: no image that is trained on has a level above 0: leave the flag out")
-    return NoiseLevels(source, sigma, trained, process)
+    return NoiseLevels(source, sigma, trained, schedule)
 
 
-def _check(sigma: float, where: str, process: NoiseSchedule) -> None:
+def _check(sigma: float, where: str, schedule: NoiseSchedule) -> None:
     if not (math.isfinite(sigma) and sigma >= 0):
         raise UsageError(f"{where}: a noise level must be a finite number, 0 or more, not {sigma:g}")
-    largest = process.noise_to_signal(torch.tensor(process.num_timesteps - 1)).item()
+    largest = schedule.noise_to_signal(torch.tensor(schedule.num_timesteps - 1)).item()
     if sigma >= largest:
         raise UsageError(
-            f"{where}: {sigma:g} is not below {largest:.4g}, the largest noise level of the process: give sigma in the "
-            "[-1, 1] range, or remove that image"
+            f"{where}: {sigma:g} is not below {largest:.4g}, the largest noise level of the schedule: give sigma in "
+            "the [-1, 1] range, or remove that image"
         )
 
 

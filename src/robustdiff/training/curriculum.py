@@ -100,33 +100,33 @@ class LevelBalancedSampler:
         return torch.maximum(t.clamp(max=self.num_timesteps - 1), first)
 
 
-def visits_of(trust: AuditResult, process: NoiseSchedule) -> LevelBalancedSampler | None:
+def visits_of(trust: AuditResult, schedule: NoiseSchedule) -> LevelBalancedSampler | None:
     """When each image is used; None if there is nothing to rule.
 
-    A level at or above the largest of the process leaves that image out.
+    A level at or above the largest of the schedule leaves that image out.
 
     Raises:
         UsageError: If that leaves none.
     """
     if trust.trivial:
         return None
-    largest = float(process.noise_to_signal(torch.tensor(process.num_timesteps - 1)))
+    largest = float(schedule.noise_to_signal(torch.tensor(schedule.num_timesteps - 1)))
     lowest = trust.lowest
     inside = lowest < largest
     if not bool((inside & (trust.weight > 0)).any()):
         raise UsageError("--auto found no image that can be trained on: look at them with robustdiff audit")
-    first = first_timesteps(process, torch.where(inside, lowest, torch.zeros_like(lowest)))
+    first = first_timesteps(schedule, torch.where(inside, lowest, torch.zeros_like(lowest)))
     return LevelBalancedSampler(
-        first, torch.where(inside, trust.weight, torch.zeros_like(trust.weight)), process.num_timesteps
+        first, torch.where(inside, trust.weight, torch.zeros_like(trust.weight)), schedule.num_timesteps
     )
 
 
-def whole_from(trust: AuditResult, process: NoiseSchedule) -> Tensor | None:
+def whole_from(trust: AuditResult, schedule: NoiseSchedule) -> Tensor | None:
     """The timestep from which lost pixels, filled in, count in the loss, int64, shape (N,); None: all do."""
     if not (trust.masked and bool((trust.holed & (trust.usable > trust.noise)).any())):
         return None
-    never = torch.full_like(trust.usable, process.num_timesteps, dtype=torch.long)
-    largest = float(process.noise_to_signal(torch.tensor(process.num_timesteps - 1)))
+    never = torch.full_like(trust.usable, schedule.num_timesteps, dtype=torch.long)
+    largest = float(schedule.noise_to_signal(torch.tensor(schedule.num_timesteps - 1)))
     inside = trust.usable < largest
-    first = first_timesteps(process, torch.where(inside & trust.holed, trust.usable, torch.zeros_like(trust.usable)))
+    first = first_timesteps(schedule, torch.where(inside & trust.holed, trust.usable, torch.zeros_like(trust.usable)))
     return torch.where(inside, first, never)

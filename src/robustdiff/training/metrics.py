@@ -155,7 +155,7 @@ class Metrics:
         self._waiting.append((step, row, [(terms.t, terms.total.detach()) for terms in parts]))
         return bad
 
-    def settle(self, process: NoiseSchedule) -> tuple[list[NonFinite], NonFinite | None]:
+    def settle(self, schedule: NoiseSchedule) -> tuple[list[NonFinite], NonFinite | None]:
         """Fetch what waits, over all processes.
 
         Returns:
@@ -174,20 +174,20 @@ class Metrics:
                 continue
             self.streak += 1
             self.skipped += 1
-            found.append(self._non_finite(step, parts, row[-1], process))
+            found.append(self._non_finite(step, parts, row[-1], schedule))
             if not self._skip or self.streak >= self.PATIENCE:
                 return found, found[-1]
         return found, None
 
     def _non_finite(
-        self, step: int, parts: list[tuple[Tensor, Tensor]], norm: float, process: NoiseSchedule
+        self, step: int, parts: list[tuple[Tensor, Tensor]], norm: float, schedule: NoiseSchedule
     ) -> NonFinite:
         """Which images and noise levels the step had; every process asks at the same step."""
         t, losses = (
             torch.cat([self._accelerator.gather(values).cpu() for values in column])
             for column in zip(*parts, strict=True)
         )
-        return NonFinite(step, t, process.noise_to_signal(t), losses, norm)
+        return NonFinite(step, t, schedule.noise_to_signal(t), losses, norm)
 
     def means(self) -> dict[str, float | None]:
         """Means over the steps since the last call, None without any; the gradient norm is that of the last step."""

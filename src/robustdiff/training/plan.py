@@ -135,7 +135,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 def describe_objective(objective: DenoisingLoss) -> str:
     """The objective and its settings in one line."""
     fields = dataclasses.fields(objective)
-    values = {f.name: getattr(objective, f.name) for f in fields if f.name != "process"}
+    values = {f.name: getattr(objective, f.name) for f in fields if f.name != "schedule"}
     if values.get("perturbation", "") is None:
         return "DenoisingLoss()"
     return f"{type(objective).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"

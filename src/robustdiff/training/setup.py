@@ -51,19 +51,19 @@ def source_options(config: TrainConfig) -> dict[str, str | None]:
 
 
 def build_objective(
-    config: TrainConfig, process: NoiseSchedule, unknown: tuple[float, float] | None = None
+    config: TrainConfig, schedule: NoiseSchedule, unknown: tuple[float, float] | None = None
 ) -> DenoisingLoss:
     """The objective that the flags describe: the preset's settings, overridden one by one.
 
     Args:
         config: The flags.
-        process: The noise process.
+        schedule: The noise schedule.
         unknown: Noise levels at which ``--auto`` found no image to trust: regularised there, if no flag says what else.
     """
     if config.objective == "input-perturbation":
-        return InputPerturbationLoss(process)
+        return InputPerturbationLoss(schedule)
     if config.objective == "pseudo-huber":
-        return PseudoHuberLoss(process)
+        return PseudoHuberLoss(schedule)
     settings = dict(PRESETS[config.start])
     if unknown is not None and config.preset is None and config.perturbation is None:
         settings = {**PRESETS["gated"], "strength": SigmaRange(*unknown, FALLBACK)}
@@ -91,7 +91,7 @@ def build_objective(
     settings["strength"] = value if (low, high) == (0.0, math.inf) else SigmaRange(low, high, value)
     if config.gradient is not None:
         settings["gradient"] = config.gradient
-    return (InvarianceLoss if config.objective == "invariance" else EquivarianceLoss)(process, **settings)
+    return (InvarianceLoss if config.objective == "invariance" else EquivarianceLoss)(schedule, **settings)
 
 
 def check_gate(objective: DenoisingLoss, levels: NoiseLevels) -> None:

@@ -121,21 +121,21 @@ def train(config: TrainConfig) -> Path:
     workers = config.dataloader_num_workers
     workers = (min(4, cores()) if data.streamed else 0) if workers is None else workers
     pipeline, network = build_pipeline(config, data)
-    process = NoiseSchedule.from_scheduler(pipeline.scheduler)
+    schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
     trained, levels = trained_images(data, corruptions, config.seed, config.clean_subset), None
     batches = Batches(data, corruptions, config.seed, config.random_flip, trained)
     bare = batches
     trust = _examined(config, accelerator, batches, folder) if config.auto else None
     if config.noise_levels is not None:
-        levels = told_levels(config.noise_levels, data, trained, corruptions, config.seed, process)
+        levels = told_levels(config.noise_levels, data, trained, corruptions, config.seed, schedule)
         _check_alike(accelerator, levels.sha256, f"--noise-levels {config.noise_levels} are others")
         batches = dataclasses.replace(batches, sigma=levels.sigma, visits=levels.visits())
-    objective = build_objective(config, process, None if trust is None else trust.regularise)
+    objective = build_objective(config, schedule, None if trust is None else trust.regularise)
     if trust is not None:
         sigma = trust.noise if bool((trust.noise > 0).any()) else None
         repair = trust.repaired if trust.lost else None
-        known = {"sigma": sigma, "visits": visits_of(trust, process), "repair": repair}
-        batches = dataclasses.replace(batches, **known, whole_from=whole_from(trust, process))
+        known = {"sigma": sigma, "visits": visits_of(trust, schedule), "repair": repair}
+        batches = dataclasses.replace(batches, **known, whole_from=whole_from(trust, schedule))
     count = len(trained) if batches.visits is None else len(batches.visits.used)
     plan = Plan.resolve(
         config,
@@ -152,11 +152,11 @@ def train(config: TrainConfig) -> Path:
         told |= levels.rows()
     if trust is not None:
         told |= trust.rows()
-    preview_steps = config.ddpm_num_inference_steps or largest_divisor(process.num_timesteps, at_most=50)
-    if process.num_timesteps % preview_steps:
-        nearest = largest_divisor(process.num_timesteps, at_most=preview_steps)
+    preview_steps = config.ddpm_num_inference_steps or largest_divisor(schedule.num_timesteps, at_most=50)
+    if schedule.num_timesteps % preview_steps:
+        nearest = largest_divisor(schedule.num_timesteps, at_most=preview_steps)
         raise UsageError(
-            f"--ddpm-num-inference-steps {preview_steps} does not divide the {process.num_timesteps} noise levels: "
+            f"--ddpm-num-inference-steps {preview_steps} does not divide the {schedule.num_timesteps} noise levels: "
             f"use {nearest}"
         )
     conditional = pipeline.unet.config["num_class_embeds"] is not None
@@ -183,7 +183,7 @@ def train(config: TrainConfig) -> Path:
         fused=fused,
     )
     # Stepped once per optimiser step and not handed to accelerate: the same under accumulation and many processes.
-    schedule = get_scheduler(
+    lr_schedule = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=plan.warmup_steps, num_training_steps=plan.steps
     )
     # A gate's second pass has another batch size at every step: compile once for any, not once per size.
@@ -192,7 +192,7 @@ def train(config: TrainConfig) -> Path:
     with warnings.catch_warnings():  # its successor (torch 2.13) still synchronises at the start
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*deprecated")
         model, optimizer = accelerator.prepare(compiled, optimizer)
-    extra = {"schedule": schedule}
+    extra = {"schedule": lr_schedule}
     if accelerator.scaler is not None:
         extra["scaler"] = accelerator.scaler
     state = TrainingState(unet, optimizer.optimizer, ema, extra)
@@ -259,7 +259,7 @@ def train(config: TrainConfig) -> Path:
 
     def settle() -> None:
         """Fetch the metrics; write down what was not finite, and stop for it if it must be."""
-        found, fatal = metrics.settle(process)
+        found, fatal = metrics.settle(schedule)
         for one in found:
             if accelerator.is_main_process:
                 bad_lines.write(one.record(batches))
@@ -355,13 +355,13 @@ def train(config: TrainConfig) -> Path:
                     loss = loss * (1 + 0 * loss.detach())
                     accelerator.backward(loss / config.gradient_accumulation_steps)
             gradient_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
-            rate = schedule.get_last_lr()[0]
+            rate = lr_schedule.get_last_lr()[0]
             bad = metrics.add(step, parts, gradient_norm)
             if accelerator.scaler is None and fused:
                 state.optimizer.found_inf = bad  # the fused kernel then changes nothing, and no one waits to know
             if accelerator.scaler is not None or fused or not bad:
                 optimizer.step()
-            schedule.step()
+            lr_schedule.step()
             optimizer.zero_grad()
             if ema is not None:
                 ema.step(unet.parameters())
