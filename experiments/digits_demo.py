@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.utils import logging
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from robustdiff import __version__
 from robustdiff.data.corruption import Corruption
 from robustdiff.data.dataset import load_images
 from robustdiff.diffusion.pipeline import load_pipeline, sample
+from robustdiff.evaluation import distances
 from robustdiff.utils.images import to_uint8
 
 DIRT = "gaussian:sigma=0.2,fraction=0.9"
@@ -39,22 +39,9 @@ STEPS = 50
 FLOORS, RELABELS, SHRINKS = (0.05, 0.1, 0.15, 0.2, 0.3), (1.1, 1.2, 1.41), (0.95, 0.9, 0.8)
 
 
-class Pixels(torch.nn.Module):
-    """uint8 images (B, 1, 8, 8) -> features (B, 64) in [-1, 1]: the pixels themselves."""
-
-    num_features = 64
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """The pixels as features."""
-        return images.flatten(1).double() / 127.5 - 1
-
-
 def frechet(generated: torch.Tensor, real: torch.Tensor) -> float:
     """Pixel Frechet distance of two uint8 sets (N, 1, 8, 8), in squared units of the [-1, 1] range."""
-    metric = FrechetInceptionDistance(feature=Pixels(), input_img_size=(1, 8, 8)).set_dtype(torch.float64)
-    metric.update(real, real=True)
-    metric.update(generated, real=False)
-    return metric.compute().item()
+    return distances.frechet(*(images.flatten(1).double() / 127.5 - 1 for images in (generated, real)))
 
 
 def noise_estimate(images: torch.Tensor) -> float:
