@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
+from scipy.stats import beta, norm
+from scipy.stats import t as student
 from torch import Tensor
 
 Interval = tuple[float, float]
 """Lower and upper end, 95 %."""
-NORMAL_95 = 1.959963984540054
+NORMAL_95 = float(norm.ppf(0.975))
 """The 97.5 % quantile of the standard normal law."""
 
 
@@ -206,27 +208,12 @@ def clopper_pearson(successes: int, trials: int) -> Interval:
         successes: 0 to ``trials``.
         trials: >= 1.
 
-    Source: Clopper and Pearson (1934); the binomial tails are summed in float64 and solved by bisection.
+    Source: Clopper and Pearson (1934).
     """
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"no share: {successes} of {trials}")
-    counts = torch.arange(trials + 1, dtype=torch.float64)
-    ways = math.lgamma(trials + 1) - torch.lgamma(counts + 1) - torch.lgamma(trials - counts + 1)
-
-    def tail(share: float, part: slice) -> float:
-        logs = ways + counts * math.log(share) + (trials - counts) * math.log1p(-share)
-        return float(logs[part].exp().sum())
-
-    def solve(too_high: Callable[[float], bool]) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (low, middle) if too_high(middle) else (middle, high)
-        return (low + high) / 2
-
-    at_least, at_most = slice(successes, None), slice(successes + 1)
-    lower = 0.0 if successes == 0 else solve(lambda share: tail(share, at_least) > 0.025)
-    upper = 1.0 if successes == trials else solve(lambda share: tail(share, at_most) < 0.025)
+    lower = 0.0 if successes == 0 else float(beta.ppf(0.025, successes, trials - successes + 1))
+    upper = 1.0 if successes == trials else float(beta.ppf(0.975, successes + 1, trials - successes))
     return lower, upper
 
 
@@ -273,11 +260,10 @@ def half_sampled(
     generator = torch.Generator().manual_seed(seed)
     whole = metric(a, b)
     halves = [metric(_part(a, len(a) // 2, generator), _part(b, len(b) // 2, generator)) for _ in range(repeats)]
-    # Student's quantile to order 1/freedom: 2.0096 for 49 degrees, as tabulated
-    student = NORMAL_95 + (NORMAL_95**3 + NORMAL_95) / (4 * (repeats - 1))
+    quantile = float(student.ppf(0.975, repeats - 1))
     found = {}
     for name, value in whole.items():
-        half_width = student * float(torch.tensor([half[name] for half in halves], dtype=torch.float64).std())
+        half_width = quantile * float(torch.tensor([half[name] for half in halves], dtype=torch.float64).std())
         lower, upper = max(value - half_width, 0.0), value + half_width
         if shares is not None and name in shares:
             least, most = clopper_pearson(round(value * shares[name]), shares[name])
