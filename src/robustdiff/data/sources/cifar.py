@@ -5,6 +5,8 @@ Reading order: ``formats.py`` defines what a source is, ``sources.py`` decides w
 
 from __future__ import annotations
 
+import io
+import pickle
 import pickletools
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,24 @@ CIFAR100 = {"train": ["train"], "test": ["test"]}
 """Files by split."""
 Inert = Any
 """What :func:`inert` makes of a pickle: numbers, text, bytes, lists, dictionaries, tuples and :class:`_Call`."""
+_NAMES = {"numpy ndarray", "numpy dtype", "_codecs encode", "__builtin__ bytes"}
+_NAMES |= {
+    f"numpy.{core}.{name}" for core in ("core", "_core") for name in ("multiarray _reconstruct", "numeric _frombuffer")
+}
+"""What arrays and bytes are pickled as calls of."""
+_PUSH = {
+    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "EMPTY_LIST", "EMPTY_DICT", "GLOBAL"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "BINSTRING", "SHORT_BINSTRING", "STACK_GLOBAL"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "REDUCE"),
+}
+"""Instructions that leave something on the stack that is no tuple."""
+_KNOWN = _PUSH | {
+    *("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "BINGET", "LONG_BINGET", "PROTO", "FRAME", "MARK"),
+    *("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD", "STOP"),
+}
+"""All that plain data need."""
+_MOST_TUPLES = 100
+"""That are no arguments of a call; a file of CIFAR has four."""
 
 
 @dataclass(eq=False)
@@ -38,91 +58,61 @@ class _Call:
     args: Any = None
     state: Any = None
 
+    def __call__(self, *args: Inert) -> Inert:
+        return _Call(self.name, args)
+
+    def __setstate__(self, state: Inert) -> None:
+        self.state = state
+
+
+class _Reader(pickle.Unpickler):
+    """Imports nothing: every name that it admits stands for a :class:`_Call`."""
+
+    def find_class(self, module: str, name: str, /) -> Inert:
+        if f"{module} {name}" not in _NAMES:
+            raise pickle.UnpicklingError(f"it names {f'{module}.{name}'!r:.80}, which images have no need of")
+        return _Call(f"{module} {name}")
+
+
+def _check(data: bytes) -> None:
+    """Refuse a pickle with other instructions, or that could take time or memory out of proportion to its size.
+
+    Keys are hashed, and the hash of a tuple visits all that is in it: tuples may neither be used twice nor be many.
+    """
+    again: dict[Any, bool] = {}  # whether what was kept under this number may be used again
+    before, tuples = "", 0
+    for opcode, arg, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            number = len(again) if arg is None else arg
+            if number > len(data):  # the unpickler makes room for as many
+                raise ValueError("damaged")
+            again[number] = before in _PUSH
+            continue
+        if name not in _KNOWN:
+            raise ValueError(f"instruction {name}, which plain data do not need")
+        tuples += name.startswith("TUPLE") - (name == "REDUCE" and before.startswith("TUPLE"))
+        if (name.endswith("BINGET") and not again.get(arg)) or tuples > _MOST_TUPLES:
+            raise ValueError("damaged")
+        before = name
+
 
 def inert(data: bytes) -> Inert:
     """The plain data of a pickle of protocol 2 to 5; what it names is not imported, what it calls is not called.
 
     Raises:
-        Exception: Of any type, on a damaged file or an instruction that plain data have no need of.
+        Exception: Of any type, on a damaged file, or one that names or does what plain data have no need of.
     """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-    left = len(data)  # characters to encode: a file that has one text encoded again and again could fill the memory
+    _check(data)
+    return _Reader(io.BytesIO(data), encoding="bytes").load()
 
-    def pop(start: int) -> list[Any]:
-        taken = stack[start:]
-        del stack[start:]
-        return taken
 
-    def top(kind: type) -> Inert:
-        if not isinstance(stack[-1], kind):
-            raise ValueError("damaged")
-        return stack[-1]
-
-    arg: Any
-    for opcode, arg, _ in pickletools.genops(data):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8":
-                stack.append(arg)
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8":
-                stack.append(arg)
-            case "BINSTRING" | "SHORT_BINSTRING":  # Python 2's str
-                stack.append(arg.encode("latin-1"))
-            case "BYTEARRAY8":
-                stack.append(bytes(arg))
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "MARK":
-                marks.append(len(stack))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(pop(-int(opcode.name[-1]))))
-            case "TUPLE":
-                stack.append(tuple(pop(marks.pop())))
-            case "APPEND" | "APPENDS":
-                values = pop(-1 if opcode.name == "APPEND" else marks.pop())
-                top(list).extend(values)
-            case "SETITEM" | "SETITEMS":
-                pairs = pop(-2 if opcode.name == "SETITEM" else marks.pop())
-                if any(isinstance(key, tuple) for key in pairs[::2]):  # hashing nested ones could take for ever
-                    raise ValueError("damaged")
-                top(dict).update(zip(pairs[::2], pairs[1::2], strict=True))
-            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
-                memo[len(memo) if arg is None else arg] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[arg])
-            case "GLOBAL":
-                stack.append(_Call(arg))
-            case "STACK_GLOBAL":
-                stack.append(_Call(" ".join(pop(-2))))
-            case "REDUCE":
-                args = pop(-1)[0]
-                function = top(_Call).name
-                if function == "_codecs encode":  # how protocol 2 writes bytes
-                    left -= len(args[0])
-                    if left < 0:
-                        raise ValueError("damaged")
-                    stack[-1] = args[0].encode("latin-1")
-                else:
-                    stack[-1] = _Call(function, args)
-            case "BUILD":
-                state = pop(-1)[0]
-                top(_Call).state = state
-            case "STOP":
-                return stack[-1]
-            case other:
-                raise ValueError(f"instruction {other}, which plain data do not need")
-    raise ValueError("damaged")  # not reached: genops itself insists on STOP
+def _text(value: Inert) -> str:
+    """Text, and bytes in either form; what is neither becomes empty: printing nested values could take for ever."""
+    if isinstance(value, _Call) and value.name == "_codecs encode" and value.args:  # how protocol 2 writes bytes
+        value = value.args[0]
+    value = value.decode("latin-1") if isinstance(value, bytes) else value
+    return value if isinstance(value, str) else ""
 
 
 def _array(value: Inert) -> Pixels:
@@ -132,9 +122,10 @@ def _array(value: Inert) -> Pixels:
         fortran = order != "C"
     else:
         _, shape, dtype, fortran, data = value.state
-    if dtype.name != "numpy dtype" or dtype.args[0] not in ("u1", b"u1") or fortran or shape[1:] != (3072,):
+    if dtype.name != "numpy dtype" or _text(dtype.args[0]) != "u1" or fortran or shape[1:] != (3072,):
         raise ValueError("needs rows of 3072 uint8 in C order")
-    return np.frombuffer(data, np.uint8).reshape(shape)
+    content = _text(data).encode("latin-1") if isinstance(data, _Call) else data
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def cifar(folder: Path, split: str | None) -> Source:
@@ -154,7 +145,7 @@ def cifar(folder: Path, split: str | None) -> Source:
             raise DataError(f"the file {name} is missing")
         try:
             content = inert((folder / name).read_bytes())
-            content = {k.decode("latin-1") if isinstance(k, bytes) else k: value for k, value in content.items()}
+            content = {_text(name): value for name, value in content.items()}
             return [content[key] for key in keys[:2]] + [content.get(key) for key in keys[2:]]
         except (MemoryError, PermissionError):
             raise
@@ -162,10 +153,10 @@ def cifar(folder: Path, split: str | None) -> Source:
             raise DataError(f"{name} is no file of CIFAR ({type(error).__name__}: {short_reason(error)})") from None
 
     def texts(values: Inert) -> list[str]:
-        """What is no text becomes empty, which is no name: printing nested values could take for ever."""
         values = values if isinstance(values, list) else []
-        values = [value.decode("latin-1") if isinstance(value, bytes) else value for value in values]
-        return [value if isinstance(value, str) else "" for value in values]
+        own = {id(value): value for value in values}  # one that is listed again and again is decoded once
+        own = {key: _text(value) for key, value in own.items()}
+        return [own[id(value)] for value in values]
 
     classes = tuple(texts(read(meta[0], meta[1], meta[1])[0]))
     if not all(classes) or not classes:
