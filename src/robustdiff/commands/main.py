@@ -197,50 +197,33 @@ def known_flags(command: type) -> list[str]:
 
 
 def _one_line(text: str, arguments: list[str], commands: Mapping[str, Command], prog: str) -> str:
-    """One sentence out of tyro's boxed message, with the nearest flag or command for a misspelt one."""
+    """One sentence: the nearest name for a misspelt command or flag, else tyro's own words without their box."""
     command = next((a for a in arguments if not a.startswith("-")), None)
+    if command is None:
+        return f"name a command: {', '.join(commands)} (see {prog} --help)"
     if command not in commands:
-        if command is None:
-            return f"name a command: {', '.join(commands)} (see {prog} --help)"
         return f"{command!r} is no command{_nearest(command, list(commands))}; there are {', '.join(commands)}"
-    lines = [line.strip("│╭╮╰╯─+|- ") for line in text.splitlines()]  # the last three where boxes are drawn in ASCII
-    message = " ".join(line for line in lines[1:] if line).strip()
-    title = lines[0] if lines else ""
     called = f"{prog} {command}" if len(commands) > 1 else prog
     help_hint = f" (see {called} --help)"
-    if title.startswith("Unrecognized"):
-        flags = known_flags(commands[command].config)
-        known = {flag.replace("_", "-") for flag in flags} | {f.replace("--", "--no-", 1) for f in flags}
-        for argument in arguments[arguments.index(command) + 1 :]:
-            name = argument.split("=")[0].replace("_", "-")
-            if name.startswith("-") and name not in known:
-                return f"{command} has no flag {argument.split('=')[0]}{_nearest(name, flags)}{help_hint}"
-        return f"{command}: {message.split('For full helptext')[0].strip()}{help_hint}"
-    value_missing = re.search(r"Missing value for argument '([^']+)'", message)
-    if value_missing:
-        return f"{command}: {value_missing[1]} needs a value{help_hint}"
-    wrong = re.search(r"invalid choice '(.*?)' for argument '([^']+)'", message)
-    if wrong:
-        choices = _choices(commands[command].config, wrong[2])
+    flags = known_flags(commands[command].config)
+    known = {flag.replace("_", "-") for flag in flags} | {flag.replace("--", "--no-", 1) for flag in flags}
+    for argument in arguments[arguments.index(command) + 1 :]:
+        name = argument.split("=")[0]
+        if re.match("--?[a-zA-Z]", name) and name.replace("_", "-") not in known:
+            return f"{command} has no flag {name}{_nearest(name.replace('_', '-'), flags)}{help_hint}"
+    plain = re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯─]", "", text)  # colours, where stdout is a terminal
+    words = " ".join(word for word in plain.strip().partition("\n")[2].split() if word.strip("+|-"))  # not the title
+    said = re.split("Argument helptext|For full helptext|Expected 1 values", words)[0]
+    if said.startswith("Missing from"):
+        needed = [str(f.type) for f in dataclasses.fields(commands[command].config) if f.default is dataclasses.MISSING]
+        names = re.findall(r"metavar=['\"](\w+)", " ".join(needed))
+        return f"{command} needs {' '.join(names)}{help_hint}"
+    if wrong := re.match(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of (.*)", said):
+        choices = sorted({*re.findall(r"[\w-]+", wrong[3])} - {"None"})
         return f"{wrong[2]} {wrong[1]!r} is not one of {', '.join(choices)}{_nearest(wrong[1], choices)}{help_hint}"
-    wrong = re.search(r"Error parsing (\S+?):", message)
-    if wrong:
-        values = re.findall(r"'([^']*)'", message.split("Argument helptext")[0])
-        kind = "whole number" if "int()" in message else "number"
-        return f"{wrong[1]} {values[-1] if values else ''!r} is not a {kind}{help_hint}"
-    if title.startswith("Required"):
-        field = dataclasses.fields(commands[command].config)
-        needed = [re.search(r"metavar=['\"](\w+)['\"]", str(f.type)) for f in field if f.default is dataclasses.MISSING]
-        names = " ".join(match.group(1) for match in needed if match)
-        return f"{command} needs {names}{help_hint}"
-    message = re.split(r"Argument helptext|For full helptext", message)[0].strip()
-    return f"{command}: {message or title}{help_hint}"
-
-
-def _choices(command: type, flag: str) -> list[str]:
-    """What a flag takes, in the order of its declaration."""
-    (field,) = (f for f in dataclasses.fields(command) if "--" + f.name.replace("_", "-") in flag.split("/"))
-    return re.findall(r"[\w-]+", re.sub(r".*Literal\[(.*?)\].*", r"\1", str(field.type)))
+    if wrong := re.match(r"Error parsing (\S+): .*(int\(\)|float).*?: '(.*)'", said):
+        return f"{wrong[1]} {wrong[3]!r} is not a {'whole ' if wrong[2] == 'int()' else ''}number{help_hint}"
+    return f"{command}: {said.strip()}{help_hint}"
 
 
 def _nearest(word: str, choices: list[str]) -> str:
