@@ -39,10 +39,9 @@ FORMAT = 1
 """Version of the layout, in the manifest; any other is refused."""
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 _EMA = "ema.safetensors"
-_NAME = re.compile(r"step-(\d{8,18})", re.ASCII)
-_LEFTOVER = re.compile(r"\.step-(\d{8,18})\.(tmp|old|trash)", re.ASCII)
+_NAME = re.compile(r"(\.)?step-(\d{8,18})(?(1)\.(tmp|old|trash))", re.ASCII)
 _ASKED = re.compile(r"\.?(?:step-|checkpoint-)?(\d{1,18})(?:\.tmp|\.old)?", re.ASCII)
-_RANK = {"old": 0, "tmp": 1}
+_RANK = {"old": 0, "tmp": 1, None: 2}
 _verified: dict[Path, tuple[tuple[object, ...], ...]] = {}
 """Checkpoints this process has written or hashed, with the marks (:func:`_marks`) their files had then."""
 
@@ -106,8 +105,7 @@ def save_checkpoint(folder: Path, step: int, state: TrainingState, counters: dic
         "optimizer.safetensors": {key: value for key, value in flat.items() if isinstance(value, Tensor)},
     }
     if state.ema is not None:
-        names = [name for name, _ in state.model.named_parameters()]
-        tensors[_EMA] = dict(zip(names, state.ema.shadow_params, strict=True))
+        tensors[_EMA] = _averages(state)
 
     final = folder / f"step-{step:08d}"
     staging = folder / f".{final.name}.tmp"
@@ -130,6 +128,12 @@ def save_checkpoint(folder: Path, step: int, state: TrainingState, counters: dic
     return final
 
 
+def _averages(state: TrainingState) -> dict[str, Tensor]:
+    """The moving average itself, by the names of the parameters; empty without one."""
+    names = [name for name, _ in state.model.named_parameters()]
+    return {} if state.ema is None else dict(zip(names, state.ema.shadow_params, strict=True))
+
+
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file and wait until it is on the disk; the library's I/O errors become OSErrors."""
     try:
@@ -145,7 +149,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _tidy(folder: Path) -> None:
     """Finish what a killed save left: a good leftover of a step without a good one gets its name, others go."""
-    left = {path: match for path in folder.iterdir() if (match := _LEFTOVER.fullmatch(path.name))}
+    left = {path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)) and match[1]}
     found = _candidates(folder)
     for step in {step for step, _, path in found if path in left}:
         choices = [path for number, _, path in reversed(found) if number == step]
@@ -201,12 +205,10 @@ def _candidates(folder: Path) -> list[tuple[int, int, Path]]:
     """(step, rank, path) of what may be a checkpoint, worst first: by step, complete leftovers before the real one."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        match, left = _NAME.fullmatch(path.name), _LEFTOVER.fullmatch(path.name)
-        if match:
-            found.append((int(match[1]), len(_RANK), path))
-        elif left and left[2] in _RANK:
-            found.append((int(left[1]), _RANK[left[2]], path))
-    return sorted(item for item in found if item[1] == len(_RANK) or _is_complete(item[2]))
+        match = _NAME.fullmatch(path.name)
+        if match and match[3] in _RANK and (match[3] is None or _is_complete(path)):
+            found.append((int(match[2]), _RANK[match[3]], path))
+    return sorted(found)
 
 
 def _is_complete(path: Path) -> bool:
@@ -236,8 +238,8 @@ def verify(path: Path) -> str:
     Returns:
         "" if it is undamaged, else what is wrong with which file, in one line.
     """
-    match = _NAME.fullmatch(path.name) or _LEFTOVER.fullmatch(path.name)
-    about = {"step": int(match[1])} if match else {}
+    match = _NAME.fullmatch(path.name)
+    about = {"step": int(match[2])} if match else {}
     return atomic_io.check_manifest(path, _FILES, (_EMA,), format=FORMAT, **about)
 
 
@@ -302,12 +304,10 @@ def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
         if misfit := _misfit(state.model.state_dict(), weights):
             raise UsageError(f"{path} was made with another network: {misfit}")
         _check_record(record, state)
-        shadow = {}
-        if state.ema is not None:
-            shadow = load_file(path / _EMA)
-            names = [name for name, _ in state.model.named_parameters()]
-            misfit = _misfit(dict(zip(names, state.ema.shadow_params, strict=True)), shadow)
-            _require(not misfit, f"{_EMA}: {misfit}")
+        saved = {} if state.ema is None else load_file(path / _EMA)
+        averages = _averages(state)
+        misfit = _misfit(averages, saved)
+        _require(not misfit, f"{_EMA}: {misfit}")
         moments = _moments(state.optimizer, {**tensors, **record["optimizer"]["numbers"]})
     except UsageError:
         raise
@@ -316,9 +316,9 @@ def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
         raise UsageError(f"{path} is damaged ({reason}): name another with --resume-from-checkpoint") from None
 
     state.model.load_state_dict(weights)
+    for name, value in averages.items():
+        value.copy_(saved[name])
     if state.ema is not None:
-        for (name, _), value in zip(state.model.named_parameters(), state.ema.shadow_params, strict=True):
-            value.copy_(shadow[name])
         state.ema.optimization_step = average["optimization_step"]
     groups = []
     for group in record["optimizer"]["param_groups"]:

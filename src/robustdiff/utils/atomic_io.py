@@ -72,13 +72,11 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: If it could not be written; what was there is then untouched.
     """
-    content = text.encode()
-    staging = path.with_name(f".{path.name}.tmp")
+    content, staging = text.encode(), path.with_name(f".{path.name}.tmp")
     try:
         with open(staging, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        fsync_file(staging)
         os.replace(staging, path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -90,12 +88,7 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - whatever JSON can hold
     """Write strict JSON the way of :func:`write_text`.
 
-    Args:
-        path: The file.
-        value: Anything JSON can hold.
-
     Raises:
-        OSError: If it could not be written.
         ValueError: If a number is NaN or infinite, which JSON does not know; nothing is written then.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
