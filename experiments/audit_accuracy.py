@@ -26,7 +26,7 @@ from torch.nn.functional import interpolate
 
 from robustdiff.audit.detectors import duplicates
 from robustdiff.audit.detectors.feature_outliers import robust_distance
-from robustdiff.audit.run import examine
+from robustdiff.audit.run import detect
 from robustdiff.data.corruption import Corruption, corrupt
 from robustdiff.data.dataset import load_images
 from robustdiff.evaluation.extractors import open_extractor
@@ -81,7 +81,7 @@ def row(name: str, x0: torch.Tensor, dirt: str) -> dict[str, object]:
     if dirt.endswith("8 bit"):
         images = from_uint8(to_uint8(images))
     started = time.perf_counter()
-    trust = examine(lambda places: images[places.start : places.stop], len(images))
+    trust = detect(lambda places: images[places.start : places.stop], len(images))
     called = ~trust.clean if trust.regularise is None else torch.ones_like(hit)
     return {
         "set": name,

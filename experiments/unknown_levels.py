@@ -27,7 +27,7 @@ from torch import Tensor
 from experiments.paper import linear
 from experiments.paper.worlds import LinearGaussian, Subspace
 from robustdiff.audit.result import AuditResult
-from robustdiff.audit.run import examine
+from robustdiff.audit.run import detect
 from robustdiff.data.dataset import load_images
 
 RESULT = Path(__file__).parent / "results" / "unknown_levels.json"
@@ -100,7 +100,7 @@ def generated(v: Tensor, noise: Tensor, trust: AuditResult) -> Tensor:
     """
     alpha_bar = sampler()
     level = ((1 - alpha_bar) / alpha_bar).sqrt()[:-1]
-    weight = (trust.weight * (level[:, None] > trust.usable)).double()
+    weight = (trust.weight * (level[:, None] > trust.min_sigma)).double()
     if trust.regularise is not None:
         low, high = trust.regularise
         m = torch.where((level >= low) & (level <= high), STRENGTH, 0.0)
@@ -111,7 +111,7 @@ def generated(v: Tensor, noise: Tensor, trust: AuditResult) -> Tensor:
     asked = level.clamp(min=floor)
     weight = torch.where(trained[:, None], weight, weight[trained][-1])
     alpha_asked = 1 / (1 + asked.square())
-    w = linear.levelled_optimum(alpha_asked, v, noise, trust.noise, weight)
+    w = linear.levelled_optimum(alpha_asked, v, noise, trust.noise_std, weight)
     # the state is rescaled to the signal scale of the level asked for, and the answer is an image
     sigma, sigma_asked = (1 - alpha_bar[:-1]).sqrt(), (1 - alpha_asked).sqrt()
     image = 1 - sigma_asked[:, None] * w  # x0_hat over y = x_t / alpha
@@ -153,14 +153,14 @@ def rows() -> list[dict[str, Any]]:
             for seed in SEEDS:
                 started = time.perf_counter()
                 images, noise = draw(world, shares, seed)
-                auto = examine(lambda places, of=images: of[places.start : places.stop], COUNT)
+                auto = detect(lambda places, of=images: of[places.start : places.stop], COUNT)
                 plans = {"plain": believing(torch.zeros_like(noise)), "told": believing(noise), "auto": auto}
                 if bool((noise > 0).any()):
                     plans |= {what: believing(levels) for what, levels in wrong(noise, seed).items()}
                 true = generated(v, torch.zeros_like(noise), believing(torch.zeros_like(noise)))
                 results = {"floor": true} | {what: generated(v, noise, plan) for what, plan in plans.items()}
-                called = torch.ones_like(noise) > 0 if auto.regularise else auto.noise > 0
-                error = (auto.noise - noise)[noise > 0]
+                called = torch.ones_like(noise) > 0 if auto.regularise else auto.noise_std > 0
+                error = (auto.noise_std - noise)[noise > 0]
                 found.append(
                     {
                         "world": name,

@@ -7,7 +7,7 @@ from torch import Tensor
 from fields import loader, natural
 from helpers import normal, seeded
 from robustdiff.audit.detectors import duplicates
-from robustdiff.audit.run import examine
+from robustdiff.audit.run import detect
 from robustdiff.data.corruption import Corruption, corrupt
 from robustdiff.data.dataset import load_images
 from robustdiff.utils.images import from_uint8, to_uint8
@@ -82,7 +82,7 @@ def test_equal_images_are_found_by_their_pixels() -> None:
 def test_few_near_copies_of_a_large_set_are_said_and_left_alone() -> None:
     images = natural(500)
     images[400] = images[7] + 0.001
-    of = examine(loader(images), 500)
+    of = detect(loader(images), 500)
     assert of.copies == ((7, 400),)
     assert of.trivial
     assert of.rows()["found duplicates"] == (
@@ -96,7 +96,7 @@ def test_many_near_copies_count_once_together_and_with_equal_ones() -> None:
     images[103] = images[0] + 0.001  # and nearly to this one
     images[200:204] = images[10:14] + 0.001
     images[250] = images[20].clone()
-    of = examine(loader(images), 300)
+    of = detect(loader(images), 300)
     due = torch.ones(300).double()
     due[[0, 100, 101, 102, 103]] = 1 / 5
     due[10:14] = due[200:204] = 1 / 2
@@ -113,9 +113,9 @@ def test_a_picture_that_is_there_five_times_counts_once_in_any_set() -> None:
     images = natural(1000)
     images[500:504] = images[3] + 0.001 * torch.arange(1, 5)[:, None, None, None]
     images[600] = images[9] + 0.001
-    of = examine(loader(images), 1000)
+    of = detect(loader(images), 1000)
     due = torch.ones(1000).double()
     due[[3, 500, 501, 502, 503]] = 1 / 5
     torch.testing.assert_close(of.weight, due)
     assert "1 pictures more than once, nearly alike: too few to matter" in of.rows()["found duplicates"]
-    assert examine(loader(images), 1000, ("duplicates",)).copies == ()
+    assert detect(loader(images), 1000, ("duplicates",)).copies == ()

@@ -20,7 +20,7 @@ from robustdiff.audit.detectors import missing_pixels
 from robustdiff.audit.detectors.missing_pixels import Gap
 from robustdiff.audit.parts import AUTO_PARTS, AutoPart
 from robustdiff.audit.result import AuditResult
-from robustdiff.audit.run import examine
+from robustdiff.audit.run import detect
 from robustdiff.data.corruption import Corruption, corrupt
 from robustdiff.data.dataset import load_images
 from robustdiff.diffusion.schedule import NoiseSchedule
@@ -49,7 +49,7 @@ def dirty(source: str, *specs: str) -> tuple[Tensor, Tensor]:
 def found(source: str, *specs: str, without: tuple[AutoPart, ...] = ()) -> tuple[AuditResult, Tensor]:
     """What is found of them."""
     images, hit = dirty(source, *specs)
-    return examine(loader(images), len(images), without), hit
+    return detect(loader(images), len(images), without), hit
 
 
 def parts(of: AuditResult) -> set[str]:
@@ -70,12 +70,12 @@ def parts(of: AuditResult) -> set[str]:
 )
 def test_noisy_images_are_told_from_clean_ones(source: str, sigma: float, missed: int, false: int) -> None:
     of, hit = found(source, f"gaussian:sigma={sigma},fraction=0.9")
-    assert (of.noise == 0)[hit].sum() <= missed
-    assert (of.noise > 0)[~hit].sum() <= false
-    assert of.noise[hit & (of.noise > 0)].median() == pytest.approx(sigma, rel=0.2 if sigma == 0.05 else 0.06)
-    assert torch.equal(of.usable, of.noise)
+    assert (of.noise_std == 0)[hit].sum() <= missed
+    assert (of.noise_std > 0)[~hit].sum() <= false
+    assert of.noise_std[hit & (of.noise_std > 0)].median() == pytest.approx(sigma, rel=0.2 if sigma == 0.05 else 0.06)
+    assert torch.equal(of.min_sigma, of.noise_std)
     assert of.regularise is None
-    assert not of.holed.any()
+    assert not of.has_missing.any()
     assert (of.weight < 1).sum() <= 5
 
 
@@ -84,7 +84,7 @@ def test_odd_pictures_count_less_unless_they_are_too_few_to_matter(count: int, a
     board = (torch.arange(16)[:, None] // 4 + torch.arange(16) // 4) % 2 - 0.5
     images = natural(600)
     images[:count] = board + 0.02 * torch.randn(count, 1, 16, 16, generator=seeded())
-    of = examine(loader(images), 600, ("duplicates",))  # which they are of one another
+    of = detect(loader(images), 600, ("duplicates",))  # which they are of one another
     assert (of.weight[count:] == 1).all()
     assert (of.weight[:count] < 0.7).all() if acted else of.trivial
     assert parts(of) == ({"outliers"} if acted else set())
@@ -96,8 +96,8 @@ def test_beside_pictures_without_fine_texture_all_others_are_not_noisy(specs: tu
     of, _ = found("fields", boards, *specs, without=("duplicates",))
     _, board = dirty("fields", boards)
     noisy = torch.tensor([any(Corruption.parse(s).hits(0, i, 1) for s in specs) for i in range(600)])
-    assert ((of.noise > 0) == noisy).double().mean() > 0.97
-    assert not ((of.noise > 0) & ~noisy).any()
+    assert ((of.noise_std > 0) == noisy).double().mean() > 0.97
+    assert not ((of.noise_std > 0) & ~noisy).any()
     assert (of.weight[board & ~noisy] < 0.9).all()
     assert (of.weight[~board] == 1).double().mean() > 0.99
     assert of.regularise is None
@@ -106,7 +106,7 @@ def test_beside_pictures_without_fine_texture_all_others_are_not_noisy(specs: tu
 @pytest.mark.parametrize(("source", "odd"), [("digits", 20), ("fields", 6)])
 def test_of_clean_images_only_a_few_odd_ones_are_suspected(source: str, odd: int) -> None:
     of, _ = found(source)
-    assert (of.usable == 0).all()
+    assert (of.min_sigma == 0).all()
     assert (of.weight > 0).all()
     assert (of.weight < 1).sum() <= odd
     assert parts(of) <= {"outliers"}
@@ -120,8 +120,8 @@ def test_where_all_are_noisy_low_noise_levels_are_regularised(source: str, sigma
     assert of.regularise is not None
     assert of.regularise[0] == 0
     assert of.regularise[1] == pytest.approx(0.75 * sigma, rel=0.06)
-    assert (of.usable == 0).all()
-    assert (of.noise == 0).all()
+    assert (of.min_sigma == 0).all()
+    assert (of.noise_std == 0).all()
     assert "regularised instead" in of.rows()["found noise"]
 
 
@@ -129,8 +129,8 @@ def test_where_all_are_noisy_low_noise_levels_are_regularised(source: str, sigma
 def test_one_gaussian_is_not_two_groups(power: float) -> None:
     """Of one block each, estimates of one law scatter from 0 on: two peaks of sigma, that chance made."""
     x, _, _ = gaussian_set(4000, 8, torch.zeros(4000).double(), spectrum(64, power, 0.01), contrast=0)
-    of = examine(loader(x.float()), 4000)
-    assert len({float(level) for level in of.noise}) == 1
+    of = detect(loader(x.float()), 4000)
+    assert len({float(level) for level in of.noise_std}) == 1
     assert of.regularise is not None or of.trivial
 
 
@@ -145,7 +145,7 @@ def test_noise_in_place_of_pictures_is_left_out(source: str) -> None:
 def test_images_of_one_colour_are_left_out() -> None:
     of, hit = found("colour", "outlier:source=constant,fraction=0.1")
     assert torch.equal(of.weight == 0, hit)
-    assert (of.usable == 0).all()
+    assert (of.min_sigma == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -153,40 +153,40 @@ def test_images_of_one_colour_are_left_out() -> None:
 )
 def test_what_lacks_detail_is_trained_where_that_drowns(spec: str, part: str, missed: int) -> None:
     of, hit = found("fields", spec)
-    assert (of.usable == 0)[hit].sum() <= missed
-    assert (of.usable == 0)[~hit].all()
+    assert (of.min_sigma == 0)[hit].sum() <= missed
+    assert (of.min_sigma == 0)[~hit].all()
     assert parts(of) - {"outliers"} == {part}
-    level = of.usable.max().item()
+    level = of.min_sigma.max().item()
     images, clean = dirty("fields", spec)[0], natural(600)
     error = (images - clean)[hit].square().mean().sqrt().item()
     assert error < level < 20 * error  # the level is that of single directions, not of the mean
-    assert not of.noise.any()
+    assert not of.noise_std.any()
 
 
 def test_lost_pixels_are_found_and_filled_in() -> None:
     of, hit = found("fields", "missing:amount=0.3,fraction=0.5")
     assert [gap.block for gap in of.lost] == [1]
     assert of.lost[0].value == pytest.approx(0.0, abs=1e-6)
-    assert (of.holed == hit).double().mean() > 0.99
-    assert torch.equal(of.usable > 0, of.holed)
+    assert (of.has_missing == hit).double().mean() > 0.99
+    assert torch.equal(of.min_sigma > 0, of.has_missing)
     images, clean = dirty("fields", "missing:amount=0.3,fraction=0.5")[0], natural(600)
-    places = of.holed.nonzero().flatten()[:50].tolist()
+    places = of.has_missing.nonzero().flatten()[:50].tolist()
     mended, lost = of.repaired(images[places], places)
     assert torch.equal(lost, (images[places].abs() < missing_pixels.LEVEL / 4).all(1))
     before, after = ((x - clean[places]).square().mean().sqrt() for x in (images[places], mended))
     assert after < 0.4 * before
-    assert of.usable.max() >= 2 * 0.8 * after
-    whole = (~of.holed).nonzero().flatten()[:50].tolist()
+    assert of.min_sigma.max() >= 2 * 0.8 * after
+    whole = (~of.has_missing).nonzero().flatten()[:50].tolist()
     assert of.repaired(images[whole], whole)[1] is None
     assert torch.equal(of.repaired(images[whole], whole)[0], images[whole])
-    assert torch.equal(of.lowest, of.usable)
+    assert torch.equal(of.lowest, of.min_sigma)
     assert not of.masked
 
 
 def test_black_and_white_pixels_are_found_as_holes_or_as_noise() -> None:
     of, hit = found("fields", "impulse:amount=0.05,fraction=0.5")
-    assert (of.usable > 0)[hit].all()
-    assert (of.usable > 0)[~hit].sum() <= 5
+    assert (of.min_sigma > 0)[hit].all()
+    assert (of.min_sigma > 0)[~hit].sum() <= 5
     assert set(of.lost) == {(-1.0, 1), (1.0, 1)}
 
 
@@ -194,7 +194,7 @@ def test_copies_count_once_together() -> None:
     images = natural(200)
     images[[20, 30, 40]] = images[10].clone()
     images[60] = images[50].clone()
-    of = examine(loader(images), 200)
+    of = detect(loader(images), 200)
     due = torch.ones(200).double()
     due[[10, 20, 30, 40]], due[[50, 60]] = 1 / 4, 1 / 2
     torch.testing.assert_close(of.weight, due)
@@ -211,7 +211,7 @@ def noise(images: Tensor, sigma: float) -> Tensor:
 def test_a_blank_image_among_noisy_ones_does_not_pass_for_clean() -> None:
     images = noise(natural(400), 0.2)
     images[:3] = torch.tensor([0.0, 0.5, -1.0])[:, None, None, None]
-    of = examine(loader(images), 400)
+    of = detect(loader(images), 400)
     assert of.weight[:3].tolist() == [0, 0, 0]
     assert (of.weight[3:] == 1).all()
     assert of.regularise == pytest.approx((0, 0.15), rel=0.06)
@@ -221,14 +221,14 @@ def test_blurred_images_among_noisy_ones_do_not_pass_for_clean() -> None:
     images = natural(600)
     images[300:] = torch.stack([corrupt(x, [Corruption.parse("blur:radius=1.5")], 0, 0)[0] for x in images[300:]])
     images[:300] = noise(images[:300], 0.2)
-    of = examine(loader(images), 600)
-    assert (of.usable[300:] > 0.1).double().mean() > 0.98
-    assert (of.usable[:300] == 0).all()  # the only ones for low noise levels
+    of = detect(loader(images), 600)
+    assert (of.min_sigma[300:] > 0.1).double().mean() > 0.98
+    assert (of.min_sigma[:300] == 0).all()  # the only ones for low noise levels
     assert of.regularise == pytest.approx((0, 0.15), rel=0.1)
 
 
 def test_nothing_but_blank_images_is_one_line() -> None:
-    of = examine(loader(torch.zeros(100, 1, 8, 8)), 100)
+    of = detect(loader(torch.zeros(100, 1, 8, 8)), 100)
     assert not of.weight.any()
     assert of.regularise is None
     with pytest.raises(UsageError, match="--auto found no image that can be trained on"):
@@ -238,7 +238,7 @@ def test_nothing_but_blank_images_is_one_line() -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (3, 3, 5, 2), (70, 1, 1, 1), (70, 1, 3, 2), (63, 1, 16, 16)])
 def test_few_or_tiny_images_say_nothing(shape: tuple[int, ...]) -> None:
     images = noise(torch.zeros(shape), 0.3)
-    of = examine(loader(images), len(images))
+    of = detect(loader(images), len(images))
     assert of.trivial
     assert of.sigma.isfinite().all()
     assert of.rows() == {"found clean": f"{len(images)} of {len(images)} images, trained at every noise level"}
@@ -261,7 +261,7 @@ def test_a_part_that_is_left_out_is_not_acted_on(specs: tuple[str, ...], part: A
     with_it, (without, _) = found("fields", *specs)[0], found("fields", *specs, without=(part,))
     if part == "regulariser":
         assert without.regularise is None
-        assert (without.noise > 0).all()
+        assert (without.noise_std > 0).all()
     else:
         assert part in parts(with_it)
         assert part not in parts(without)
@@ -272,15 +272,15 @@ def test_a_part_that_is_left_out_is_not_acted_on(specs: tuple[str, ...], part: A
 def test_odd_and_blank_images_and_copies_may_be_left_alone() -> None:
     images = natural(200)
     images[7], images[8] = images[9].clone(), 0.25
-    assert examine(loader(images), 200).weight[[7, 8, 9]].tolist() == [0.5, 0, 0.5]
-    assert examine(loader(images), 200, ("duplicates",)).weight[[7, 8, 9]].tolist() == [1, 0, 1]
-    assert examine(loader(images), 200, ("outliers", "duplicates")).trivial
-    assert examine(loader(images), 200, AUTO_PARTS).findings == ()
+    assert detect(loader(images), 200).weight[[7, 8, 9]].tolist() == [0.5, 0, 0.5]
+    assert detect(loader(images), 200, ("duplicates",)).weight[[7, 8, 9]].tolist() == [1, 0, 1]
+    assert detect(loader(images), 200, ("outliers", "duplicates")).trivial
+    assert detect(loader(images), 200, AUTO_PARTS).findings == ()
 
 
 def test_an_unknown_part_is_refused() -> None:
     with pytest.raises(ValueError, match="dirt: not one of holes, noise"):
-        examine(loader(torch.zeros(1, 1, 8, 8)), 1, ["dirt"])
+        detect(loader(torch.zeros(1, 1, 8, 8)), 1, ["dirt"])
 
 
 # -- what is made of it ------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_an_unknown_part_is_refused() -> None:
 def test_the_same_images_are_judged_alike_again() -> None:
     images, _ = dirty("fields", "missing:amount=0.3,fraction=0.5")
     of, _ = found("fields", "missing:amount=0.3,fraction=0.5")
-    again = examine(loader(images), 600)
+    again = detect(loader(images), 600)
     assert again.sha256 == of.sha256
     assert again.findings == of.findings
 
@@ -312,7 +312,7 @@ def test_visits_begin_above_the_usable_level() -> None:
     for place, level in ((0, 0.0), (1, 0.2), (2, 0.5)):
         assert table[visits.first[place]] > level
         assert visits.first[place] == 0 or table[visits.first[place] - 1] <= level
-    assert visits_of(trusted(usable=torch.zeros(4).double(), weight=torch.ones(4).double()), PROCESS) is None
+    assert visits_of(trusted(min_sigma=torch.zeros(4).double(), weight=torch.ones(4).double()), PROCESS) is None
 
 
 def test_masked_images_with_lost_pixels_are_used_at_every_level_and_their_repair_above_their_own() -> None:
@@ -327,31 +327,31 @@ def test_masked_images_with_lost_pixels_are_used_at_every_level_and_their_repair
     assert of.lowest.tolist() == pytest.approx([0, 0.2, 0, 0])
     assert trusted().lowest.tolist() == pytest.approx([0, 0.2, 0.5, 0])
     assert whole_from(trusted(), PROCESS) is None
-    assert whole_from(trusted(masked=True, holed=torch.zeros(4, dtype=torch.bool)), PROCESS) is None
-    far = trusted(masked=True, usable=torch.tensor([0, 0.2, 1e6, 0]).double())
+    assert whole_from(trusted(masked=True, has_missing=torch.zeros(4, dtype=torch.bool)), PROCESS) is None
+    far = trusted(masked=True, min_sigma=torch.tensor([0, 0.2, 1e6, 0]).double())
     assert whole_from(far, PROCESS).tolist() == [0, 0, 200, 0]
     assert visits_of(far, PROCESS).first[2] == 0
 
 
 def test_a_level_beyond_the_process_leaves_the_image_out() -> None:
-    beyond = visits_of(trusted(usable=torch.tensor([0, 0.2, 1e6, 0]).double()), PROCESS)
+    beyond = visits_of(trusted(min_sigma=torch.tensor([0, 0.2, 1e6, 0]).double()), PROCESS)
     assert beyond is not None
     assert beyond.used.tolist() == [0, 1]
     with pytest.raises(UsageError, match="robustdiff audit"):
-        visits_of(trusted(usable=torch.full((4,), 1e6).double()), PROCESS)
+        visits_of(trusted(min_sigma=torch.full((4,), 1e6).double()), PROCESS)
 
 
 def test_the_digest_is_of_everything_that_training_depends_on() -> None:
     one = trusted()
     others = [
-        trusted(noise=one.noise + 1e-9),
-        trusted(usable=one.usable + 1e-9),
+        trusted(noise_std=one.noise_std + 1e-9),
+        trusted(min_sigma=one.min_sigma + 1e-9),
         trusted(weight=one.weight / 2),
         trusted(lost=()),
         trusted(lost=(Gap(0.5),)),
         trusted(lost=(Gap(0.0, 4),)),
         trusted(masked=True),
-        trusted(holed=~one.holed),
+        trusted(has_missing=~one.has_missing),
         trusted(regularise=(0.0, 0.15)),
     ]
     assert len({one.sha256, *(other.sha256 for other in others)}) == 10
@@ -481,8 +481,8 @@ def test_every_number_found_is_finite_and_in_range() -> None:
     for source, *specs in (("digits",), ("fields", "blur:radius=1,fraction=0.3"), ("digits", "outlier:fraction=0.1")):
         of, _ = found(source, *specs)
         assert ((of.weight >= 0) & (of.weight <= 1)).all()
-        assert (of.usable >= of.noise).all()
-        assert all(x.isfinite().all() for x in (of.noise, of.usable, of.weight, of.sigma))
+        assert (of.min_sigma >= of.noise_std).all()
+        assert all(x.isfinite().all() for x in (of.noise_std, of.min_sigma, of.weight, of.sigma))
         assert ((of.sigma_error > 0) | of.sigma_error.isnan()).all()
         assert all(finding.level is None or math.isfinite(finding.level) for finding in of.findings)
 
@@ -491,10 +491,10 @@ def test_where_every_image_has_holes_the_repair_is_measured_on_repaired_ones() -
     of, hit = found("fields", "missing:amount=0.2")
     assert hit.all()
     (holes,) = [one for one in of.findings if one.part == "holes"]
-    assert of.holed.double().mean() > 0.98
+    assert of.has_missing.double().mean() > 0.98
     assert holes.level is not None
     assert holes.level > 0.02
-    assert (of.usable[of.holed] == holes.level).all()
+    assert (of.min_sigma[of.has_missing] == holes.level).all()
     assert of.masked
     assert (of.lowest == 0).all()
     assert holes.action.endswith("no image is whole, so that below they are trained by their other pixels")
@@ -508,25 +508,27 @@ def test_lost_blocks_are_found_and_their_level_is_that_of_a_poorer_repair() -> N
     single, blocks = (found("fields", f"missing:amount=0.3,block={b},fraction=0.5")[0] for b in (1, 4))
     assert [gap.block for gap in blocks.lost] == [4]
     assert "blocks of 4 x 4 of the value 0" in blocks.rows()["found holes"]
-    assert blocks.usable.max() > 1.5 * single.usable.max()
+    assert blocks.min_sigma.max() > 1.5 * single.min_sigma.max()
 
 
 def test_where_no_image_is_whole_the_least_damaged_are_trained_at_every_level() -> None:
     """Blurred or compressed ones beside nothing but what is left out."""
     soft = result.Finding("blur", 2, "blurred", "trained at noise levels above 0.25", 0.25)
     zero = torch.zeros(4).double()
-    of = trusted(noise=zero, usable=torch.tensor([0.25, 0.25, 0.5, 0]).double(), findings=(soft,), holed=zero > 0)
+    of = trusted(
+        noise_std=zero, min_sigma=torch.tensor([0.25, 0.25, 0.5, 0]).double(), findings=(soft,), has_missing=zero > 0
+    )
     fallen = run._fall_back(of)
-    assert fallen.usable.tolist() == [0, 0, 0.5, 0]
+    assert fallen.min_sigma.tolist() == [0, 0, 0.5, 0]
     assert fallen.rows()["found blur"].endswith(
         "above 0.25; no image is whole, so that they are trained at every noise level"
     )
     assert "not trained" in of.rows()
     assert "not trained" not in fallen.rows()
-    holed = replace(of, holed=torch.tensor([False, False, True, False]))
+    holed = replace(of, has_missing=torch.tensor([False, False, True, False]))
     masked = run._fall_back(holed)  # the third has lost pixels, and is trained at every level by the others
     assert masked.masked
-    assert torch.equal(masked.usable, of.usable)
+    assert torch.equal(masked.min_sigma, of.min_sigma)
     assert masked.lowest.tolist() == [0.25, 0.25, 0, 0]
     assert run._fall_back(masked) is masked
 
@@ -538,9 +540,9 @@ def test_images_are_loaded_once_if_they_may_be_kept() -> None:
         loaded.extend(places)
         return images[places.start : places.stop]
 
-    kept = examine(counting, len(images), memory=images.nbytes)
+    kept = detect(counting, len(images), memory=images.nbytes)
     assert len(loaded) == len(images) + 1  # and one for their size
     loaded.clear()
-    anew = examine(counting, len(images), memory=images.nbytes - 1)
+    anew = detect(counting, len(images), memory=images.nbytes - 1)
     assert len(loaded) > 3 * len(images)
     assert kept.sha256 == anew.sha256

@@ -17,7 +17,7 @@ from robustdiff.audit import single_image_noise
 from robustdiff.audit import statistics as module
 from robustdiff.audit.files import check_output, write_audit
 from robustdiff.audit.single_image_noise import noise_level
-from robustdiff.audit.statistics import audit_images, measure
+from robustdiff.audit.statistics import image_statistics, measure
 from robustdiff.data.dataset import load_images
 from robustdiff.data.sources.open import Source, open_source
 from robustdiff.utils.errors import DataError
@@ -214,7 +214,7 @@ def test_small_images_of_many_sizes_get_the_noise_of_each_alone(tmp_path, monkey
     for i in range(24):
         size = (10 + i % 7, 12) if i % 8 else (80, 70)  # the latter are not small
         Image.fromarray(eight_bit(gaussian(1, *size, sigma=0.02 * (i + 1), seed=i))[0]).save(tmp_path / f"{i:02}.png")
-    audit = audit_images(open_source(str(tmp_path)))
+    audit = image_statistics(open_source(str(tmp_path)))
     assert len(audit.records) == 24
     for record in audit.records:
         assert record.noise == pytest.approx(noise_level(np.array(Image.open(tmp_path / record.name))[None]), rel=1e-3)
@@ -256,7 +256,7 @@ def random_pixels(*shape, seed=0):
 
 
 def audit_folder(folder, **options):
-    return audit_images(open_source(folder), data=str(folder), **options)
+    return image_statistics(open_source(folder), data=str(folder), **options)
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def test_duplicates_are_equal_pixels_of_equal_shape():
     grey = random_pixels(6, 8, 1, seed=2)
     images = [other, one, one.reshape(8, 6, 3), grey, grey.repeat(3, 2), one, grey, one]
     source = Source("list", [f"n{i}" for i in range(8)], images.__getitem__)
-    audit = audit_images(source)
+    audit = image_statistics(source)
     assert audit.duplicates == ((1, 5, 7), (3, 6))
     assert [i for i, record in enumerate(audit.records) if "duplicate" in record.flags] == [1, 3, 5, 6, 7]
     assert audit.summary()["duplicates"] == [["n1", "n5", "n7"], ["n3", "n6"]]
@@ -327,7 +327,7 @@ def noisy_source(sigmas, side=24, channels=3):
 def test_the_noisiest_come_first_on_the_contact_sheet(tmp_path):
     sigmas = [0.02 * (1 + (7 * i) % 23) for i in range(23)]
     source, images = noisy_source(sigmas)
-    audit = audit_images(source)
+    audit = image_statistics(source)
     estimates = [record.noise for record in audit.records]
     assert audit.worst == tuple(sorted(range(23), key=lambda i: -estimates[i])[:20])
     assert sigmas.index(max(sigmas)) in audit.worst[:3]
@@ -346,7 +346,7 @@ def test_the_noisiest_come_first_on_the_contact_sheet(tmp_path):
 
 def test_thumbnails_show_the_centre_unscaled_and_are_of_equal_size():
     large, wide, tiny = random_pixels(200, 300, 3), random_pixels(20, 150, 1), random_pixels(9, 10, 3)
-    audit = audit_images(Source("list", "abc", [large, wide, tiny].__getitem__))
+    audit = image_statistics(Source("list", "abc", [large, wide, tiny].__getitem__))
     assert audit.thumbnails.shape == (3, 3, 128, 128)
     tiles = {place: audit.thumbnails[n].permute(1, 2, 0).numpy() for n, place in enumerate(audit.worst)}
     assert (tiles[0] == large[36:164, 86:214]).all()
@@ -365,7 +365,7 @@ def test_a_file_that_goes_away_meanwhile_leaves_an_empty_thumbnail():
             raise OSError("gone")
         return images[index]
 
-    audit = audit_images(Source("list", source.names, read))
+    audit = image_statistics(Source("list", source.names, read))
     assert audit.worst == (1, 0)
     assert (audit.thumbnails[0] == 128).all()
     assert (audit.thumbnails[1] != 128).any()
@@ -378,7 +378,7 @@ def test_pixels_are_not_kept():
     noise_level(gaussian(3, 200, 200))  # its table
     tracemalloc.start()
     try:
-        audit = audit_images(Source("list", [str(i) for i in range(300)], read))
+        audit = image_statistics(Source("list", [str(i) for i in range(300)], read))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -410,7 +410,9 @@ def test_heavy_pixels_are_loaded_again_not_kept(tmp_path):
 
 
 def test_nothing_readable_is_a_finding_too(tmp_path):
-    audit = audit_images(Source("list", ["x", "y"], lambda index: b"nothing", skipped=[("xx", "broken symbolic link")]))
+    audit = image_statistics(
+        Source("list", ["x", "y"], lambda index: b"nothing", skipped=[("xx", "broken symbolic link")])
+    )
     assert [name for name, _ in audit.unreadable] == ["x", "xx", "y"]
     assert audit.records == ()
     assert audit.worst == ()
@@ -444,21 +446,23 @@ def test_the_text_names_what_was_found(mixed):
 def test_only_the_first_few_are_named():
     blank = np.full((6, 6, 1), 3, np.uint8)
     bad = [(f"bad{i}", "truncated") for i in range(9)]
-    audit = audit_images(Source("list", [f"n{i}" for i in range(9)], lambda index: blank, skipped=bad))
+    audit = image_statistics(Source("list", [f"n{i}" for i in range(9)], lambda index: blank, skipped=bad))
     lines = audit.text().splitlines()
     assert lines.count("  and 4 more") == 2
     assert "  bad4: truncated" in lines
     assert "  bad5: truncated" not in lines
     assert "  n0 = n1 = n2 = n3 and 5 more" in lines
     sizes = [random_pixels(6, 6 + i, 1) for i in range(7)]
-    text = audit_images(Source("list", "abcdefg", sizes.__getitem__)).text()
+    text = image_statistics(Source("list", "abcdefg", sizes.__getitem__)).text()
     assert "10 x 6 (1 images), and 2 more" in text
 
 
 def test_names_cannot_upset_the_terminal():
     blank = np.full((6, 6, 1), 3, np.uint8)
     names = ["a\x1b[2J", "line\nbreak", "\udcff"]
-    audit = audit_images(Source("list", names, lambda index: blank, skipped=[("\x07", "empty file")]), data="d\x1bd")
+    audit = image_statistics(
+        Source("list", names, lambda index: blank, skipped=[("\x07", "empty file")]), data="d\x1bd"
+    )
     text = audit.text()
     assert "\x1b" not in text
     assert "\x07" not in text
@@ -515,7 +519,7 @@ def test_the_json_is_strict_and_complete(mixed, tmp_path):
 
 
 def tiny_audit(data=""):
-    return audit_images(noisy_source([0.1])[0], data=data)
+    return image_statistics(noisy_source([0.1])[0], data=data)
 
 
 def test_only_an_audit_is_overwritten(tmp_path):

@@ -427,7 +427,7 @@ def test_ctrl_c_speaks_of_checkpoints_where_there_are_some(photos: Path, here: P
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("robustdiff.audit.statistics.audit_images", stop)
+    monkeypatch.setattr("robustdiff.audit.statistics.image_statistics", stop)
     monkeypatch.setattr("robustdiff.training.trainer.train", stop)
     assert main.main(["audit", str(photos)]) == 130
     assert capsys.readouterr().err == "robustdiff: stopped at once\n"
@@ -440,7 +440,9 @@ def test_a_read_only_output_of_audit_is_refused_before_the_work(photos, here, ca
     """Tests may run as root, whom no permission stops: the system's answer is simulated."""
     original = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != here and original(path, mode))
-    monkeypatch.setattr("robustdiff.audit.statistics.audit_images", lambda *_, **__: pytest.fail("the work has begun"))
+    monkeypatch.setattr(
+        "robustdiff.audit.statistics.image_statistics", lambda *_, **__: pytest.fail("the work has begun")
+    )
     error = fails(capsys, "audit", str(photos), "--output", str(here / place))
     assert "--output" in error
     assert f"{here} is read-only" in error

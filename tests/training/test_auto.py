@@ -217,7 +217,7 @@ def test_it_is_fed_in_any_way_and_goes_on_exactly_with_what_it_found(config, tmp
     found = (tmp_path / "stopped" / "auto.json").read_bytes()
     sheets = {path.name: path.read_bytes() for path in (tmp_path / "stopped").glob("found-*.png")}
     assert {"found-noisy.png", "found-holed.png"} <= sheets.keys()
-    monkeypatch.setattr(trainer, "examine", never)
+    monkeypatch.setattr(trainer, "detect", never)
     assert same(whole, run(config, "stopped", resume=True, **STREAMED))
     assert (tmp_path / "stopped" / "auto.json").read_bytes() == found
     assert {path.name: path.read_bytes() for path in (tmp_path / "stopped").glob("found-*.png")} == sheets

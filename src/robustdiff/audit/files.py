@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from robustdiff.audit.statistics import Audit
+from robustdiff.audit.statistics import SetStatistics
 from robustdiff.utils import atomic_io
 from robustdiff.utils.errors import DataError
 from robustdiff.utils.images import image_grid, save_png
@@ -49,7 +49,7 @@ def _is_audit(path: Path) -> bool:
 
 
 def write_audit(
-    audit: Audit, folder: str | Path, *, overwrite: bool = False, also: Callable[[Path], object] | None = None
+    audit: SetStatistics, folder: str | Path, *, overwrite: bool = False, also: Callable[[Path], object] | None = None
 ) -> None:
     """Write ``audit.json`` and, where noise could be estimated, ``worst.png``, the contact sheet of the noisiest.
 

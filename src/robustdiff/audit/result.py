@@ -49,25 +49,26 @@ class AuditResult:
     """What was found about every image.
 
     Attributes:
-        noise: Standard deviation of the white noise it carries, float64, shape (N,); 0 where none was found.
-        usable: Least noise level sigma/alpha at which it is as good as a clean one, >= ``noise``, shape (N,).
+        noise_std: Standard deviation of the white noise it carries, float64, shape (N,); 0 where none was found.
+        min_sigma: Least noise level sigma/alpha at which it is as good as a clean one, >= ``noise_std``, shape (N,).
         weight: How often it is used there, relative to others, 0 to 1, shape (N,).
-        lost: What lost pixels look like; holed: images that have such pixels, bool, shape (N,).
+        lost: What lost pixels look like.
+        has_missing: Images that have such pixels, bool, shape (N,).
         copies: Places of equal and nearly equal images, the largest group first; :func:`load` leaves them out.
         signs: What was measured of every image, by name, shape (N,); nan where nothing was; :func:`load` leaves it out.
-        masked: Whether images with lost pixels are trained below ``usable`` too, there by their other pixels alone.
+        masked: Whether images with lost pixels are trained below ``min_sigma`` too, there by their other pixels alone.
         regularise: Noise levels, (low, high), where no image can be trusted, so that the regulariser is needed.
         findings: In words.
-        sigma: The estimate behind ``noise``, for every image.
+        sigma: The estimate behind ``noise_std``, for every image.
         sigma_error: By how much it would be larger if the estimated variance were one standard error larger; nan where
             nothing was estimated.
     """
 
-    noise: Tensor
-    usable: Tensor
+    noise_std: Tensor
+    min_sigma: Tensor
     weight: Tensor
     lost: tuple[Gap, ...]
-    holed: Tensor
+    has_missing: Tensor
     regularise: tuple[float, float] | None
     findings: tuple[Finding, ...]
     sigma: Tensor = field(repr=False)
@@ -79,25 +80,27 @@ class AuditResult:
     @property
     def trivial(self) -> bool:
         """Whether every image is to be used as in plain training."""
-        return bool((self.usable == 0).all() and (self.weight == 1).all())
+        return bool((self.min_sigma == 0).all() and (self.weight == 1).all())
 
     @property
     def lowest(self) -> Tensor:
         """Least noise level sigma/alpha at which each image is trained, whole or in part, float64, shape (N,)."""
-        return torch.where(self.holed & self.masked, self.noise, self.usable)
+        return torch.where(self.has_missing & self.masked, self.noise_std, self.min_sigma)
 
     @property
     def clean(self) -> Tensor:
         """Images that are used like clean ones at every noise level, bool, shape (N,): none if ``regularise``."""
-        return (self.usable == 0) & (self.weight > 0) & (self.regularise is None)
+        return (self.min_sigma == 0) & (self.weight > 0) & (self.regularise is None)
 
     @property
     def sha256(self) -> str:
         """Digest of everything that training depends on."""
-        parts = [self.noise, self.usable, self.weight, self.holed.double()]
+        parts = [self.noise_std, self.min_sigma, self.weight, self.has_missing.double()]
         single = all(gap.block == 1 for gap in self.lost)
         lost = tuple(gap.value for gap in self.lost) if single else tuple(map(tuple, self.lost))
-        text = repr((lost, self.regularise, *(["masked"] if self.masked and bool(self.holed.any()) else []))).encode()
+        text = repr(
+            (lost, self.regularise, *(["masked"] if self.masked and bool(self.has_missing.any()) else []))
+        ).encode()
         return hashlib.sha256(text + b"".join(bytes(part.double().numpy().data) for part in parts)).hexdigest()
 
     def repaired(self, images: Tensor, places: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -107,9 +110,9 @@ class AuditResult:
             images: As they are.
             places: Which they are.
         """
-        if not self.lost or not bool(self.holed[list(places)].any()):
+        if not self.lost or not bool(self.has_missing[list(places)].any()):
             return images, None
-        lost = missing_pixels.holes(images, self.lost) & self.holed[list(places)][:, None, None]
+        lost = missing_pixels.holes(images, self.lost) & self.has_missing[list(places)][:, None, None]
         return missing_pixels.fill(images, lost), lost
 
     def rows(self) -> dict[str, str]:
@@ -118,7 +121,7 @@ class AuditResult:
         for one in self.findings:
             said.setdefault(f"found {one.part}", []).append(f"{one.count} images, {one.what}: {one.action}")
         rows = {name: "; ".join(texts) for name, texts in said.items()}
-        rows["found clean"] = f"{int(self.clean.sum())} of {len(self.noise)} images, trained at every noise level"
+        rows["found clean"] = f"{int(self.clean.sum())} of {len(self.noise_std)} images, trained at every noise level"
         used = self.lowest[self.weight > 0]
         if len(used) and (floor := float(used.min())) > 0:
             rows["not trained"] = f"noise levels below {floor:.3g}: sample with --label-floor {floor:.3g}"
@@ -127,7 +130,7 @@ class AuditResult:
     def describe(self) -> dict[str, Any]:
         """JSON-ready account."""
         return {
-            "count": len(self.noise),
+            "count": len(self.noise_std),
             "clean": int(self.clean.sum()),
             "lost_values": [gap.value for gap in self.lost],
             "lost_blocks": [gap.block for gap in self.lost],
@@ -150,8 +153,8 @@ def save(trust: AuditResult, path: Path, names: Sequence[str], more: Mapping[str
         names: Of all images.
         more: Further numbers of every image, shape (N,), by name.
     """
-    found = {name: getattr(trust, name) for name in ("noise", "usable", "weight", "sigma", "holed")}
-    found |= {"sigma_error": trust.sigma_error, **trust.signs, **(more or {})}
+    found = {"noise": trust.noise_std, "usable": trust.min_sigma, "weight": trust.weight, "sigma": trust.sigma}
+    found |= {"holed": trust.has_missing, "sigma_error": trust.sigma_error, **trust.signs, **(more or {})}
     columns, fields = zip(*(values.tolist() for values in found.values()), strict=True), tuple(found)
     images = [{"name": name, **dict(zip(fields, row, strict=True))} for name, row in zip(names, columns, strict=True)]
     for image in images:

@@ -50,7 +50,7 @@ PAIRED = 512
 """Clean images on which a repair is tried, to measure it."""
 
 
-def examine(load: Load, count: int, without: Sequence[str] = (), memory: int = 0) -> AuditResult:
+def detect(load: Load, count: int, without: Sequence[str] = (), memory: int = 0) -> AuditResult:
     """Look at every image of a set, all of one size.
 
     Args:
@@ -74,12 +74,16 @@ def examine(load: Load, count: int, without: Sequence[str] = (), memory: int = 0
     )
     if "holes" not in without:
         lost, holed = missing_pixels.find(load, count)
-        trust = replace(trust, lost=lost, holed=holed & ~blank)
+        trust = replace(trust, lost=lost, has_missing=holed & ~blank)
 
     def repaired(places: range) -> Tensor:
         return trust.repaired(load(places), places)[0]
 
-    whole, low, signs = ~trust.holed & ~blank, {"blur": nothing, "jpeg": nothing}, {"lost": _lost_share(trust, load)}
+    whole, low, signs = (
+        ~trust.has_missing & ~blank,
+        {"blur": nothing, "jpeg": nothing},
+        {"lost": _lost_share(trust, load)},
+    )
     for part, measure, most in (("blur", blur_jpeg.sharpness, BLURRED), ("jpeg", blur_jpeg.jpeg_grid, GRIDDED)):
         if part not in without:
             signs[measure.__name__] = _all(measure, repaired, count)
@@ -89,7 +93,7 @@ def examine(load: Load, count: int, without: Sequence[str] = (), memory: int = 0
     if "noise" not in without and int(asked.sum()) >= FEWEST:
         trust, foreign = _noise(trust, load, asked)
     good = asked & ~foreign & (trust.weight > 0)
-    clean = good & (trust.noise == 0)
+    clean = good & (trust.noise_std == 0)
     good = next((images for images in (clean, good, ~blank) if bool(images.any())), blank)
     if bool(good.any()):
         energies = energies_of(repaired, count, good)
@@ -112,32 +116,32 @@ def _fall_back(trust: AuditResult) -> AuditResult:
     they have; if there are none, the least damaged.
     """
     used = trust.weight > 0
-    noisy = trust.noise[used & (trust.noise > 0)]
+    noisy = trust.noise_std[used & (trust.noise_std > 0)]
     if not bool(used.any()) or not bool((trust.lowest[used] > 0).all()):
         return trust
-    if not len(noisy) and bool((used & trust.holed).any()):
+    if not len(noisy) and bool((used & trust.has_missing).any()):
         action = "no image is whole, so that below they are trained by their other pixels"
         findings = tuple(
             replace(one, action=f"{one.action}; {action}") if one.part == "holes" else one for one in trust.findings
         )
         return replace(trust, masked=True, findings=findings)
     if not len(noisy):
-        least = used & (trust.usable == trust.usable[used].min())
+        least = used & (trust.min_sigma == trust.min_sigma[used].min())
         action = "no image is whole, so that they are trained at every noise level"
         findings = tuple(
-            replace(one, action=f"{one.action}; {action}") if one.level == float(trust.usable[least][0]) else one
+            replace(one, action=f"{one.action}; {action}") if one.level == float(trust.min_sigma[least][0]) else one
             for one in trust.findings
         )
-        usable = torch.where(least, torch.zeros_like(trust.usable), trust.usable)
-        return replace(trust, usable=usable, findings=findings)
+        usable = torch.where(least, torch.zeros_like(trust.min_sigma), trust.min_sigma)
+        return replace(trust, min_sigma=usable, findings=findings)
     edge = EDGE * float(noisy.median())
     action = f"no image is clean, so that noise levels below {edge:.3g} are regularised instead"
     findings = tuple(
         replace(one, action=action) if one.part == "noise" and one.action != LEFT_OUT else one for one in trust.findings
     )
-    nothing = torch.zeros_like(trust.noise)
-    usable = torch.where(trust.usable > trust.noise, trust.usable, nothing)
-    return replace(trust, noise=nothing, usable=usable, regularise=(0.0, edge), findings=findings)
+    nothing = torch.zeros_like(trust.noise_std)
+    usable = torch.where(trust.min_sigma > trust.noise_std, trust.min_sigma, nothing)
+    return replace(trust, noise_std=nothing, min_sigma=usable, regularise=(0.0, edge), findings=findings)
 
 
 def _all(measure: Callable[[Tensor], Tensor], load: Load, count: int) -> Tensor:
@@ -147,12 +151,12 @@ def _all(measure: Callable[[Tensor], Tensor], load: Load, count: int) -> Tensor:
 def _lost_share(trust: AuditResult, load: Load) -> Tensor:
     """Share of lost pixels of every image, float64, shape (N,)."""
     if not trust.lost:
-        return torch.zeros(len(trust.holed), dtype=torch.float64)
+        return torch.zeros(len(trust.has_missing), dtype=torch.float64)
     parts = [
         missing_pixels.holes(load(places), trust.lost).flatten(1).double().mean(1)
-        for places in batches(len(trust.holed))
+        for places in batches(len(trust.has_missing))
     ]
-    return torch.where(trust.holed, torch.cat(parts), 0.0)
+    return torch.where(trust.has_missing, torch.cat(parts), 0.0)
 
 
 def _lowest(values: Tensor, asked: Tensor, most: float) -> Tensor:
@@ -184,15 +188,15 @@ def _noise(trust: AuditResult, load: Load, asked: Tensor) -> tuple[AuditResult, 
     for group in found:
         if group.buried:
             weight[group.members] = 0.0
-    everywhere = trust.noise.clone(), trust.weight.clone(), trust.sigma.clone(), trust.sigma_error.clone()
+    everywhere = trust.noise_std.clone(), trust.weight.clone(), trust.sigma.clone(), trust.sigma_error.clone()
     for whole, part in zip(everywhere, (noise, weight, seen.sigma, seen.error), strict=True):
         whole[places] = part
     noise, weight, sigma, error = everywhere
     findings = tuple(Finding("noise", int(one.members.sum()), one.what, one.action, one.level) for one in found)
     trust = replace(
         trust,
-        noise=noise,
-        usable=noise,
+        noise_std=noise,
+        min_sigma=noise,
         weight=weight,
         sigma=sigma,
         sigma_error=error,
@@ -205,13 +209,13 @@ def _soft(trust: AuditResult, energies: Energies, low: Tensor, clean: Tensor, pa
     """Blurred or compressed images are usable where what they lack drowns in noise."""
     if not bool(low.any()):
         return trust
-    picture = (energies.q - trust.noise.square()[:, None])[clean].mean(0).clamp(min=0)
+    picture = (energies.q - trust.noise_std.square()[:, None])[clean].mean(0).clamp(min=0)
     level = same_above(picture, energies.q[low].mean(0), energies.values)
     words = {"blur": "without the fine detail of the others", "jpeg": "with the 8 x 8 grid of strong JPEG"}
     action = f"trained at noise levels above {level:.3g}, where that no longer shows"
-    usable = torch.where(low, trust.usable.clamp(min=level), trust.usable)
+    usable = torch.where(low, trust.min_sigma.clamp(min=level), trust.min_sigma)
     finding = Finding(part, int(low.sum()), words[part], action, level)
-    return replace(trust, usable=usable, findings=(*trust.findings, finding))
+    return replace(trust, min_sigma=usable, findings=(*trust.findings, finding))
 
 
 def _holes(trust: AuditResult, energies: Energies, load: Load, repaired: Load, clean: Tensor) -> AuditResult:
@@ -219,10 +223,10 @@ def _holes(trust: AuditResult, energies: Energies, load: Load, repaired: Load, c
 
     If none is whole, the repair is tried on repaired ones, each with the lost pixels of the next.
     """
-    count = int(trust.holed.sum())
+    count = int(trust.has_missing.sum())
     if not count:
         return trust
-    holed, whole = (mask.nonzero().flatten()[:PAIRED].tolist() for mask in (trust.holed, clean))
+    holed, whole = (mask.nonzero().flatten()[:PAIRED].tolist() for mask in (trust.has_missing, clean))
     pairs = list(zip(holed[1:] + holed[:1], whole, strict=False))
     original = torch.cat([repaired(range(place, place + 1)) for _, place in pairs])
     lost = torch.cat([missing_pixels.holes(load(range(place, place + 1)), trust.lost) for place, _ in pairs])
@@ -234,8 +238,8 @@ def _holes(trust: AuditResult, energies: Energies, load: Load, repaired: Load, c
     kinds += [f"blocks of {block} x {block} of the value {value:.3g}" for block, value in large]
     action = f"filled in, and trained at noise levels above {level:.3g}, measured on {len(pairs)} images"
     finding = Finding("holes", count, f"scattered {' and '.join(kinds)}", action, level)
-    usable = torch.where(trust.holed, trust.usable.clamp(min=level), trust.usable)
-    return replace(trust, usable=usable, findings=(*trust.findings, finding))
+    usable = torch.where(trust.has_missing, trust.min_sigma.clamp(min=level), trust.min_sigma)
+    return replace(trust, min_sigma=usable, findings=(*trust.findings, finding))
 
 
 def _odd(trust: AuditResult, seen: SpectralFit, clean: Tensor, foreign: Tensor) -> AuditResult:
@@ -262,7 +266,7 @@ def _blank(trust: AuditResult, blank: Tensor) -> AuditResult:
 
 def _copies(trust: AuditResult, load: Load) -> AuditResult:
     """Images of equal pixels count as one; near copies do where they are many."""
-    count, weight = len(trust.noise), trust.weight.clone()
+    count, weight = len(trust.noise_std), trust.weight.clone()
     same = duplicates.equal(load, count)
     asked = trust.weight > 0
     for group in same:

@@ -113,7 +113,7 @@ def measure(pixels: Pixels, noise: bool = True) -> ImageRecord:
 
 
 @dataclass(frozen=True, eq=False)
-class Audit:
+class SetStatistics:
     """What was found in an image set.
 
     Attributes:
@@ -219,7 +219,9 @@ class Audit:
         ]
 
 
-def audit_images(source: Source, *, data: str = "", resolution: int | None = None, memory: int = 0) -> Audit:
+def image_statistics(
+    source: Source, *, data: str = "", resolution: int | None = None, memory: int = 0
+) -> SetStatistics:
     """Look at every image of a source; mixed sizes and bad files are findings, not errors.
 
     Args:
@@ -261,7 +263,7 @@ def audit_images(source: Source, *, data: str = "", resolution: int | None = Non
     for place in (place for group in duplicates for place in group):
         records[place] = replace(records[place], flags=(*records[place].flags, "duplicate"))
     worst, thumbnails = _worst(source, records, resolution)
-    return Audit(
+    return SetStatistics(
         data or source.what,
         source.what,
         tuple(records),

@@ -13,7 +13,7 @@ from torch import Tensor
 from robustdiff.audit.detectors.feature_outliers import robust_distance
 from robustdiff.audit.files import SHEETS
 from robustdiff.audit.result import AuditResult, save
-from robustdiff.audit.run import FEWEST, examine
+from robustdiff.audit.run import FEWEST, detect
 from robustdiff.audit.statistics import WORST
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.utils import atomic_io
@@ -68,8 +68,8 @@ class Search:
         with (folder / "noise.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["name", "sigma"])
-            noisy = trust.noise.nonzero().flatten().tolist()
-            writer.writerows([names[place], f"{trust.noise[place].item():.6g}"] for place in noisy)
+            noisy = trust.noise_std.nonzero().flatten().tolist()
+            writer.writerows([names[place], f"{trust.noise_std[place].item():.6g}"] for place in noisy)
         write_sheets(trust, lambda places: torch.stack([self.images.images[p] for p in places]), folder, self.distance)
 
 
@@ -97,10 +97,10 @@ def write_sheets(
 
 def _shown(trust: AuditResult, distance: Tensor | None) -> Mapping[str, Tensor]:
     """Places of the images of each contact sheet, the noisiest first, the lightest first, or in order."""
-    soft = (trust.usable > trust.noise) & ~trust.holed
+    soft = (trust.min_sigma > trust.noise_std) & ~trust.has_missing
     places = {
-        "noisy": trust.sigma.argsort(descending=True)[: int((trust.noise > 0).sum())],
-        "holed": trust.holed.nonzero().flatten(),
+        "noisy": trust.sigma.argsort(descending=True)[: int((trust.noise_std > 0).sum())],
+        "holed": trust.has_missing.nonzero().flatten(),
         "soft": soft.nonzero().flatten(),
         "odd": trust.weight.argsort(stable=True)[: int((trust.weight < 1).sum())],
     }
@@ -120,7 +120,7 @@ def search(images: ImageDataset, features: tuple[str, Tensor] | None = None) -> 
     """
     if len(images) < FEWEST:
         return None
-    trust = examine(lambda places: images.x0(list(places)), len(images))
+    trust = detect(lambda places: images.x0(list(places)), len(images))
     if features is None:
         return Search(images, trust)
     return Search(images, trust, features[0], robust_distance(features[1]))

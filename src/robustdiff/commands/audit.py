@@ -56,7 +56,7 @@ class AuditConfig:
 def run(config: AuditConfig) -> int:
     """Run the command; returns the exit status."""
     from robustdiff.audit.files import check_output, write_audit
-    from robustdiff.audit.statistics import audit_images
+    from robustdiff.audit.statistics import image_statistics
     from robustdiff.audit.summary import search
     from robustdiff.data.dataset import load_images
     from robustdiff.data.sources.open import open_source
@@ -75,7 +75,7 @@ def run(config: AuditConfig) -> int:
         source = open_source(config.data, **options)
     except UsageError as error:  # as load_images words it
         raise UsageError(f"{config.data}: {error}") from None
-    audit = audit_images(source, data=config.data, resolution=config.resolution, memory=free_memory() // 2)
+    audit = image_statistics(source, data=config.data, resolution=config.resolution, memory=free_memory() // 2)
     print(audit.text(), flush=True)
     found = None
     if len({record.size for record in audit.records}) > 1:

@@ -123,10 +123,12 @@ def visits_of(trust: AuditResult, schedule: NoiseSchedule) -> LevelBalancedSampl
 
 def whole_from(trust: AuditResult, schedule: NoiseSchedule) -> Tensor | None:
     """The timestep from which lost pixels, filled in, count in the loss, int64, shape (N,); None: all do."""
-    if not (trust.masked and bool((trust.holed & (trust.usable > trust.noise)).any())):
+    if not (trust.masked and bool((trust.has_missing & (trust.min_sigma > trust.noise_std)).any())):
         return None
-    never = torch.full_like(trust.usable, schedule.num_timesteps, dtype=torch.long)
+    never = torch.full_like(trust.min_sigma, schedule.num_timesteps, dtype=torch.long)
     largest = float(schedule.noise_to_signal(torch.tensor(schedule.num_timesteps - 1)))
-    inside = trust.usable < largest
-    first = first_timesteps(schedule, torch.where(inside & trust.holed, trust.usable, torch.zeros_like(trust.usable)))
+    inside = trust.min_sigma < largest
+    first = first_timesteps(
+        schedule, torch.where(inside & trust.has_missing, trust.min_sigma, torch.zeros_like(trust.min_sigma))
+    )
     return torch.where(inside, first, never)

@@ -32,7 +32,7 @@ from robustdiff import __version__
 from robustdiff.audit.result import AuditResult
 from robustdiff.audit.result import load as load_trust
 from robustdiff.audit.result import save as save_trust
-from robustdiff.audit.run import examine
+from robustdiff.audit.run import detect
 from robustdiff.audit.summary import write_sheets
 from robustdiff.data.corruption import check_corruptions
 from robustdiff.data.dataset import load_images
@@ -132,7 +132,7 @@ def train(config: TrainConfig) -> Path:
         batches = dataclasses.replace(batches, sigma=levels.sigma, visits=levels.visits())
     objective = build_objective(config, schedule, None if trust is None else trust.regularise)
     if trust is not None:
-        sigma = trust.noise if bool((trust.noise > 0).any()) else None
+        sigma = trust.noise_std if bool((trust.noise_std > 0).any()) else None
         repair = trust.repaired if trust.lost else None
         known = {"sigma": sigma, "visits": visits_of(trust, schedule), "repair": repair}
         batches = dataclasses.replace(batches, **known, whole_from=whole_from(trust, schedule))
@@ -426,7 +426,7 @@ def _examined(config: TrainConfig, accelerator: Accelerator, batches: Batches, f
         else:
             accelerator.print(f"looking at {len(batches.images)} images", flush=True)
             memory = 0 if batches.images.streamed else free_memory() // 4
-            found[0] = examine(batches.images_at, len(batches.images), config.auto_without, memory)
+            found[0] = detect(batches.images_at, len(batches.images), config.auto_without, memory)
     broadcast_object_list(found)
     assert found[0] is not None
     return found[0]
