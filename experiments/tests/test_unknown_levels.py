@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -11,8 +10,6 @@ import torch
 
 from experiments.paper import linear
 from helpers import experiment
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +64,7 @@ def test_a_row_anew(unknown: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
     assert frechet["plain"] > 100 * frechet["auto"]
 
 
-def test_the_documents_show_the_committed_rows(unknown: ModuleType) -> None:
+def test_the_committed_result_has_every_row(unknown: ModuleType) -> None:
     committed = json.loads(unknown.RESULT.read_text())
     assert committed["protocol"]["images"] == unknown.COUNT
     assert len(committed["rows"]) == len(unknown.worlds()) * len(unknown.MIXTURES) * len(unknown.SEEDS)
-    assert unknown.table(committed["rows"]) in (ROOT / "docs" / "explanation" / "audit-algorithm.md").read_text()
