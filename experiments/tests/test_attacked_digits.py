@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 
 from helpers import experiment
+from pipelines import small_pipeline
 from robustdiff.commands.main import parse
-from tests.commands.test_attack import small_pipeline
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,8 +13,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 from helpers import experiment
+from pipelines import SMALL
 from robustdiff.data.dataset import ImageDataset
-from tests.commands.test_attack import SMALL
 
 
 class Thirds(torch.nn.Module):

@@ -14,8 +14,10 @@ from scipy.optimize import brentq
 from sklearn.metrics.pairwise import polynomial_kernel
 from torch import Tensor, nn
 
+from attack_runs import command, raised, result, run_folder, stop_at, value
 from experiments.paper import linear
 from helpers import normal, seeded
+from linear_networks import PROCESS, VARIANCES, linear_trajectory, points, random_network
 from robustdiff.attacks.batch_goals import BatchDistance, FeatureDistance
 from robustdiff.attacks.benchmark import run
 from robustdiff.attacks.benchmark.sanity_checks import INFORMATIVE, check_gradient
@@ -33,17 +35,8 @@ from robustdiff.evaluation.differentiable_extractors import differentiable
 from robustdiff.evaluation.extractors import Extractor, open_extractor
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.random import image_generators
-from tests.attacks.test_benchmark_quality import command, run_folder
-from tests.attacks.test_optimizers import PROCESS, VARIANCES, linear_trajectory, points, random_network
-from tests.commands.test_attack import (  # noqa: F401
-    few_for_the_spread,
-    pipeline,
-    raised,
-    result,
-    stop_at,
-    value,
-)
 
+pytestmark = pytest.mark.usefixtures("few_for_the_spread")
 IMAGES = 6
 
 
@@ -239,7 +232,7 @@ TOGETHER = ("--objective", "batch-mean", "--reference", "digits", "--cache", "no
 
 
 @pytest.fixture(scope="module")
-def together(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def together(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("together") / "evaluation"
     assert main.main(command(pipeline, output, *TOGETHER)) == 0
     return output
@@ -265,7 +258,7 @@ def test_the_command_pushes_the_batch_away_and_says_from_what(together: Path) ->
     assert "displacement, attack on few (first 2)" in body["values"]
 
 
-def test_how_memory_is_cut_changes_nothing_beyond_rounding(together: Path, pipeline: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_how_memory_is_cut_changes_nothing_beyond_rounding(together: Path, pipeline: Path, tmp_path: Path) -> None:
     assert main.main(command(pipeline, tmp_path / "out", *TOGETHER, "--batch-size", "1")) == 0
     found, whole = result(tmp_path / "out"), result(together)
     assert found["details"]["per_image"] == pytest.approx(whole["details"]["per_image"], rel=1e-3)
@@ -273,7 +266,7 @@ def test_how_memory_is_cut_changes_nothing_beyond_rounding(together: Path, pipel
     assert value(found, name) == pytest.approx(value(whole, name), rel=1e-4)
 
 
-def test_stopped_it_goes_on_and_ends_as_a_whole_one(together: Path, pipeline, tmp_path, monkeypatch) -> None:  # noqa: F811
+def test_stopped_it_goes_on_and_ends_as_a_whole_one(together: Path, pipeline, tmp_path, monkeypatch) -> None:
     saves = stop_at(monkeypatch, lambda saves: signal.SIGINT if len(saves) == 4 else None)
     assert main.main(command(pipeline, tmp_path / "out", *TOGETHER)) == 130
     assert not list((tmp_path / "out").glob("attack-*.json"))
@@ -303,7 +296,7 @@ def test_every_optimiser_and_sampler_does_it(more, tmp_path: Path) -> None:
     assert json.dumps(body["protocol"]["attack"]["away_from"])
 
 
-def test_without_real_images_gradients_or_room_it_is_one_line(pipeline, tmp_path, capsys, monkeypatch) -> None:  # noqa: F811
+def test_without_real_images_gradients_or_room_it_is_one_line(pipeline, tmp_path, capsys, monkeypatch) -> None:
     blind = Extractor("blind", "torchscript", None, lambda x: x.float().detach().flatten(1), "none", {})
     monkeypatch.setattr("robustdiff.attacks.benchmark.quality.open_extractor", lambda *_: blind)
     for more, words in (

@@ -16,26 +16,14 @@ import pytest
 from scipy import linalg
 from sklearn.metrics.pairwise import polynomial_kernel
 
+from attack_runs import command, result, run_folder, value
 from robustdiff.attacks.benchmark import quality, run
 from robustdiff.commands import main
 from robustdiff.data.dataset import load_images
 from robustdiff.report import collect, render
-from tests.commands.test_attack import (  # noqa: F401
-    FAST,
-    attack,
-    few_for_the_spread,
-    pipeline,
-    result,
-    small_pipeline,
-    value,
-)
 
+pytestmark = pytest.mark.usefixtures("few_for_the_spread")
 MANY = ("-n", "16", "--batch-size", "16", "--reference", "digits", "--cache", "none")
-
-
-def command(run: Path, output: Path, *more: str) -> list[str]:
-    usual = [word for pair in zip(FAST[::2], FAST[1::2], strict=True) if pair[0] not in more for word in pair]
-    return ["attack", str(run), "-o", str(output), *usual, *more]
 
 
 def arrays(folder: Path) -> dict[str, Any]:
@@ -46,7 +34,7 @@ def arrays(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def judged(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def judged(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("judged") / "run" / "evaluation"
     assert main.main(command(pipeline, output, *MANY)) == 0
     return output
@@ -93,7 +81,7 @@ def test_they_are_those_of_evaluate_on_the_files_beside(judged: Path, tmp_path: 
                 assert body["values"][f"{name}, {which}"][key] == own[theirs][key]
 
 
-def test_what_they_rest_on_is_in_the_file_on_the_terminal_and_on_the_page(judged: Path, pipeline, capsys) -> None:  # noqa: F811
+def test_what_they_rest_on_is_in_the_file_on_the_terminal_and_on_the_page(judged: Path, pipeline, capsys) -> None:
     about = result(judged)["protocol"]["quality"]
     assert (about["n_generated"], about["n_real"]) == (16, 1797)
     assert about["reference"]["source"] == "digits"
@@ -108,7 +96,7 @@ def test_what_they_rest_on_is_in_the_file_on_the_terminal_and_on_the_page(judged
     assert "FD-pixels, attacked</th>" not in page
 
 
-def test_a_reference_named_later_finds_the_attacks_done(judged: Path, pipeline, tmp_path, monkeypatch) -> None:  # noqa: F811
+def test_a_reference_named_later_finds_the_attacks_done(judged: Path, pipeline, tmp_path, monkeypatch) -> None:
     shutil.copytree(judged, tmp_path / "out")
     monkeypatch.setattr(run.Batch, "run", lambda *_: pytest.fail("done again"))
     (tmp_path / "real").mkdir()
@@ -120,7 +108,7 @@ def test_a_reference_named_later_finds_the_attacks_done(judged: Path, pipeline, 
 
 def test_stopped_while_it_judges_it_goes_on_and_ends_as_a_whole_one(
     judged: Path,
-    pipeline: Path,  # noqa: F811
+    pipeline: Path,
     tmp_path: Path,
     monkeypatch,
     capsys,
@@ -142,13 +130,6 @@ def test_stopped_while_it_judges_it_goes_on_and_ends_as_a_whole_one(
         assert result(tmp_path / "out")[part] == result(judged)[part]
 
 
-def run_folder(folder: Path, settings: dict[str, Any]) -> Path:
-    small_pipeline().save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"settings": settings}))
-    (folder / "data.json").write_text("{}")
-    return folder
-
-
 def test_without_a_reference_it_is_the_data_that_the_run_names(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(quality, "REAL", 50)
     run = run_folder(tmp_path / "run", {"data": "digits", "split": None})
@@ -168,7 +149,7 @@ def test_without_a_reference_it_is_the_data_that_the_run_names(tmp_path: Path, m
         (None, ("--reference", "none"), "as --reference none says"),
     ],
 )
-def test_what_cannot_be_judged_is_left_out_and_told(settings, more, words, pipeline, tmp_path) -> None:  # noqa: F811
+def test_what_cannot_be_judged_is_left_out_and_told(settings, more, words, pipeline, tmp_path) -> None:
     run = pipeline if settings is None else run_folder(tmp_path / "run", settings)
     assert main.main(command(run, tmp_path / "out", *(more or ("-n", "16")))) == 0
     body = result(tmp_path / "out")
@@ -191,7 +172,7 @@ def test_what_cannot_be_judged_is_left_out_and_told(settings, more, words, pipel
         (("--max-bad-fraction", "2"), "--max-bad-fraction must be"),
     ],
 )
-def test_a_reference_that_cannot_be_used_is_one_line(more, words, pipeline, tmp_path, capsys) -> None:  # noqa: F811
+def test_a_reference_that_cannot_be_used_is_one_line(more, words, pipeline, tmp_path, capsys) -> None:
     assert main.main(command(pipeline, tmp_path / "out", *more)) == 2
     error = capsys.readouterr().err
     assert words in error

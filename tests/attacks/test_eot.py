@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attack_runs import FAST, attack, result, stop_at, value
 from robustdiff.attacks.benchmark.grid import Cell, eot_draws, plan
 from robustdiff.attacks.benchmark.runner import Batch
 from robustdiff.attacks.benchmark.sanity_checks import check_gain
@@ -20,17 +21,8 @@ from robustdiff.diffusion.samplers import DifferentiableSampler
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.report import collect, render
 from robustdiff.utils.seeds import derive_seed
-from tests.commands.test_attack import (  # noqa: F401
-    FAST,
-    attack,
-    few_for_the_spread,
-    pipeline,
-    raised,
-    result,
-    stop_at,
-    value,
-)
 
+pytestmark = pytest.mark.usefixtures("few_for_the_spread")
 BLIND = ("--scheduler", "ddpm", "--noise", "fixed", "--eot", "2", "--verdicts", "3")
 IMAGES, RADIUS = 40, 1.0
 
@@ -97,7 +89,7 @@ def test_the_draws_of_the_curve_hold_what_was_asked_for_and_twice_that() -> None
 
 
 @pytest.fixture(scope="module")
-def blind(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def blind(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("blind") / "run" / "evaluation"
     attack(pipeline, output, *BLIND)
     return output
@@ -115,7 +107,7 @@ def test_the_curve_is_in_the_file_and_on_the_page(blind: Path) -> None:
 
 
 def test_without_noise_to_draw_there_is_no_curve_and_the_flag_says_why(
-    pipeline: Path,  # noqa: F811
+    pipeline: Path,
     tmp_path: Path,
 ) -> None:
     body = attack(pipeline, tmp_path / "out")
@@ -126,7 +118,7 @@ def test_without_noise_to_draw_there_is_no_curve_and_the_flag_says_why(
 
 
 def test_stopped_in_the_middle_of_the_curve_it_goes_on_and_ends_as_a_whole_one(
-    pipeline: Path,  # noqa: F811
+    pipeline: Path,
     blind: Path,
     tmp_path: Path,
     monkeypatch,

@@ -6,7 +6,6 @@ Long, because it mirrors trajectory.py, threat.py and attack.py, which are teste
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,8 +13,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from experiments.paper import linear
-from experiments.paper.point_denoiser import PointDenoiser
 from helpers import TINY_UNET, normal, seeded
+from linear_networks import PROCESS, VARIANCES, Linear, linear_trajectory, network_objective, points, random_network
 from robustdiff.attacks.constraints import LpBall
 from robustdiff.attacks.goals import (
     CallableGoal,
@@ -30,46 +29,6 @@ from robustdiff.diffusion.pipeline import SamplerStep, sample, trajectory_of
 from robustdiff.diffusion.samplers import DifferentiableSampler, frozen, trailing
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.utils.random import image_generators
-
-VARIANCES = torch.tensor([1.5, 0.4, 0.1, 0.02, 0.003], dtype=torch.float64)
-PROCESS = NoiseSchedule.from_scheduler(DDPMScheduler())
-
-
-class Linear(nn.Module):
-    """The exact network of a diagonal Gaussian, in any parametrisation, with a strength m of the regulariser (T3)."""
-
-    def __init__(self, schedule: NoiseSchedule = PROCESS, m: float = 0.0) -> None:
-        super().__init__()
-        self.schedule = schedule
-        table = linear.optimum(schedule.alphas_cumprod.double(), VARIANCES, m)
-        self.weight = nn.Parameter(table)
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        eps = self.weight[t.long()] * x_t
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        return self.schedule.output_from_x0((x_t - sigma * eps) / alpha, x_t, t)
-
-
-def linear_trajectory(steps: int = 20, prediction: str = "epsilon", m: float = 0.0, sampler: str = "ddim"):
-    schedule = NoiseSchedule(PROCESS.alphas_cumprod, prediction)  # type: ignore[arg-type]
-    return DifferentiableSampler.of(Linear(schedule, m), schedule, sampler, steps)  # type: ignore[arg-type]
-
-
-def points(n: int = 3, seed: int = 0) -> Tensor:
-    return normal(n, len(VARIANCES), seed=seed).double()
-
-
-def random_network(seed: int = 0, dimension: int = 3) -> PointDenoiser:
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        model = PointDenoiser(dimension, 32, 2)
-        nn.init.normal_(model.last.weight, std=0.3)
-    return model
-
-
-def network_objective(steps: int = 10, attacked: Sequence[int] = (0, 5), n: int = 6, **settings) -> FinalImageShift:
-    trajectory = DifferentiableSampler.of(random_network().double(), PROCESS, "ddim", steps)
-    return FinalImageShift(trajectory, normal(n, 3, seed=1).double(), attacked, **settings)
 
 
 def tiny_pipeline(prediction: str = "epsilon", **scheduler) -> DDPMPipeline:

@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from command_line import fails, grey, tree
 from helpers import experiment, normal, seeded
+from linear_networks import GaussianNetwork, gaussian
+from pipelines import save_broken, small_pipeline
 from robustdiff.attacks.config import CorruptConfig
 from robustdiff.attacks.constraints import LpBall
 from robustdiff.attacks.goals import evaluate, value_and_gradient
@@ -22,10 +25,6 @@ from robustdiff.data.corruption import Corruption, corrupt
 from robustdiff.data.dataset import load_images
 from robustdiff.diffusion.pipeline import load_pipeline
 from robustdiff.utils.images import from_uint8, to_uint8
-from tests.attacks.test_purification import GaussianNetwork, gaussian
-from tests.commands.test_attack import small_pipeline
-from tests.commands.test_main import fails, grey, here, photos, tree  # noqa: F401 - fixtures
-from tests.commands.test_purify import save_broken
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def levels_of(folder: str) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(Image.open(Path(folder, e["file"])))).int() for e in entries])
 
 
-def poison(photos: Path, model: Path, output: str, *flags: str) -> dict:  # noqa: F811
+def poison(photos: Path, model: Path, output: str, *flags: str) -> dict:
     command = ["corrupt", str(photos), output, "--poison", str(model), "--poison-steps", "4"]
     assert main.main([*command, *flags]) == 0
     return json.loads(Path(output, "manifest.json").read_text())
@@ -155,7 +154,7 @@ def test_keeping_the_last_iterate_is_of_one_restart() -> None:
 
 
 @pytest.mark.parametrize(("radius", "levels"), [("16/255", 8), ("0.1", 12), ("1/127.5", 1)])
-def test_the_bound_holds_in_the_files(photos, model, here, radius: str, levels: int) -> None:  # noqa: F811
+def test_the_bound_holds_in_the_files(photos, model, here, radius: str, levels: int) -> None:
     told = poison(photos, model, "new", "--poison-radius", radius)["poison"]
     clean = load_images(photos).images[:, 0].int()
     moved = (levels_of("new") - clean).abs()
@@ -164,7 +163,7 @@ def test_the_bound_holds_in_the_files(photos, model, here, radius: str, levels: 
     assert (moved.amax((1, 2)) > 0).all()
 
 
-def test_the_manifest_is_true(photos, model, here, capsys) -> None:  # noqa: F811
+def test_the_manifest_is_true(photos, model, here, capsys) -> None:
     manifest = poison(photos, model, "new", "--poison-fraction", "0.5", "--poison-draws", "3", "--seed", "3")
     attack = Poison(load_pipeline(model), str(model), 16 / 255, 0.5, 4, 3)
     assert manifest["poison"] == attack.describe()
@@ -185,7 +184,7 @@ def test_the_manifest_is_true(photos, model, here, capsys) -> None:  # noqa: F81
     assert f"{hits} of them dirty" in capsys.readouterr().out
 
 
-def test_batches_change_nothing_and_seeds_do(photos, model, here) -> None:  # noqa: F811
+def test_batches_change_nothing_and_seeds_do(photos, model, here) -> None:
     for size in ("1", "3"):
         poison(photos, model, f"by{size}", "--batch-size", size, "--poison-fraction", "0.6")
     poison(photos, model, "by64", "--poison-fraction", "0.6")
@@ -195,7 +194,7 @@ def test_batches_change_nothing_and_seeds_do(photos, model, here) -> None:  # no
     assert ((levels_of("other") - levels_of("by64")) != 0).double().mean() > 0.1
 
 
-def test_no_image_and_every_image(photos, model, here) -> None:  # noqa: F811
+def test_no_image_and_every_image(photos, model, here) -> None:
     nothing = poison(photos, model, "none", "--poison-fraction", "0")
     assert torch.equal(levels_of("none"), load_images(photos).images[:, 0].int())
     assert not any(entry["poison"] for entry in nothing["images"])
@@ -207,7 +206,7 @@ def test_no_image_and_every_image(photos, model, here) -> None:  # noqa: F811
             assert ((levels_of("some")[index] - levels_of("all")[index]) != 0).double().mean() < 0.02
 
 
-def test_poison_comes_last_upon_other_dirt(photos, model, here) -> None:  # noqa: F811
+def test_poison_comes_last_upon_other_dirt(photos, model, here) -> None:
     flags = ("--corrupt", "gaussian:sigma=0.3,fraction=0.5", "--poison-radius", "0.1")
     manifest = poison(photos, model, "both", *flags)
     dirt, clean = [Corruption.parse(flags[1])], load_images(photos)
@@ -220,14 +219,14 @@ def test_poison_comes_last_upon_other_dirt(photos, model, here) -> None:  # noqa
     assert places[0] != places[1]  # hit independently of how many kinds come before
 
 
-def test_without_poison_the_manifest_is_as_it_was(photos, here) -> None:  # noqa: F811
+def test_without_poison_the_manifest_is_as_it_was(photos, here) -> None:
     assert main.main(["corrupt", str(photos), "new", "--corrupt", "blur"]) == 0
     manifest = json.loads(Path("new/manifest.json").read_text())
     assert manifest.keys() == {"format", "seed", "corruptions", "range", "written", "clean", "images"}
     assert manifest["images"][0].keys() == {"index", "source", "file", "corruptions"}
 
 
-def test_noise_levels_of_poisoned_images_are_refused(photos, model, here, capsys) -> None:  # noqa: F811
+def test_noise_levels_of_poisoned_images_are_refused(photos, model, here, capsys) -> None:
     poison(photos, model, "new", "--corrupt", "gaussian:sigma=0.2")
     capsys.readouterr()
     error = fails(capsys, "train", "new", "--noise-levels", "new/manifest.json", "--dry-run")
@@ -272,7 +271,7 @@ def test_the_notes_show_the_committed_result() -> None:
         (("--poison", "{model}", "--posion-steps", "2"), ("did you mean --poison-steps?",)),
     ],
 )
-def test_bad_input_is_one_line_and_touches_nothing(photos, model, here, capsys, flags, words) -> None:  # noqa: F811
+def test_bad_input_is_one_line_and_touches_nothing(photos, model, here, capsys, flags, words) -> None:
     before = tree(photos)
     error = fails(capsys, "corrupt", str(photos), "new", *(flag.format(photos=photos, model=model) for flag in flags))
     for word in words:
@@ -281,13 +280,13 @@ def test_bad_input_is_one_line_and_touches_nothing(photos, model, here, capsys, 
     assert not list(here.iterdir())
 
 
-def test_images_of_another_size_are_refused(model, here, tmp_path, capsys) -> None:  # noqa: F811
+def test_images_of_another_size_are_refused(model, here, tmp_path, capsys) -> None:
     grey(tmp_path / "big" / "0.png", size=(12, 16))
     error = fails(capsys, "corrupt", str(tmp_path / "big"), "new", "--poison", str(model))
     assert "takes 8 x 8: use --resolution 8" in error
 
 
-def test_a_model_that_is_not_finite_is_one_line_and_nothing_is_left(photos, model, here, capsys) -> None:  # noqa: F811
+def test_a_model_that_is_not_finite_is_one_line_and_nothing_is_left(photos, model, here, capsys) -> None:
     save_broken(model)
     capsys.readouterr()
     assert "not finite" in fails(capsys, "corrupt", str(photos), "new", "--poison", "broken")

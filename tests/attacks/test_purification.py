@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from experiments.paper import linear
 from helpers import normal, seeded
+from linear_networks import gaussian
+from pipelines import small_pipeline
 from robustdiff.attacks.constraints import LpBall
 from robustdiff.attacks.goals import evaluate, value_and_gradient
 from robustdiff.attacks.optimizers import PGD, RandomSearch
 from robustdiff.attacks.purification import PurifiedLoss, accuracy, purify
 from robustdiff.diffusion.samplers import trailing
-from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.utils.errors import UsageError
-from tests.commands.test_attack import small_pipeline
 
 SIZE = 8
-
-
-class GaussianNetwork(nn.Module):
-    """The exact network for N(0, variance) pixels, in float64."""
-
-    def __init__(self, schedule: NoiseSchedule, variance: float) -> None:
-        super().__init__()
-        self.schedule, self.scale = schedule, nn.Parameter(torch.tensor(variance, dtype=torch.float64))
-        self.config = {"num_class_embeds": None, "sample_size": SIZE, "in_channels": 1}
-        self.device, self.dtype = torch.device("cpu"), torch.float64
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        a, s = self.schedule.alpha(t).double(), self.schedule.sigma(t).double()
-        return s / (a**2 * self.scale + s**2) * x_t
-
-
-def gaussian(variance: float = 0.01) -> types.SimpleNamespace:
-    scheduler = DDPMScheduler(clip_sample=False)
-    return types.SimpleNamespace(
-        unet=GaussianNetwork(NoiseSchedule.from_scheduler(scheduler), variance), scheduler=scheduler
-    )
 
 
 def images(n: int = 4, scale: float = 0.3, seed: int = 0) -> Tensor:

@@ -6,21 +6,22 @@ Long, because one command is followed through all its ends, on the same small pi
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from attack_runs import FAST, attack, raised, result, stop_at, value
 from helpers import normal, seeded
+from linear_networks import network_objective, random_network
+from pipelines import small_pipeline
 from robustdiff.attacks.benchmark import run, runner
 from robustdiff.attacks.benchmark.runner import Outcome
 from robustdiff.attacks.benchmark.sanity_checks import (
@@ -44,72 +45,9 @@ from robustdiff.diffusion.pipeline import sample, to_uint8
 from robustdiff.diffusion.samplers import DifferentiableSampler
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.report import collect, render
-from tests.attacks.test_optimizers import network_objective, random_network
 
+pytestmark = pytest.mark.usefixtures("few_for_the_spread")
 FLAGS = Path(__file__).parents[2] / "docs" / "guide" / "attack.md"
-FAST = ("-n", "3", "--sweep-n", "2", "--steps", "2", "--iterations", "4", "--batch-size", "2", "--radius", "0.1")
-FAST += ("--workers", "1")
-SMALL = {
-    "block_out_channels": [4],
-    "layers_per_block": 1,
-    "norm_num_groups": 2,
-    "down_block_types": ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"],
-    "add_attention": False,
-}
-
-
-def small_pipeline(prediction: str = "epsilon", classes: int | None = None) -> DDPMPipeline:
-    torch.manual_seed(0)
-    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, num_class_embeds=classes, **SMALL)
-    return DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100, prediction_type=prediction))
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pipeline") / "tiny"
-    small_pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_for_the_spread() -> Any:
-    before = run.SPREAD_OF
-    run.SPREAD_OF = 8
-    yield
-    run.SPREAD_OF = before
-
-
-def result(folder: Path) -> dict[str, Any]:
-    (path,) = folder.glob("attack-*.json")
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
-
-
-def attack(pipeline: Path, output: Path, *more: str) -> dict[str, Any]:
-    usual = FAST[:6] + FAST[8:] if "one-step" in more else FAST
-    assert main.main(["attack", str(pipeline), "-o", str(output), *usual, *more]) == 0
-    return result(output)
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, when: Callable[[list[str]], int | None]) -> list[str]:
-    """Names of finished parts, as they come; the signal that ``when`` makes of them is sent to this process."""
-    saves: list[str] = []
-    save = Outcome.save
-
-    def save_and_stop(self: Outcome, path: Path) -> None:
-        save(self, path)
-        saves.append(path.name)
-        if (number := when(saves)) is not None:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(Outcome, "save", save_and_stop)
-    return saves
-
-
-def value(body: dict[str, Any], name: str) -> float:
-    found: float = body["values"][name]["value"]
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +55,6 @@ def whole(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "evaluation"
     attack(pipeline, output)
     return output
-
-
-def raised(body: dict[str, Any]) -> set[str]:
-    return {flag["name"] for flag in body["details"]["flags"] if flag["raised"]}
 
 
 # -- what it finds -----------------------------------------------------------------------------------

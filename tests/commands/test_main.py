@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import robustdiff
+from command_line import fails, grey, tree
 from helpers import TINY_UNET as UNET
 from robustdiff.commands import main
 from robustdiff.data.corruption import KINDS, Corruption, corrupt
@@ -31,45 +32,6 @@ from robustdiff.utils.images import to_uint8
 HEAVY = ("torch", "diffusers", "numpy", "PIL", "accelerate", "scipy", "sklearn")
 COMMANDS = [(), ("train",), ("sample",), ("corrupt",)]
 FIELDS = [(name, field) for name, command in main.COMMANDS.items() for field in dataclasses.fields(command)]
-
-
-def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that wrong usage gets."""
-    assert main.main(arguments) == 2
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert error.startswith("robustdiff: ")
-    assert error.endswith("\n")
-    assert error.count("\n") == 1
-    return error
-
-
-def grey(path: Path, seed: int = 0, size: tuple[int, int] = (8, 8)) -> Path:
-    """A grey image of seeded noise, of ``size`` = (height, width)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)).save(path)
-    return path
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """Eight 8 x 8 grey images in one folder."""
-    for i in range(8):
-        grey(tmp_path / "photos" / f"{i}.png", seed=i)
-    return tmp_path / "photos"
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory: what a failed command writes would show up in it."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
 
 
 # -- help and version --------------------------------------------------------------------------------

@@ -12,7 +12,10 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from torch import Tensor
 
+from command_line import fails, grey, tree
 from experiments.paper import linear
+from linear_networks import gaussian
+from pipelines import SMALL, save_broken, small_pipeline
 from robustdiff.attacks import purify_files
 from robustdiff.attacks.purification import purify
 from robustdiff.commands import main
@@ -22,9 +25,6 @@ from robustdiff.diffusion.pipeline import load_pipeline
 from robustdiff.diffusion.samplers import trailing
 from robustdiff.utils.images import to_uint8
 from robustdiff.utils.random import place_generators
-from tests.attacks.test_purification import gaussian
-from tests.commands.test_attack import SMALL, small_pipeline
-from tests.commands.test_main import fails, grey, here, photos, tree  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "small"
     small_pipeline().save_pretrained(folder)
     return folder
-
-
-def save_broken(model: Path) -> None:
-    """The pipeline with a weight that is no number, in the folder ``broken`` here."""
-    broken = load_pipeline(model)
-    next(broken.unet.parameters()).data.fill_(torch.nan)
-    broken.save_pretrained("broken")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +54,7 @@ def written(folder: str) -> Tensor:
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
-def test_files_are_what_the_library_computes_whatever_the_batch(photos, model, here, capsys, scheduler) -> None:  # noqa: F811
+def test_files_are_what_the_library_computes_whatever_the_batch(photos, model, here, capsys, scheduler) -> None:
     before = tree(photos)
     flags = ["--strength", "0.3", "--steps", "4", "--scheduler", scheduler, "--seed", "5"]
     for size in ("1", "3", "64"):
@@ -82,7 +75,7 @@ def test_files_are_what_the_library_computes_whatever_the_batch(photos, model, h
     assert not torch.equal(written("by3"), images.images)
 
 
-def test_the_manifest_says_what_was_done(photos, model, here) -> None:  # noqa: F811
+def test_the_manifest_says_what_was_done(photos, model, here) -> None:
     assert main.main(["purify", str(photos), str(model), "-o", "new", "--strength", "0.05", "--seed", "2"]) == 0
     manifest = json.loads(Path("new/manifest.json").read_text())
     assert manifest["format"] == "robustdiff purified 1"
@@ -95,7 +88,7 @@ def test_the_manifest_says_what_was_done(photos, model, here) -> None:  # noqa: 
     assert manifest["versions"].keys() == {"robustdiff", "torch"}
 
 
-def test_streamed_images_and_other_seeds(photos, model, here) -> None:  # noqa: F811
+def test_streamed_images_and_other_seeds(photos, model, here) -> None:
     command = ["purify", str(photos), str(model)]
     assert main.main([*command, "-o", "held"]) == 0
     assert main.main([*command, "-o", "streamed", "--max-memory-gib", "0"]) == 0
@@ -104,13 +97,13 @@ def test_streamed_images_and_other_seeds(photos, model, here) -> None:  # noqa: 
     assert tree(Path("held")) != tree(Path("streamed"))
 
 
-def test_an_array_larger_than_the_model_is_brought_to_its_size(model, here) -> None:  # noqa: F811
+def test_an_array_larger_than_the_model_is_brought_to_its_size(model, here) -> None:
     np.save("big.npy", np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8))
     assert main.main(["purify", "big.npy", str(model), "-o", "new", "--resolution", "8"]) == 0
     assert written("new").shape == (3, 1, 8, 8)
 
 
-def test_the_mean_of_purified_gaussians_is_the_closed_form(here, monkeypatch) -> None:  # noqa: F811
+def test_the_mean_of_purified_gaussians_is_the_closed_form(here, monkeypatch) -> None:
     """The exact denoiser of N(0, 0.01): every step of DDIM multiplies, so mean and variance are known."""
     pipeline, n = gaussian(0.01), 400
     monkeypatch.setattr(purify_files, "load_pipeline", lambda model: pipeline)
@@ -128,7 +121,7 @@ def test_the_mean_of_purified_gaussians_is_the_closed_form(here, monkeypatch) ->
     assert float(found.var()) == pytest.approx(deviation**2 + level, rel=5 * (2 / found.numel()) ** 0.5)
 
 
-def test_classes_go_by_their_names(conditional, here) -> None:  # noqa: F811
+def test_classes_go_by_their_names(conditional, here) -> None:
     for i, name in enumerate("cb"):
         grey(Path("sorted", name, "0.png"), seed=i)
     assert main.main(["purify", "sorted", str(conditional), "-o", "new", "--strength", "0.5"]) == 0
@@ -145,7 +138,7 @@ def test_classes_go_by_their_names(conditional, here) -> None:  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_model_of_clean_digits_takes_noised_ones_nearer_to_what_they_were(here) -> None:  # noqa: F811
+def test_a_model_of_clean_digits_takes_noised_ones_nearer_to_what_they_were(here) -> None:
     clean = load_images("digits").images
     np.save("train.npy", clean[500:, 0].numpy())
     dirt = [Corruption.parse("gaussian:sigma=0.4")]
@@ -195,10 +188,10 @@ def test_a_model_of_clean_digits_takes_noised_ones_nearer_to_what_they_were(here
     ],
 )
 def test_bad_input_is_one_line_and_touches_nothing(
-    photos: Path,  # noqa: F811
+    photos: Path,
     model: Path,
     conditional: Path,
-    here: Path,  # noqa: F811
+    here: Path,
     tmp_path: Path,
     capsys,
     flags: tuple[str, ...],
@@ -218,7 +211,7 @@ def test_bad_input_is_one_line_and_touches_nothing(
     assert tree(tmp_path) == before
 
 
-def test_labels_beyond_the_models_are_refused(here, capsys, conditional) -> None:  # noqa: F811
+def test_labels_beyond_the_models_are_refused(here, capsys, conditional) -> None:
     np.savez("set.npz", images=np.zeros((2, 8, 8), np.uint8), labels=np.array([0, 3]))
     load_pipeline(conditional).save_pretrained("unnamed")
     error = fails(capsys, "purify", "set.npz", "unnamed", "-o", "new")
@@ -226,19 +219,19 @@ def test_labels_beyond_the_models_are_refused(here, capsys, conditional) -> None
     assert "0 .. 2" in error
 
 
-def test_one_process_only(photos, model, here, capsys, monkeypatch) -> None:  # noqa: F811
+def test_one_process_only(photos, model, here, capsys, monkeypatch) -> None:
     monkeypatch.setattr(purify_files, "processes", lambda: 2)
     assert "without a launcher" in fails(capsys, "purify", str(photos), str(model), "-o", "new")
 
 
-def test_a_model_without_finite_weights_is_one_line_and_nothing_is_left(photos, model, here, capsys) -> None:  # noqa: F811
+def test_a_model_without_finite_weights_is_one_line_and_nothing_is_left(photos, model, here, capsys) -> None:
     save_broken(model)
     capsys.readouterr()
     assert "not finite" in fails(capsys, "purify", str(photos), "broken", "-o", "new")
     assert [path.name for path in here.iterdir()] == ["broken"]
 
 
-def test_stopped_in_the_middle_it_leaves_nothing(photos, model, here, capsys, monkeypatch) -> None:  # noqa: F811
+def test_stopped_in_the_middle_it_leaves_nothing(photos, model, here, capsys, monkeypatch) -> None:
     calls = []
 
     def stop(*arguments: object, **settings: object) -> Tensor:

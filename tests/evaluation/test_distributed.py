@@ -10,29 +10,29 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import TINY_UNET
+from launches import LIMIT, launch, launched
 from robustdiff.commands import main
-from tests.training.test_processes import LIMIT, launch, launched
 
 N = 60
 
 # `robustdiff`, telling which batches this process computes; one is broken or reads another reference if asked.
 PROGRAM = """
 import os, sys
-from robustdiff import cli
-from robustdiff.evaluation import together
+from robustdiff.commands import main
+from robustdiff.evaluation import distributed
 
 rank = os.environ["RANK"]
 
-def compute(extractor, images, batch_size, progress=None, starts=None, original=together.compute):
+def compute(extractor, images, batch_size, progress=None, starts=None, original=distributed.compute):
     with open(os.environ["COMPUTED"] + rank, "a") as file:
         file.write(f"{extractor.name} {len(images)} {list(starts or [])}\\n")
     if os.environ.get("BROKEN") == rank:
         raise OSError(5, "Input/output error", "weights.bin")
     return original(extractor, images, batch_size, progress, starts)
 
-together.compute = compute
+distributed.compute = compute
 other = os.environ.get("OTHER") == rank
-sys.exit(cli.main([text.replace("reference.npy", "training.npy") if other else text for text in sys.argv[1:]]))
+sys.exit(main.main([text.replace("reference.npy", "training.npy") if other else text for text in sys.argv[1:]]))
 """
 
 

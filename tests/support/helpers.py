@@ -15,8 +15,6 @@ from robustdiff.diffusion.schedule import NoiseSchedule, Prediction
 from robustdiff.losses.perturbation import Respond
 from robustdiff.utils.random import Generators
 
-torch.set_num_threads(1)
-
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "sample", "v_prediction")
 
 

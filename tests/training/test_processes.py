@@ -6,14 +6,10 @@ Long, because launches are dear: each one serves several tests.
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +20,7 @@ from safetensors.torch import load_file
 
 from fields import natural
 from helpers import TINY_UNET as UNET
+from launches import LIMIT, command, environment, launch, launched
 from robustdiff.commands import main
 from robustdiff.data.dataset import load_images
 from robustdiff.training.config import TrainConfig
@@ -33,64 +30,16 @@ from robustdiff.utils.resources import check_launcher
 
 STEPS, EVERY = 40, 20
 """Steps of a run, and between its checkpoints: after twenty, rounding has not grown yet."""
-LIMIT = 60
-"""Seconds within which all processes must have ended after one failed."""
 
-# Put in front of every process by a sitecustomize.py. It lists which files are opened for writing, by which process,
-# and breaks what FAULT says, in one process.
-SITE = """
-import os, sys
-
-def hook(event, arguments):
-    if event == "open" and isinstance(arguments[1], str) and any(mode in arguments[1] for mode in "wax+"):
-        name = str(arguments[0])
-        if name.startswith(os.environ["WATCHED"]):
-            os.write(descriptor, f"{os.environ.get('RANK')} open {name}\\n".encode())
-    elif event in ("os.mkdir", "os.rename", "shutil.rmtree") and str(arguments[0]).startswith(os.environ["WATCHED"]):
-        os.write(descriptor, f"{os.environ.get('RANK')} {event} {arguments[0]}\\n".encode())
-
-if "WATCHED" in os.environ:
-    descriptor = os.open(os.environ["WATCH_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    sys.addaudithook(hook)
-
-fault, _, place = os.environ.get("FAULT", "").partition("@")
-if fault and os.environ.get("RANK") == place:
-    import dataclasses
-    from robustdiff import batches, training
-    from robustdiff.images import DataError
-
-    def in_the_sixth_step(self, counters, images, original=batches.Batches.draw):
-        if counters[0] >= 20:
-            raise RuntimeError("the sixth step is broken")
-        return original(self, counters, images)
-
-    def in_loading(*_, **__):
-        raise DataError("x.png: cannot be\\nread here")
-
-    def of_another_folder(source, *_, original=training.load_images, **options):
-        return dataclasses.replace(original(os.environ["OTHER"], **options), source=str(source))
-
-    def in_saving(*_):
-        raise OSError(28, "No space left on device")
-
-    if fault == "step":
-        batches.Batches.draw = in_the_sixth_step
-    elif fault == "data":
-        training.load_images = in_loading
-    elif fault == "other":
-        training.load_images = of_another_folder
-    elif fault == "save":
-        training.save_checkpoint = in_saving
-"""
 
 # What an evaluation does: each process takes its share of the images, and the first gathers.
 EVALUATE = """
 import json, sys
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from robustdiff import cli
-from robustdiff.images import load_images
-from robustdiff.sampling import without_accelerator
+from robustdiff.commands import main
+from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.pipeline import without_accelerator
 
 state = PartialState(cpu=without_accelerator())
 folder, result, commands = sys.argv[1:]
@@ -105,53 +54,9 @@ if state.is_main_process:
     with open(result, "w") as file:
         json.dump([state.num_processes, found], file)
 for command in json.loads(commands):
-    status = cli.main(command)
+    status = main.main(command)
     assert status == 0
 """
-
-
-def command(*arguments: str, processes: int) -> list[str]:
-    """The command line of `accelerate launch`, as a user types it on a machine without accelerators."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    several = ["--multi_gpu", "--main_process_port", str(port)] if processes > 1 else []
-    fixed = ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *several, *fixed, "--dynamo_backend", "no"]
-    return [*launcher, *(("-m", "robustdiff") if arguments[0] in main.COMMANDS else ()), *arguments]
-
-
-def environment(folder: Path | None = None, **more: str) -> dict[str, str]:
-    """One thread each, no accelerator, and the sitecustomize if there is a folder for it."""
-    values = {**os.environ, "OMP_NUM_THREADS": "1", **more}
-    if torch.accelerator.is_available():  # where there is none, it must work without being told
-        values["ACCELERATE_USE_CPU"] = "true"
-    path = [entry for entry in sys.path if entry]
-    if folder is not None:
-        (folder / "site").mkdir()
-        (folder / "site" / "sitecustomize.py").write_text(SITE)
-        path = [str(folder / "site"), *path]
-    return {**values, "PYTHONPATH": os.pathsep.join(path)}
-
-
-def launch(*arguments: str, processes: int, folder: Path | None = None, **more: str) -> str:
-    """Run to the end; returns standard output. A hang fails at the time limit."""
-    line = command(*arguments, processes=processes)
-    done = subprocess.run(line, capture_output=True, text=True, timeout=180, env=environment(folder, **more))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@contextlib.contextmanager
-def launched(*arguments: str, folder: Path, **more: str) -> Iterator[subprocess.Popen[str]]:
-    """Two processes on their way; whatever is left of them at the end is killed."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen(command(*arguments, processes=2), env=environment(folder, **more), **pipes) as launcher:
-        try:
-            yield launcher
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(launcher.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +336,7 @@ def test_one_process_that_fails_ends_all_and_its_message_is_seen(base, tmp_path:
         assert "in_the_sixth_step" in error  # an error of the program keeps its stack trace
         assert [one["step"] for one in metrics(tmp_path / "run")] == list(range(1, 6))
     else:
-        assert "cli.py" not in error
+        assert "robustdiff/commands" not in error
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
@@ -450,7 +355,7 @@ def test_processes_with_other_images_are_refused(base: TrainConfig, photos: Path
     ours = [line for line in error.splitlines() if line.startswith("robustdiff (process ")]
     assert any(f"DATA {photos} holds other images" in line for line in ours), error
     assert all("holds other images" in line or "another process stopped" in line for line in ours), error
-    assert "cli.py" not in error
+    assert "robustdiff/commands" not in error
     assert "estimated time" not in out
 
 
