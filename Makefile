@@ -4,6 +4,7 @@
 #   make test-all   and processes, kills, faults, fuzzed files, the paper's experiments (20 minutes)
 #   make test-long  fifty kills and thousands of fuzzed files, of which make test-all takes a sample
 #   make check      lint, types, import order
+#   make docs       the documents as a site: site/
 
 PYTHON ?= python3
 # The pinned torch comes from wherever your pip is configured to look; any build of that version works.
@@ -13,7 +14,7 @@ STAMP := .venv/.installed
 # A core each; who is done first takes tests from the others.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal --durations=15
 
-.PHONY: demo test test-all test-long check format clean
+.PHONY: demo test test-all test-long check docs format clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -50,9 +51,13 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(STAMP)
+	@echo "== documents"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist demo src/*.egg-info
+	rm -rf .venv build dist demo site src/*.egg-info

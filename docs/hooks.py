@@ -63,9 +63,11 @@ def room_page(room: str) -> str:
 
 def top_page() -> str:
     """What ``from robustdiff import`` gives, each with a link to its room."""
-    lines = ["# robustdiff", "", "What `from robustdiff import ...` gives; each is described with its room.", ""]
-    lines += [f"* [`{name}`][{path}]" for name, path in exported(ROOT / "src" / "robustdiff" / "__init__.pyi")]
-    return "\n".join(lines) + "\n"
+    text = "# robustdiff\n\nWhat `from robustdiff import ...` gives; each is described with its room.\n\n"
+    for name, path in exported(ROOT / "src" / "robustdiff" / "__init__.pyi"):
+        room = path.removeprefix("robustdiff.")
+        text += f"* [`{name}`]({room}.md)\n" if room in ROOMS else f"* [`{name}`][{path}]\n"
+    return text
 
 
 def command_page() -> str:
