@@ -1,6 +1,6 @@
 """Time and memory of precision, recall, density and coverage, and of diversity, on random features.
 
-    OMP_NUM_THREADS=1 python benchmarks/neighbours.py -n 50000 --features 512
+    OMP_NUM_THREADS=1 python -m benchmarks.neighbours -n 50000 --features 512
 
 Prints JSON: seconds of each part, and the most memory the process ever held (``ru_maxrss``), before and after.
 """

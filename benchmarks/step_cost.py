@@ -1,6 +1,6 @@
 """What one training step costs, by objective, beside the theory (forward passes; plain = 3).
 
-    python benchmarks/step_cost.py --network small --size 16 --batch-size 32 --threads 1
+    python -m benchmarks.step_cost --network small --size 16 --batch-size 32 --threads 1
 
 The objectives take turns, so that a machine that slows down slows all of them; every ratio is within one run.
 """

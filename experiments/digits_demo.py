@@ -14,8 +14,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -186,14 +188,17 @@ def main() -> None:
         "versions": {"robustdiff": __version__, "torch": torch.__version__},
     }
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    table = ["| row | told | pixel Frechet | noise | spread |", "|---|---|---|---|---|"]
-    table += [
-        f"| {r['row']} | {r['told']} | {r['frechet']:.3f} | {r['noise']:.3f} | {r['spread']:.3f} |" for r in results
-    ]
-    (folder / "table.md").write_text("\n".join(table) + "\n")
+    (folder / "table.md").write_text(table(results))
     draw_figure(folder / "figure.png", {"training images": dirty, "plain samples": plain, "samples of --auto": auto})
-    print("\n".join(table))
+    print(table(results), end="")
     print(f"== {folder}/figure.png, table.md, results.json after {(time.perf_counter() - started) / 60:.1f} minutes")
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows in markdown."""
+    lines = ["| row | told | pixel Frechet | noise | spread |", "|---|---|---|---|---|"]
+    lines += [f"| {r['row']} | {r['told']} | {r['frechet']:.3f} | {r['noise']:.3f} | {r['spread']:.3f} |" for r in rows]
+    return "\n".join(lines) + "\n"
 
 
 def draw_figure(path: Path, panels: dict[str, torch.Tensor], side: int = 7) -> None:

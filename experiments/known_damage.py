@@ -2,7 +2,6 @@
 
     python -m experiments.known_damage --data CIFAR10 --extractor pixels --extractor squeezenet10_imagenet.pt \
         --extractor resnet20_cifar10.pt --output experiments/results/known_damage.json
-    python -m experiments.known_damage --fill docs/protocols.md
 
 The "generated" images are real test images with one damage. For every seed, all from the test split and disjoint, also
 between seeds: ``-n`` images to be damaged and ``REFERENCE`` to compare with, equally many of each class. For dropped
@@ -10,8 +9,8 @@ modes the images are further test images of the classes that are left, the next 
 looked for among ``TRAINING`` images of the training split, other ones for every seed; replay takes them from there. The
 row "none" is the same images undamaged: real against real, the floor of every other row.
 
-The second line writes the tables of the committed result into the document. About 30 minutes on one core that is
-shared with other work; features are cached.
+About 30 minutes on one core that is shared with other work; features are cached. The tables: results/pages
+(``python -m experiments.pages``).
 """
 
 from __future__ import annotations
@@ -333,34 +332,18 @@ def order(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_REGION = re.compile(r"(<!-- damage: ([^<>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def fill(text: str, result: Mapping[str, Any]) -> str:
-    """The document with the tables between its ``<!-- damage: NAME -->`` and ``<!-- end -->`` written anew."""
-    return _REGION.sub(
-        lambda found: found[1] + (order(result) if found[2] == "order" else table(result, found[2])) + "\n" + found[3],
-        text,
-    )
-
-
 def main() -> None:
-    """Measure, or fill the document."""
+    """Measure, and print what each metric does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="CIFAR-10: anything `robustdiff train` reads, with splits train and test")
+    parser.add_argument(
+        "--data", required=True, help="CIFAR-10: anything `robustdiff train` reads, with splits train and test"
+    )
     parser.add_argument("--extractor", action="append", default=[], help="as for `robustdiff evaluate` (repeatable)")
     parser.add_argument("-n", type=int, default=500, help="images that stand for generated ones")
     parser.add_argument("--seeds", type=int, default=3, help="disjoint draws")
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--no-cache", action="store_true", help="keep no features")
-    parser.add_argument("--fill", type=Path, help="document to write the committed result into; measures nothing")
     arguments = parser.parse_args()
-    if arguments.fill:
-        text = fill(arguments.fill.read_text(), json.loads(RESULT.read_text()))
-        arguments.fill.write_text(text)
-        return
-    if not arguments.data:
-        parser.error("--data is missing: name CIFAR-10")
     result = run(arguments)
     print(order(result))
     if arguments.output:

@@ -80,6 +80,13 @@ def cell(value: float | dict[str, Any]) -> str:
     return f"{value['mean']:.3f}" + ("" if value["deviation"] is None else f" +- {value['deviation']:.3f}")
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows in markdown."""
+    lines = ["| row | pixel Frechet | noise | spread |", "|---|---|---|---|"]
+    lines += [f"| {r['row']} | {cell(r['frechet'])} | {cell(r['noise'])} | {cell(r['spread'])} |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Train, poison, train, measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,8 +178,7 @@ def main() -> None:
         "versions": {"robustdiff": __version__, "torch": torch.__version__.split("+")[0]},
     }
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-    for row in rows:
-        print(f"| {row['row']} | {cell(row['frechet'])} | {cell(row['noise'])} | {cell(row['spread'])} |")
+    print(table(rows))
     print(json.dumps(losses, indent=1))
 
 

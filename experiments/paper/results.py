@@ -87,7 +87,7 @@ _DIRT_ORDER = {name: i for i, name in enumerate(dict.fromkeys([*DIRTS, *IMAGE_DI
 
 
 def load(folder: Path) -> list[Row]:
-    """Every row in a folder, in the order of ``rows.METHODS``.
+    """Every row in a folder, in the order of ``toy_grid.METHODS``.
 
     Args:
         folder: With one JSON file per row.
@@ -162,17 +162,17 @@ def place_of(row: Row) -> str:
 
 
 def key_of(row: Row) -> tuple[str, ...]:
-    """What a reference in a text calls it."""
+    """What tells it from every other row: place, dirt and method; of the closed forms, the claim."""
     return (LINEAR, row["claim"]) if row["experiment"] == LINEAR else (place_of(row), row["dirt"], row["method"])
 
 
 def dirt_rank(dirt: str) -> int:
-    """Place of a kind of dirt in the order of ``rows.DIRTS``; unknown kinds come last."""
+    """Place of a kind of dirt in the order of ``toy_grid.DIRTS``; unknown kinds come last."""
     return _DIRT_ORDER.get(dirt, len(_DIRT_ORDER))
 
 
 def method_rank(row: Row) -> int:
-    """Place of a row's method in the order of ``rows.METHODS``, or of the image grid's; unknown ones come last."""
+    """Place of a row's method in the order of ``toy_grid.METHODS``, or of the image grid's; unknown ones come last."""
     if row.get("world") in IMAGE_WORLDS:
         return _IMAGE_ORDER.get(row.get("method", ""), len(_IMAGE_ORDER))
     return _ORDER.get(row.get("method", ""), len(_ORDER))

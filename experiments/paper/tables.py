@@ -1,4 +1,4 @@
-"""Results as tables in markdown, as numbers in a text, and as one HTML page that needs nothing else.
+"""Results as tables in markdown, and as one HTML page that needs nothing else.
 
 Reading order: ``results.py`` reads rows and judges numbers. A cell is mean and standard deviation over the seeds.
 """
@@ -8,20 +8,18 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.paper.image_grid_spec import IMAGE_WORLDS
 from experiments.paper.results import (
     LINEAR,
     MEASURES,
     YARDSTICKS,
     Row,
     dirt_rank,
-    key_of,
     load,
     main_of,
     marks,
@@ -32,7 +30,7 @@ from experiments.paper.results import (
 from experiments.paper.toy_grid import MAIN
 from robustdiff.report.numbers import number, spread
 
-__all__ = ["MAIN", "MEASURES", "Row", "detail", "fill", "frontier_table", "load", "page", "table"]
+__all__ = ["MAIN", "MEASURES", "Row", "detail", "frontier_table", "load", "page", "table"]
 
 # -- tables ----------------------------------------------------------------------------------------------
 
@@ -232,107 +230,6 @@ def detail(rows: Sequence[Row], world: str, dirt: str) -> str:
 def frontier_table(rows: Sequence[Row], world: str, dirt: str) -> str:
     """The sweep of strengths: error on clean data beside error on dirty data, in markdown; see :func:`table`."""
     return frontier_grid(rows, world, dirt).markdown()
-
-
-# -- numbers in a text -----------------------------------------------------------------------------------
-
-_REGION = re.compile(r"(<!-- (table|detail|frontier): ([^<>]*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
-_TABLES: Mapping[str, Callable[..., str]] = {"table": table, "detail": detail, "frontier": frontier_table}
-_NUMBER = re.compile(
-    r"(?<![\w.,])-?\d+(?:\.(?P<decimals>\d+))?(?P<power>e[+-]?\d+)?(?P<stars>\**)"
-    r"<!-- (?P<what>[^<>]*?) -->"
-)
-
-
-def fill(markdown: str, rows: Sequence[Row]) -> str:
-    """Put the tables and numbers of the results into a text; doing it again changes nothing.
-
-    * ``<!-- table: plane --> ... <!-- end -->``, ``<!-- detail: plane inlier -->`` and
-      ``<!-- frontier: plane inlier -->`` likewise: what stands between is replaced.
-    * ``0.071<!-- plane inlier gated-low w2 -->``: place, dirt, method, measure; ``linear-gaussian CLAIM measured``. The
-      number is replaced with as many decimals as it has. ``sd``, ``floor`` or ``floor sd`` at the end give those
-      instead of the mean; ``w2@20`` gives the error with 20 network calls, ``jacobian@0.1`` the norm of the Jacobian at
-      the measured noise level nearest to 0.1.
-
-    Args:
-        markdown: The text.
-        rows: As :func:`load` gives them.
-
-    Raises:
-        ValueError: In one line that names every reference that leads nowhere.
-    """
-    wrong: list[str] = []
-
-    def region(match: re.Match[str]) -> str:
-        start, kind, names, body, end = match.groups()
-        try:
-            if "<!-- table:" in body or "<!-- detail:" in body or "<!-- frontier:" in body:
-                raise ValueError("it has no <!-- end -->")
-            return f"{start}\n{_TABLES[kind](rows, *names.split())}{end}"
-        except (ValueError, TypeError) as error:
-            reason = "wrong number of names" if isinstance(error, TypeError) else str(error)
-            wrong.append(f"{kind}: {names} ({reason})")
-            return match[0]
-
-    def value(match: re.Match[str]) -> str:
-        try:
-            x = _look_up(match["what"], by_key)
-        except ValueError as error:
-            wrong.append(f"{match['what']} ({error})")
-            return match[0]
-        style = "e" if match["power"] else "f"
-        return f"{x:.{len(match['decimals'] or '')}{style}}{match['stars']}<!-- {match['what']} -->"
-
-    by_key = {key_of(row): row for row in rows}
-    text = _NUMBER.sub(value, _REGION.sub(region, markdown))
-    left = _NUMBER.sub("", _REGION.sub("", text))  # what looks like ours, and was not
-    places = {LINEAR, *MAIN, *(f"invariance-{world}" for world in MAIN), *IMAGE_WORLDS}
-    for comment in re.findall(r"<!-- ([^<>]*?) -->", left):
-        if comment == "end" or comment.startswith(("table:", "detail:", "frontier:")):
-            wrong.append(f"{comment} (start and <!-- end --> do not match)")
-        elif comment.split()[:1] and comment.split()[0] in places:
-            wrong.append(f"{comment} (no number before it)")
-    if wrong:
-        raise ValueError(f"references that lead nowhere: {'; '.join(wrong)}")
-    return text
-
-
-def _look_up(reference: str, rows: Mapping[tuple[str, ...], Row]) -> float:
-    """The number that a reference names.
-
-    Raises:
-        ValueError: If there is none, saying why.
-    """
-    words = reference.split()
-    length = 2 if words[:1] == [LINEAR] else 3
-    key, measure, rest = tuple(words[:length]), words[length] if len(words) > length else "", words[length + 1 :]
-    if key not in rows:
-        raise ValueError("no such row")
-    if rest not in ([], ["sd"], ["floor"], ["floor", "sd"]):
-        raise ValueError(f"after the measure: sd, floor or floor sd, not {' '.join(rest)!r}")
-    row = rows[key]
-    name, at, calls = measure.partition("@")
-    if name == "jacobian":
-        levels = row["curves"].get("jacobian_levels", [])
-        if rest or not levels or not re.fullmatch(r"\d*\.?\d+", calls):
-            raise ValueError("no Jacobian there")
-        nearest = min(range(len(levels)), key=lambda i: abs(math.log(levels[i] / float(calls))))
-        return float(row["curves"]["jacobian"][nearest])
-    if at:
-        curves = row["curves"]
-        main = name == main_of(row)
-        errors = curves.get(f"{name}_by_calls", curves.get("error_by_calls", []) if main else [])
-        found = [error for count, error in zip(curves.get("calls", []), errors, strict=False) if f"{count}" == calls]
-        if rest or not found:
-            raise ValueError(f"no {name} at {calls} network calls")
-        return float(found[0])
-    values = row["floor" if "floor" in rest else "values"]
-    if measure not in values:
-        raise ValueError(f"no such measure: there are {', '.join(values)}")
-    x = values[measure].get("sd" if "sd" in rest else "mean")
-    if x is None:
-        raise ValueError("one seed has no sd")
-    return float(x)
 
 
 # -- page ------------------------------------------------------------------------------------------------

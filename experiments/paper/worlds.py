@@ -6,8 +6,8 @@ Points have shape (d,), images (C, H, W); both lie in about [-1, 1], and dirt is
     x0 = world.sample(20_000, generator)
     dirty, hit = make_dirty(x0, [Corruption.parse("gaussian:sigma=0.2,fraction=0.9")], seed=0)
 
-Where a density exists it is that of ``x_t = alpha x0 + sigma eps`` (``process.py``), so that the ideal prediction of
-the noise, ``-sigma * score``, is known at every noise level.
+Where a density exists it is that of ``x_t = alpha x0 + sigma eps`` (``diffusion/schedule.py``), so that the ideal
+prediction of the noise, ``-sigma * score``, is known at every noise level.
 
 Longer than most files: four worlds, to be read one at a time.
 """

@@ -1,4 +1,4 @@
-"""The experiment that attacks U-Nets of digits: its numbers, what is kept, and what the README says."""
+"""The experiment that attacks U-Nets of digits: its numbers, and what is kept."""
 
 from __future__ import annotations
 
@@ -71,12 +71,3 @@ def test_the_strong_attack_is_another_and_says_so(attacked: ModuleType, tmp_path
 def test_every_row_is_a_command_that_can_be_typed(attacked: ModuleType) -> None:
     for row in attacked.ROWS.values():
         assert parse(["train", "DATA", *attacked.digits_demo.COMMON, *row.flags]) is not None
-
-
-def test_the_readme_shows_the_committed_rows() -> None:
-    module = experiment("attacked_digits")
-    results = ROOT / "experiments" / "results" / "attacked_digits"
-    text = (ROOT / "experiments" / "README.md").read_text()
-    assert module.table(results, "digits", list(module.ROWS), "plain") in text
-    strong = module.table(results.with_name("attacked_digits_strong"), "digits", list(module.ROWS), "plain", "apgd")
-    assert strong in text

@@ -1,4 +1,4 @@
-"""Rows to tables, to numbers in a text, and to the page: what is best, what ties, what leads nowhere.
+"""Rows to tables and to the page: what is best, what ties, what is told.
 
 Long, because all read the same hand-made rows.
 """
@@ -256,86 +256,7 @@ def test_two_files_of_one_row_and_an_empty_folder_are_refused(tmp_path: Path) ->
         tables.load(tmp_path)
 
 
-# -- numbers in a text
-
-TEXT = """# Results
-Plain is at 0.99<!-- plane inlier plain w2 --> (sd 0.5<!-- plane inlier plain w2 sd -->), **gated at
-0.0700**<!-- plane inlier gated-low w2 -->, floor 1<!-- plane inlier plain w2 floor -->
-and 0.001<!-- plane inlier plain w2 floor sd -->; with 20 calls 0.1<!-- plane inlier gated-low w2@20 -->.
-<!-- an ordinary comment --> From 2-9.9<!-- plane clean plain w2 --> on.
-Closed form 0.5<!-- linear-gaussian T3 measured -->, 1.0e-03<!-- linear-gaussian T3 relative_error -->.
-<!-- table: plane -->
-old
-<!-- end -->
-<!-- detail: plane inlier --><!-- end -->
-<!-- frontier: plane inlier -->
-<!-- end -->
-"""
 ALL = [*ROWS, *SWEPT, claim("T3")]
-
-
-def test_fill_finds_the_jacobian_at_the_nearest_level() -> None:
-    curves = {"jacobian_levels": [3.0, 0.21, 0.09], "jacobian": [0.1, 0.6, 0.8]}
-    row = {**ROWS[0], "curves": curves}
-    key = " ".join(tables.key_of(row))
-    assert tables.fill(f"0.00<!-- {key} jacobian@0.2 -->", [row]).startswith("0.60<")
-    assert tables.fill(f"0.00<!-- {key} jacobian@0.1 -->", [row]).startswith("0.80<")
-    for wrong in (f"{key} jacobian@x", f"{key} jacobian@0.1 sd"):
-        with pytest.raises(ValueError, match="no Jacobian there"):
-            tables.fill(f"0.00<!-- {wrong} -->", [row])
-
-
-def test_fill_puts_numbers_with_the_decimals_shown() -> None:
-    filled = tables.fill(TEXT, ALL)
-    assert "0.31<!-- plane inlier plain w2 --> (sd 0.0<!--" in filled
-    assert "0.0712**<!-- plane inlier gated-low w2 -->, floor 0<!--" in filled
-    assert "0.002<!-- plane inlier plain w2 floor sd -->" in filled
-    assert "calls 0.1<!-- plane inlier gated-low w2@20 -->" in filled
-    assert "From 2-0.0<!-- plane clean plain w2 -->" in filled
-    assert "2.0e-02<!-- linear-gaussian T3 relative_error -->" in filled
-    assert f"<!-- table: plane -->\n{tables.table(ALL, 'plane')}<!-- end -->" in filled
-    assert f"<!-- detail: plane inlier -->\n{tables.detail(ALL, 'plane', 'inlier')}<!-- end -->" in filled
-    assert f"<!-- frontier: plane inlier -->\n{tables.frontier_table(ALL, 'plane', 'inlier')}<!-- end -->" in filled
-    assert "<!-- an ordinary comment -->" in filled
-    assert "\nold\n" not in filled
-
-
-def test_fill_changes_nothing_the_second_time_and_mends_a_wrong_number() -> None:
-    filled = tables.fill(TEXT, ALL)
-    assert tables.fill(filled, ALL) == filled
-    wrong = filled.replace("0.0712**<!--", "0.0711**<!--").replace("| **0.0712", "| **0.0711", 1)
-    assert wrong.count("0.0711") == 2
-    assert tables.fill(wrong, ALL) == filled
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("0.1<!-- plane inlier nobody w2 -->", r"plane inlier nobody w2 \(no such row\)"),
-        ("0.1<!-- plane inlier plain w3 -->", r"plane inlier plain w3 \(no such measure: there are w2\)"),
-        ("0.1<!-- plane inlier plain -->", "no such measure"),
-        ("0.1<!-- plane inlier plain w2 mean -->", "after the measure: sd, floor or floor sd, not 'mean'"),
-        ("0.1<!-- plane clean gated-low w2 sd -->", "one seed has no sd"),
-        ("0.1<!-- plane inlier gated-low w2@7 -->", "no w2 at 7 network calls"),
-        ("0.1<!-- typo inlier plain w2 -->", r"typo inlier plain w2 \(no such row\)"),
-        ("much<!-- plane inlier plain w2 -->", "no number before it"),
-        ("1,234<!-- plane inlier plain w2 -->", "no number before it"),
-        (".31<!-- plane inlier plain w2 -->", "no number before it"),
-        ("<!-- table: moon --><!-- end -->", r"table: moon \(no rows of 'moon'"),
-        ("<!-- detail: plane --><!-- end -->", "wrong number of names"),
-        ("<!-- table: plane -->", "do not match"),
-        ("<!-- end -->", "do not match"),
-        ("<!-- table: plane -->\n<!-- table: plane -->\n<!-- end -->", "it has no <!-- end -->"),
-    ],
-)
-def test_references_that_lead_nowhere_are_named(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        tables.fill(text, ALL)
-
-
-def test_every_wrong_reference_is_named_at_once() -> None:
-    with pytest.raises(ValueError, match=r"plane inlier a w2.*plane inlier b w2"):
-        tables.fill("1<!-- plane inlier a w2 --> 2<!-- plane inlier b w2 -->", ALL)
 
 
 # -- page
