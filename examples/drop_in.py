@@ -1,4 +1,4 @@
-"""The robust objective in an ordinary diffusers + accelerate training loop: two lines differ, marked below.
+"""The equivariance loss in an ordinary diffusers + accelerate training loop: two lines differ, marked below.
 
 python examples/drop_in.py                # digits, a minute or two on two cores
 python examples/drop_in.py --images 2000  # a quick look
@@ -11,9 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from robustdiff.data.dataset import load_images
-from robustdiff.diffusion.schedule import NoiseSchedule
-from robustdiff.losses.equivariance import EquivarianceLoss
+from robustdiff import EquivarianceLoss, NoiseSchedule, load_images
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", default="digits", help="folder of images, or digits")
@@ -39,7 +37,7 @@ optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
 loader = torch.utils.data.DataLoader(range(len(images)), arguments.batch_size, shuffle=True)
 model, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
 
-objective = EquivarianceLoss.preset("gated", NoiseSchedule.from_scheduler(noise_scheduler))  # line 1
+criterion = EquivarianceLoss.preset("gated", NoiseSchedule.from_scheduler(noise_scheduler))  # line 1
 
 seen = 0
 while seen < arguments.images:
@@ -48,7 +46,7 @@ while seen < arguments.images:
         with accelerator.accumulate(model):
             # Before: noise = randn_like(...), timesteps = randint(...), noisy = scheduler.add_noise(...),
             #         loss = mse_loss(model(noisy, timesteps).sample, noise)
-            loss = objective(model, clean_images).total.mean()  # line 2
+            loss = criterion(model, clean_images).total.mean()  # line 2
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

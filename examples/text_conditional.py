@@ -7,8 +7,7 @@ real trainer they come from yours.
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from robustdiff.diffusion.schedule import NoiseSchedule
-from robustdiff.losses.equivariance import EquivarianceLoss
+from robustdiff import EquivarianceLoss, NoiseSchedule
 
 torch.manual_seed(0)
 unet = UNet2DConditionModel(
@@ -26,14 +25,14 @@ unet = UNet2DConditionModel(
 noise_scheduler = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
 optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
 
-objective = EquivarianceLoss.preset("paper", NoiseSchedule.from_scheduler(noise_scheduler))  # line 1
+criterion = EquivarianceLoss.preset("paper", NoiseSchedule.from_scheduler(noise_scheduler))  # line 1
 
 latents, text = torch.randn(16, 4, 8, 8), torch.randn(16, 5, 12)
 for step in range(20):
-    # Your own timesteps and noise can be handed in; left out, the objective draws them.
+    # Your own timesteps and noise can be handed in; left out, the loss draws them.
     timesteps = torch.randint(0, 1000, (16,))
     noise = torch.randn_like(latents)
-    terms = objective(unet, latents, t=timesteps, eps=noise, encoder_hidden_states=text)  # line 2
+    terms = criterion(unet, latents, t=timesteps, eps=noise, encoder_hidden_states=text)  # line 2
     terms.total.mean().backward()
     optimizer.step()
     optimizer.zero_grad()
