@@ -29,6 +29,7 @@ def test_the_python_of_the_readme_runs(code: str, tmp_path: Path) -> None:
     python("-W", "error::FutureWarning", "-c", code + "\nassert terms.total.shape == (16,)", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     commands = [shlex.split(line) for block in blocks(README, "bash") for line in block.splitlines()]
     ours = [command for command in commands if command[0] == "robustdiff"]
@@ -65,12 +66,14 @@ def test_links_between_files_lead_somewhere(document: str) -> None:
         assert target.startswith("https://") or (path.parent / target).exists(), target
 
 
+@pytest.mark.slow
 def test_drop_in_example_trains_a_stock_pipeline(tmp_path: Path) -> None:
     output = python(str(ROOT / "examples" / "drop_in.py"), "--images", "256", "--output", "out", cwd=tmp_path)
     assert "256 images, loss" in output
     DiffusionPipeline.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_text_conditional_example_runs(tmp_path: Path) -> None:
     output = python(str(ROOT / "examples" / "text_conditional.py"), cwd=tmp_path)
     assert "step 19" in output

@@ -401,6 +401,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(small: None, tmp_p
     run("plane", "--quick", *some(PLAIN), "-o", empty)  # an empty one is as good as none
 
 
+@pytest.mark.slow
 def test_results_of_another_experiment_or_length_are_refused_unless_told(small: None, tmp_path: Path, capsys) -> None:
     folder = tmp_path / "out"
     run("plane", "--quick", *some(PLAIN), "-o", folder)
@@ -544,6 +545,7 @@ def test_a_pool_that_breaks_ends_with_a_line(small: None, tmp_path: Path, capsys
     assert "--workers" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_keeps_what_is_finished_and_the_same_command_goes_on(
     small: None, tmp_path: Path, capsys, monkeypatch, number: signal.Signals, status: int
@@ -664,6 +666,7 @@ def goes_on(small: None, tmp_path: Path) -> Callable[[], None]:
     return check
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(
     small: None, tmp_path: Path, begin: Callable[..., subprocess.Popen[str]]
 ) -> None:
@@ -675,6 +678,7 @@ def test_two_processes_give_the_numbers_of_one(
     assert weights(tmp_path / "two") == weights(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_stops_soon_and_the_same_command_goes_on(
     held: subprocess.Popen[str], goes_on: Callable[[], None]
 ) -> None:
@@ -688,6 +692,7 @@ def test_ctrl_c_in_the_middle_stops_soon_and_the_same_command_goes_on(
     goes_on()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_workers_start_is_the_same(tmp_path: Path, begin: Callable[..., subprocess.Popen[str]]) -> None:
     process = begin(*TWO, "--workers", "2", "-o", str(tmp_path / "out"))
     wait_for(lambda: len(workers_of(process)) == 2)
@@ -698,6 +703,7 @@ def test_ctrl_c_while_workers_start_is_the_same(tmp_path: Path, begin: Callable[
     assert (process.returncode, error.splitlines()[-1].split(";")[0]) == (130, "robustdiff: stopped")
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_leaves_no_process_behind_and_loses_nothing_finished(
     held: subprocess.Popen[str], goes_on: Callable[[], None]
 ) -> None:
@@ -712,6 +718,7 @@ def test_a_kill_in_the_middle_leaves_no_process_behind_and_loses_nothing_finishe
     goes_on()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_command(held: subprocess.Popen[str], goes_on: Callable[[], None]) -> None:
     first, second = workers_of(held)
     first.kill()

@@ -34,6 +34,7 @@ def test_the_demo_runs_and_writes_what_it_promises(tmp_path: Path) -> None:
     assert len(table) == 11
 
 
+@pytest.mark.slow
 def test_the_noise_experiment_runs_and_its_committed_result_says_how_it_was_got(tmp_path: Path) -> None:
     found = tmp_path / "found.json"
     module("experiments.noise_estimates", "--images", "12", "--output", str(found))

@@ -464,6 +464,7 @@ def test_free_choices_ask_the_plain_network_elsewhere() -> None:
         free_choices("shrunk", plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", SHRINKS)
 def test_the_best_shrinking_is_chosen(factor: float) -> None:
     """A network for a law that is wider by 1 / factor is put right by that factor."""
@@ -473,6 +474,7 @@ def test_the_best_shrinking_is_chosen(factor: float) -> None:
     assert choose("gaussian", world, "shrink", wide, training, 0) == factor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", RELABELS)
 def test_the_best_relabelling_is_chosen(factor: float) -> None:
     """By T7 relabelling by sqrt(1 + m) divides generated variances by 1 + m."""

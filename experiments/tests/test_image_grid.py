@@ -52,6 +52,7 @@ TINY = dataclasses.replace(SCALE["cpu"].quick, samples=20, choosing=14)
 # -- rows --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALE)
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_training_of_the_grid_is_a_command_line_that_is_accepted(scale: str, quick: bool) -> None:

@@ -258,6 +258,7 @@ def test_the_command_pushes_the_batch_away_and_says_from_what(together: Path) ->
     assert "displacement, attack on few (first 2)" in body["values"]
 
 
+@pytest.mark.slow
 def test_how_memory_is_cut_changes_nothing_beyond_rounding(together: Path, pipeline: Path, tmp_path: Path) -> None:
     assert main.main(command(pipeline, tmp_path / "out", *TOGETHER, "--batch-size", "1")) == 0
     found, whole = result(tmp_path / "out"), result(together)
@@ -266,6 +267,7 @@ def test_how_memory_is_cut_changes_nothing_beyond_rounding(together: Path, pipel
     assert value(found, name) == pytest.approx(value(whole, name), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_stopped_it_goes_on_and_ends_as_a_whole_one(together: Path, pipeline, tmp_path, monkeypatch) -> None:
     saves = stop_at(monkeypatch, lambda saves: signal.SIGINT if len(saves) == 4 else None)
     assert main.main(command(pipeline, tmp_path / "out", *TOGETHER)) == 130
@@ -276,6 +278,7 @@ def test_stopped_it_goes_on_and_ends_as_a_whole_one(together: Path, pipeline, tm
         assert result(tmp_path / "out")[part] == result(together)[part]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

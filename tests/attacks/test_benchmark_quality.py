@@ -106,6 +106,7 @@ def test_a_reference_named_later_finds_the_attacks_done(judged: Path, pipeline, 
     assert result(tmp_path / "out")["protocol"]["quality"]["n_real"] == 100
 
 
+@pytest.mark.slow
 def test_stopped_while_it_judges_it_goes_on_and_ends_as_a_whole_one(
     judged: Path,
     pipeline: Path,
@@ -130,6 +131,7 @@ def test_stopped_while_it_judges_it_goes_on_and_ends_as_a_whole_one(
         assert result(tmp_path / "out")[part] == result(judged)[part]
 
 
+@pytest.mark.slow
 def test_without_a_reference_it_is_the_data_that_the_run_names(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(quality, "REAL", 50)
     run = run_folder(tmp_path / "run", {"data": "digits", "split": None})
@@ -140,6 +142,7 @@ def test_without_a_reference_it_is_the_data_that_the_run_names(tmp_path: Path, m
     assert value(body, "FD-pixels, attacked") > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "more", "words"),
     [

@@ -53,7 +53,15 @@ def noise_of(batch: Batch, what: str, draws: int) -> Tensor:
     return torch.stack(rows).double()
 
 
-@pytest.mark.parametrize("draws", [1, 2, 5, 20])
+@pytest.mark.parametrize(
+    "draws",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(2, marks=pytest.mark.slow),
+        5,
+        pytest.param(20, marks=pytest.mark.slow),
+    ],
+)
 def test_with_more_draws_the_attacker_knows_better_which_way_to_push(draws: int) -> None:
     """The image is ``y^2 / 8``, ``y = c x + z``: best is the sign of c x + the mean of the z that are seen."""
     batch = bent_batch(eot=5)
@@ -67,6 +75,7 @@ def test_with_more_draws_the_attacker_knows_better_which_way_to_push(draws: int)
     assert found.moved.numpy() == pytest.approx(expected.numpy(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_on_noise_that_it_has_not_seen_the_attack_gains_by_draws() -> None:
     """20 draws are nearly the truth, 1 draw is often wrong: the mean displacement says so, and the flag."""
     batch = bent_batch(eot=5)
@@ -95,6 +104,7 @@ def blind(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_the_curve_is_in_the_file_and_on_the_page(blind: Path) -> None:
     body = result(blind)
     curve = body["details"]["by_eot"]
@@ -106,6 +116,7 @@ def test_the_curve_is_in_the_file_and_on_the_page(blind: Path) -> None:
     assert "Displacement by draws of the noise (EOT)" in render(collect([blind.parent]))
 
 
+@pytest.mark.slow
 def test_without_noise_to_draw_there_is_no_curve_and_the_flag_says_why(
     pipeline: Path,
     tmp_path: Path,
@@ -117,6 +128,7 @@ def test_without_noise_to_draw_there_is_no_curve_and_the_flag_says_why(
     assert "nothing to draw" in flag["text"]
 
 
+@pytest.mark.slow
 def test_stopped_in_the_middle_of_the_curve_it_goes_on_and_ends_as_a_whole_one(
     pipeline: Path,
     blind: Path,

@@ -109,6 +109,7 @@ def test_many_near_copies_count_once_together_and_with_equal_ones() -> None:
     assert "13 images, 5 pictures more than once, nearly alike: each picture counts once" in said
 
 
+@pytest.mark.slow
 def test_a_picture_that_is_there_five_times_counts_once_in_any_set() -> None:
     images = natural(1000)
     images[500:504] = images[3] + 0.001 * torch.arange(1, 5)[:, None, None, None]

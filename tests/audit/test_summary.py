@@ -58,6 +58,7 @@ def test_the_command_says_what_it_found_and_writes_lists_and_sheets(dirty, tmp_p
     assert main(["audit", str(path), "-o", str(out), "--overwrite"]) == 0
 
 
+@pytest.mark.slow
 def test_the_list_of_noise_is_one_that_training_takes(tmp_path: Path, capsys) -> None:
     x0 = load_images("digits").x0(slice(0, 1797)) * 0.4  # not clipped by the noise
     noisy = Corruption.parse("gaussian:sigma=0.1,fraction=0.5")

@@ -122,12 +122,19 @@ def test_the_batch_size_changes_nothing_beyond_rounding(pipeline: Path, whole: P
 @pytest.mark.parametrize(
     "more",
     [
-        ("--objective", "target", "--norm", "l2", "--momentum", "0.9", "--step-size", "0.5"),
-        ("--objective", "shift", "--optimiser", "one-step", "--restarts", "2", "--at", "1"),
+        pytest.param(
+            ("--objective", "target", "--norm", "l2", "--momentum", "0.9", "--step-size", "0.5"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ("--objective", "shift", "--optimiser", "one-step", "--restarts", "2", "--at", "1"), marks=pytest.mark.slow
+        ),
         ("--objective", "residual", "--optimiser", "apgd", "--restarts", "2", "--at", "1"),
-        ("--scheduler", "ddpm", "--optimiser", "random"),
+        pytest.param(("--scheduler", "ddpm", "--optimiser", "random"), marks=pytest.mark.slow),
         ("--scheduler", "ddpm", "--noise", "fixed", "--eot", "2", "--verdicts", "3"),
-        ("--scheduler", "ddpm", "--noise", "fresh", "--eot", "1", "--verdicts", "2", "--at", "1"),
+        pytest.param(
+            ("--scheduler", "ddpm", "--noise", "fresh", "--eot", "1", "--verdicts", "2", "--at", "1"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=" ".join,
 )
@@ -350,6 +357,7 @@ def test_an_attack_that_ends_thaws_nothing_that_others_use(pipeline: Path, tmp_p
     assert thawed == [False] * 17
 
 
+@pytest.mark.slow
 def test_checkpoints_are_kept_where_memory_is_short(pipeline: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(run, "free_memory", lambda: 10_000)
     assert attack(pipeline, tmp_path / "short")["protocol"]["gradient_checkpointing"] is True

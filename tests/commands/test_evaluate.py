@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +17,6 @@ from tqdm.auto import tqdm
 from experiments.paper.linear import coverage_of_one_law
 from helpers import TINY_UNET
 from robustdiff.commands import main as cli
-from robustdiff.evaluation import evaluate as command
 from robustdiff.evaluation.contact_sheets import GAP
 from robustdiff.evaluation.extractors import open_extractor
 from robustdiff.evaluation.features import extract
@@ -54,24 +55,22 @@ def sets(tmp_path: Path) -> dict[str, str]:
     return {name: str(tmp_path / f"{name}.npy") for name in found}
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of two steps' training, as ``train`` leaves it."""
-    np.save(tmp_path / "data.npy", pictures(N, 1))
-    (tmp_path / "unet.json").write_text(json.dumps(TINY_UNET))
-    arguments = [
-        "--output-dir",
-        str(tmp_path / "run"),
-        "--images",
-        "16",
-        "--batch-size",
-        "8",
-        "--ddpm-num-steps",
-        "100",
-    ]
-    unet = ["--model-config-name-or-path", str(tmp_path / "unet.json"), "--ddpm-num-inference-steps", "10"]
-    assert cli.main(["train", str(tmp_path / "data.npy"), *arguments, *unet]) == 0
-    return tmp_path / "run"
+    folder = tmp_path_factory.mktemp("trained")
+    np.save(folder / "data.npy", pictures(N, 1))
+    (folder / "unet.json").write_text(json.dumps(TINY_UNET))
+    arguments = ["--images", "16", "--batch-size", "8", "--ddpm-num-steps", "100", "--ddpm-num-inference-steps", "10"]
+    arguments += ["--model-config-name-or-path", str(folder / "unet.json"), "--output-dir", str(folder / "run")]
+    assert cli.main(["train", str(folder / "data.npy"), *arguments]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """Its copy, to write into."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def evaluate(*arguments: str, cache: str = "none") -> int:
@@ -326,7 +325,8 @@ def test_the_neighbour_search_shows_how_far_it_is(sets, tmp_path, monkeypatch) -
             super().__init__(*arguments, **options)
             bars.append(self)
 
-    monkeypatch.setattr(command, "tqdm", Recorded)
+    module = importlib.import_module("robustdiff.evaluation.evaluate")  # its package exports a function of that name
+    monkeypatch.setattr(module, "tqdm", Recorded)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     more = ("--training", sets["training"], "--held-out", sets["held_out"])
     assert evaluate(sets["fresh"], "--reference", sets["reference"], *more, "-o", str(tmp_path / "out")) == 0

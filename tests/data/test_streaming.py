@@ -310,7 +310,7 @@ def flags(config: TrainConfig) -> list[str]:
     return result
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("change", [vanish, change_size], ids=lambda change: change.__name__)
 def test_training_ends_in_one_line_that_names_the_file(config, monkeypatch, capfd, photos, change, workers) -> None:
     """In workers too, whose exceptions the loader would wrap in a stack trace; and --resume goes on after mending."""

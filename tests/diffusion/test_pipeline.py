@@ -116,7 +116,7 @@ numpy.save(output, numpy.stack([numpy.array(image) for image in images]))
 """
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+@pytest.mark.parametrize("name", ["ddim", pytest.param("ddpm", marks=pytest.mark.slow)])
 def test_stock_diffusers_without_robustdiff_draws_the_same_images(run: str, tmp_path, name: str) -> None:
     output = tmp_path / "stock.npy"
     command = [sys.executable, "-c", STOCK, run, name, "20", "7", "3", str(output)]

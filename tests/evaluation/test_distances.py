@@ -186,9 +186,9 @@ def coverage_of_intervals(n: int, m: int, d: int, shift: float, scale: float, re
     ("n", "m", "d", "shift", "scale", "widest"),
     [
         (200, 200, 4, 0.5, 1.3, 1.35),
-        (300, 120, 4, 0.3, 1.0, 1.6),
-        (80, 80, 8, 0.0, 1.0, 2.1),
-        (40, 40, 40, 0, 1.2, 2.1),
+        pytest.param(300, 120, 4, 0.3, 1.0, 1.6, marks=pytest.mark.slow),
+        pytest.param(80, 80, 8, 0.0, 1.0, 2.1, marks=pytest.mark.slow),
+        pytest.param(40, 40, 40, 0, 1.2, 2.1, marks=pytest.mark.slow),
     ],
 )
 def test_half_sampled_intervals_of_frechet_cover(
@@ -200,6 +200,7 @@ def test_half_sampled_intervals_of_frechet_cover(
     assert 0.85 < width < widest
 
 
+@pytest.mark.slow
 def test_half_sampled_intervals_of_balls_cover_also_where_nothing_varies() -> None:
     """Recall is 1 in most of these draws, and then in most halves; its mean is below."""
     rows = {"precision": 80, "recall": 80, "coverage": 80}

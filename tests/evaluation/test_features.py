@@ -834,6 +834,7 @@ for seed in range(30):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_may_write_the_same_features_at_once(tmp_path):
     cache, start = tmp_path / "cache", tmp_path / "start"
     command = [sys.executable, "-c", RACE, cache, start]

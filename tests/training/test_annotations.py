@@ -353,6 +353,9 @@ def test_flags_that_do_not_fit_are_one_line(
     assert all(word in error for word in words), error
 
 
-@pytest.mark.parametrize("objective", ["robust", "invariance", "input-perturbation"])
+@pytest.mark.parametrize(
+    "objective",
+    ["robust", *(pytest.param(name, marks=pytest.mark.slow) for name in ("invariance", "input-perturbation"))],
+)
 def test_objectives_that_can_use_levels_train_with_them(config: TrainConfig, objective: str) -> None:
     assert not same(run(config, "a", objective=objective), run(config, "b", objective=objective, noise_levels=None))

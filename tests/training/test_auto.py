@@ -122,6 +122,7 @@ def test_noisy_images_meet_their_level_and_no_timestep_below_it(config: TrainCon
         assert (schedule.noise_to_signal(t) > levels).all()
 
 
+@pytest.mark.slow
 def test_where_every_image_lost_pixels_the_loss_spares_them_at_low_noise(config: TrainConfig, monkeypatch) -> None:
     seen = watched(monkeypatch, "loss_mask")
     config = dataclasses.replace(config, corrupt=("missing:amount=0.3",), random_flip=True)
@@ -157,6 +158,7 @@ def test_mirrored_images_keep_their_lost_pixels(config: TrainConfig) -> None:
     assert batches.masks(counters, t, lost) is None
 
 
+@pytest.mark.slow
 def test_where_all_are_noisy_the_regulariser_begins_below(config: TrainConfig, capsys) -> None:
     plan = plan_of(config, capsys, corrupt=ALL)
     assert "EquivarianceLoss(perturbation=RandomPerturbation(" in plan
@@ -170,6 +172,7 @@ def test_where_all_are_noisy_the_regulariser_begins_below(config: TrainConfig, c
     assert "DenoisingLoss()" in plan_of(config, capsys, corrupt=ALL, auto_without=("regulariser", "noise"))
 
 
+@pytest.mark.slow
 def test_images_that_are_left_out_are_not_counted(config: TrainConfig, capsys) -> None:
     dirt = ("outlier:source=constant,fraction=0.2",)
     plan = plan_of(config, capsys, corrupt=dirt, images="500k", num_epochs=8)
@@ -179,7 +182,15 @@ def test_images_that_are_left_out_are_not_counted(config: TrainConfig, capsys) -
     assert f" = {8 * (COUNT - count) // 8} steps of 8" in plan
 
 
-@pytest.mark.parametrize("part", ["noise", "blur", "holes", "outliers"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "noise",
+        pytest.param("blur", marks=pytest.mark.slow),
+        pytest.param("holes", marks=pytest.mark.slow),
+        pytest.param("outliers", marks=pytest.mark.slow),
+    ],
+)
 def test_a_part_that_is_left_out_is_trained_as_if_it_were_clean(config: TrainConfig, capsys, part: str) -> None:
     dirt = {
         "noise": NOISY,
@@ -195,6 +206,7 @@ def test_a_part_that_is_left_out_is_trained_as_if_it_were_clean(config: TrainCon
 # -- the same run in parts, and in any way fed -------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_is_fed_in_any_way_and_goes_on_exactly_with_what_it_found(config, tmp_path: Path, monkeypatch) -> None:
     """Noise and holes: levels, timesteps and repair must all survive."""
     config = dataclasses.replace(config, corrupt=("missing:amount=0.3,fraction=0.3", *NOISY))
@@ -223,6 +235,7 @@ def test_it_is_fed_in_any_way_and_goes_on_exactly_with_what_it_found(config, tmp
     assert {path.name: path.read_bytes() for path in (tmp_path / "stopped").glob("found-*.png")} == sheets
 
 
+@pytest.mark.slow
 def test_without_what_it_found_it_does_not_go_on(config: TrainConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(config, corrupt=NOISY)
     whole = run(config)
@@ -245,6 +258,7 @@ def test_without_what_it_found_it_does_not_go_on(config: TrainConfig, tmp_path: 
             run(config, resume=True, **changes)
 
 
+@pytest.mark.slow
 def test_a_run_of_before_there_was_the_flag_goes_on(config: TrainConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(config, auto=False)
     whole = run(config)
@@ -311,6 +325,7 @@ def test_parts_are_given_one_by_one(config: TrainConfig, fields: Path, capsys) -
     assert f"found clean:    {COUNT} of {COUNT}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_objective_trains_with_what_is_found(config: TrainConfig) -> None:
     config = dataclasses.replace(config, objective="input-perturbation", corrupt=NOISY)
     assert not same(run(config, "a"), run(config, "b", auto_without=("noise",)))

@@ -87,6 +87,7 @@ def test_numbers_are_those_of_the_command_and_the_weights_do_not_notice(here, ca
     assert "not shown" not in page
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_lines_and_the_same_best(here, monkeypatch) -> None:
     assert train(here, "whole", *during(here)) == 0
     measured = EvaluationCallback.measure

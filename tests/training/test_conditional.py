@@ -62,6 +62,7 @@ def run(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(dataclasses.replace(config, output_dir=str(tmp_path_factory.mktemp("runs") / "run")))
 
 
+@pytest.mark.slow
 def test_samples_obey_the_class(run: Path) -> None:
     pipeline = load_pipeline(run)
     assert pipeline.unet.config["num_class_embeds"] == 2
@@ -70,6 +71,7 @@ def test_samples_obey_the_class(run: Path) -> None:
     assert means[1::2].min() > 0.4
 
 
+@pytest.mark.slow
 def test_the_plan_the_account_and_the_card_name_the_classes(
     config: TrainConfig, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +81,7 @@ def test_the_plan_the_account_and_the_card_name_the_classes(
     assert "| classes | black, white |" in (run / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_snippet_of_the_model_card_draws(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (run / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(run.parent)
@@ -91,10 +94,12 @@ def test_the_snippet_of_the_model_card_draws(run: Path, monkeypatch: pytest.Monk
     assert means[:2].max() < means[2:].min()
 
 
+@pytest.mark.slow
 def test_the_pipeline_is_a_stock_one(run: Path) -> None:
     assert type(DiffusionPipeline.from_pretrained(run)).__name__ == "DDPMPipeline"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("label", "number"), [("white", 1), ("1", 1), ("black", 0)])
 def test_a_class_is_drawn_by_name_or_number(run: Path, tmp_path: Path, label: str, number: int) -> None:
     output = tmp_path / "samples.npz"
@@ -104,6 +109,7 @@ def test_a_class_is_drawn_by_name_or_number(run: Path, tmp_path: Path, label: st
         assert (arrays["images"].mean() > 127) == bool(number)
 
 
+@pytest.mark.slow
 def test_an_unknown_class_is_refused_with_the_names(run: Path, tmp_path: Path) -> None:
     for label in ("grey", "2", "-1"):
         with pytest.raises(UsageError, match=f"--class-label {label} is not in 0 .. 1, nor one of black, white"):

@@ -181,9 +181,11 @@ def test_stopped_at_any_step_and_resumed(run: Run, whole: Whole, tmp_path: Path,
     "way",
     [
         {"preset": "gated", "dataloader_num_workers": 2},
-        {"preset": "gated", **STREAMED},
+        pytest.param({"preset": "gated", **STREAMED}, marks=pytest.mark.slow),
         {"preset": "paper", "gate": None},
-        {"preset": "plain", "gate": None, "dataloader_num_workers": 1, **STREAMED},
+        pytest.param(
+            {"preset": "plain", "gate": None, "dataloader_num_workers": 1, **STREAMED}, marks=pytest.mark.slow
+        ),
     ],
     ids=["gated-held-two-workers", "gated-streamed", "paper-held", "plain-streamed-one-worker"],
 )
@@ -194,6 +196,7 @@ def test_stopped_and_resumed_in_the_other_ways_of_feeding(run: Run, whole: Whole
     assert differences(outcome(folder), whole(**objective)) == []
 
 
+@pytest.mark.slow
 def test_stopped_after_every_single_step(run: Run, whole: Whole, tmp_path: Path) -> None:
     folder = run(tmp_path / "run", after=1)
     for step in range(2, STEPS):

@@ -423,6 +423,7 @@ def test_init_from_a_class_conditional_pipeline_uses_the_folder_names(config, tm
 # -- stopping ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_says_how_to_resume_and_exits_130(config: TrainConfig, tmp_path: Path) -> None:
     config = changed(config, images="1200", preview_images=0, logging_steps=1, checkpointing_steps=1000)
     flags = [
