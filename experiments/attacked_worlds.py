@@ -43,7 +43,7 @@ from robustdiff.attacks.optimizers import APGD, PGD, RandomSearch
 from robustdiff.diffusion.model import Model
 from robustdiff.diffusion.samplers import DifferentiableSampler
 from robustdiff.diffusion.schedule import NoiseSchedule
-from robustdiff.losses.denoising import DenoisingLoss, LossOutput, mean_square
+from robustdiff.losses.denoising import DenoisingLoss, LossOutput
 from robustdiff.losses.perturbation import AdversarialPerturbation
 from robustdiff.utils import atomic_io
 from robustdiff.utils.random import Generators, draw_normal
@@ -116,7 +116,7 @@ class Unrolled:
         leaf = (self.radius * start.clamp(-1, 1)).requires_grad_()
         (slope,) = torch.autograd.grad((trajectory.run(x + leaf) - end.detach()).square().sum(), leaf)
         moved = trajectory.run(x + (leaf.detach() + self.radius * slope.sign()).clamp(-self.radius, self.radius))
-        penalty = mean_square(moved - end) / self.radius**2
+        penalty = (moved - end).square().flatten(1).mean(1) / self.radius**2
         return replace(terms, total=terms.total + self.strength * penalty)
 
 

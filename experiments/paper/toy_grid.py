@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from experiments.paper.image_grid_spec import FLOORS, RELABELS, SHRINKS
-from robustdiff.diffusion.schedule import NoiseSchedule, Prediction
+from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.losses.baselines import (
     InputPerturbationLoss,
     InvarianceLoss,
@@ -110,7 +110,7 @@ class Method:
     exact: bool = False
     family: str | None = None
     clean_only: bool = False
-    prediction: Prediction = "v_prediction"
+    prediction: str = "v_prediction"
 
 
 SIGNS = RandomPerturbation("signs")

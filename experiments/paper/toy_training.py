@@ -19,7 +19,7 @@ from torch import Tensor
 
 from experiments.paper.point_denoiser import PointDenoiser
 from experiments.paper.toy_grid import Training
-from robustdiff.diffusion.schedule import NoiseSchedule, Prediction
+from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.losses.denoising import DenoisingLoss
 from robustdiff.losses.equivariance import Model
 from robustdiff.utils import atomic_io
@@ -30,7 +30,7 @@ from robustdiff.utils.seeds import derive_seed
 WARMUP = 200
 
 
-def schedule_for(prediction: Prediction) -> NoiseSchedule:
+def schedule_for(prediction: str) -> NoiseSchedule:
     """1000 linear betas (Ho et al. 2020)."""
     return NoiseSchedule.from_scheduler(DDPMScheduler(prediction_type=prediction))
 
@@ -145,7 +145,7 @@ def load(path: Path, dimension: int, training: Training, settings: object) -> tu
     return model.eval().requires_grad_(False), seconds
 
 
-def settings_of(training: Training, prediction: Prediction) -> dict[str, object]:
+def settings_of(training: Training, prediction: str) -> dict[str, object]:
     """The training as JSON, with the schedule; an input scale of 1 and no modulation are left out."""
     usual = {"input_scale": 1.0, "modulated": False}
     lengths = {key: value for key, value in asdict(training).items() if key not in usual or usual[key] != value}
@@ -172,7 +172,7 @@ def draw(
         watch: Sees every state with its timestep, (n, d) and (), before the network does.
     """
     sampler = DDIMScheduler(
-        prediction_type=denoiser.schedule.prediction_type, clip_sample=False, timestep_spacing="trailing"
+        prediction_type=denoiser.schedule.prediction.name, clip_sample=False, timestep_spacing="trailing"
     )
     sampler.set_timesteps(calls)
     generator = torch.Generator().manual_seed(derive_seed("sampling", seed))

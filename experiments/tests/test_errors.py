@@ -59,7 +59,7 @@ from experiments.paper.toy_grid import (
 from experiments.paper.toy_training import Denoiser, draw, schedule_for
 from experiments.paper.worlds import LinearGaussian, Mixture, Plane, Subspace, World
 from helpers import normal, seeded
-from robustdiff.diffusion.schedule import NoiseSchedule, Prediction
+from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.evaluation.distances import frechet_floor
 from robustdiff.utils.errors import UsageError
 
@@ -375,7 +375,7 @@ def test_a_network_is_judged_by_its_draws_against_fresh_ones() -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_ideal_network_has_the_exact_score_whatever_it_predicts(prediction: Prediction) -> None:
+def test_the_ideal_network_has_the_exact_score_whatever_it_predicts(prediction: str) -> None:
     schedule, t = schedule_for(prediction), torch.tensor(400)
     for name in ("ring", "gaussian", "subspace"):
         world: Any = build_world(name)

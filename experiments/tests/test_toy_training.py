@@ -34,7 +34,7 @@ from experiments.paper.toy_training import (
 )
 from experiments.paper.worlds import LinearGaussian
 from helpers import normal, seeded
-from robustdiff.diffusion.schedule import NoiseSchedule, Prediction
+from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.losses.denoising import DenoisingLoss
 from robustdiff.losses.equivariance import EquivarianceLoss
 from robustdiff.utils.errors import UsageError
@@ -46,7 +46,7 @@ X0 = 0.5 * normal(64, 3, seed=3, dtype=torch.float32)
 VARIANCES = torch.tensor([0.2, 0.05, 0.01], dtype=torch.float64)
 
 
-def plain(prediction: Prediction = "v_prediction") -> DenoisingLoss:
+def plain(prediction: str = "v_prediction") -> DenoisingLoss:
     return DenoisingLoss(schedule_for(prediction))
 
 
@@ -64,18 +64,18 @@ class Ideal(torch.nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         eps_hat = self.w[t] * x_t
-        if self.schedule.prediction_type == "epsilon":
+        if self.schedule.prediction.name == "epsilon":
             return eps_hat
         x0_hat = (x_t - self.schedule.sigma(t) * eps_hat) / self.schedule.alpha(t)
         return self.schedule.output_from_x0(x0_hat, x_t, t)
 
 
-def ideal(prediction: Prediction = "epsilon", m: float = 0.0) -> Denoiser:
+def ideal(prediction: str = "epsilon", m: float = 0.0) -> Denoiser:
     schedule = schedule_for(prediction)
     return Denoiser(Ideal(schedule, VARIANCES, m), schedule)
 
 
-def network(seed: int = 0, prediction: Prediction = "v_prediction") -> Denoiser:
+def network(seed: int = 0, prediction: str = "v_prediction") -> Denoiser:
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         return Denoiser(PointDenoiser(3, width=8, depth=1).requires_grad_(False), schedule_for(prediction))
@@ -88,12 +88,12 @@ def test_the_process_is_that_of_the_paper() -> None:
     schedule = schedule_for("epsilon")
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     torch.testing.assert_close(schedule.alphas_cumprod.double(), (1 - betas).cumprod(0), rtol=1e-5, atol=0)
-    assert schedule.prediction_type == "epsilon"
-    assert schedule_for("v_prediction").prediction_type == "v_prediction"
+    assert schedule.prediction.name == "epsilon"
+    assert schedule_for("v_prediction").prediction.name == "v_prediction"
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_a_denoiser_says_what_its_network_means(prediction: Prediction) -> None:
+def test_a_denoiser_says_what_its_network_means(prediction: str) -> None:
     schedule = schedule_for(prediction)
     x0, eps, t = normal(5, 3, dtype=torch.float32), normal(5, 3, seed=1, dtype=torch.float32), torch.tensor(400)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -335,7 +335,7 @@ def written_out(denoiser: Denoiser, n: int, calls: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("calls", [1, 5, 50])
-def test_drawing_is_ddim_written_out(prediction: Prediction, calls: int) -> None:
+def test_drawing_is_ddim_written_out(prediction: str, calls: int) -> None:
     denoiser = network(1, prediction)
     found = draw(denoiser, 20, 3, calls, 4)
     assert found.shape == (20, 3)

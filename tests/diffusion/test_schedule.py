@@ -54,7 +54,7 @@ def test_state_and_target_are_bitwise_those_of_ddpm_for_every_beta_schedule(
     scheduler = DDPMScheduler(**BETAS[betas], prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
     schedule = NoiseSchedule.from_scheduler(scheduler)
     x0, eps = batch()
-    assert schedule.prediction_type == prediction
+    assert schedule.prediction.name == prediction
     assert schedule.num_timesteps == 1000
     assert torch.equal(schedule.add_noise(x0, eps, ALL_T), scheduler.add_noise(x0, eps, ALL_T))
     wanted = {"epsilon": eps, "sample": x0, "v_prediction": scheduler.get_velocity(x0, eps, ALL_T)}[prediction]
@@ -66,7 +66,7 @@ def test_the_tables_of_other_schedulers_of_the_family_are_read(kind: type, predi
     schedule = NoiseSchedule.from_scheduler(kind(prediction_type=prediction, beta_schedule="scaled_linear"))
     reference = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0001, beta_end=0.02)
     x0, eps = batch()
-    assert schedule.prediction_type == prediction
+    assert schedule.prediction.name == prediction
     assert torch.equal(schedule.add_noise(x0, eps, ALL_T), reference.add_noise(x0, eps, ALL_T))
 
 
@@ -211,11 +211,17 @@ def test_a_bad_table_is_refused(table: Any) -> None:
 
 
 def test_an_unknown_prediction_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="flow_prediction"):
-        NoiseSchedule(torch.tensor([0.9, 0.5]), "flow_prediction")  # type: ignore[arg-type]
-    config = SimpleNamespace(prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match="'score' is not one of epsilon, sample, v_prediction, flow_prediction"):
+        NoiseSchedule(torch.tensor([0.9, 0.5]), "score")
+    config = SimpleNamespace(prediction_type="score")
     scheduler = SimpleNamespace(alphas_cumprod=torch.tensor([0.9, 0.5]), config=config)
-    with pytest.raises(ValueError, match="flow_prediction"):
+    with pytest.raises(ValueError, match="score"):
+        NoiseSchedule.from_scheduler(scheduler)
+
+
+def test_a_table_that_flow_matching_leaves_unused_is_refused() -> None:
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with pytest.raises(TypeError, match="flow matching"):
         NoiseSchedule.from_scheduler(scheduler)
 
 

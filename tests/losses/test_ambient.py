@@ -29,7 +29,6 @@ from helpers import (
     uncorrelated,
 )
 from robustdiff.diffusion.schedule import NoiseSchedule
-from robustdiff.losses.ambient import first_timesteps
 from robustdiff.losses.baselines import (
     InputPerturbationLoss,
     InvarianceLoss,
@@ -147,7 +146,7 @@ def test_single_precision_is_enough_just_above_the_level(prediction: Any) -> Non
     """At the first timestep allowed, 1 - rho is small, and the formula in float32 agrees with float64."""
     levels = torch.tensor([0.011, 0.02, 0.05, 0.3, 1.0, 10.0], dtype=torch.float64)
     schedule, z = ddpm_schedule(prediction, dtype=torch.float32), normal(6, 2, 5, 5, seed=2)
-    t = first_timesteps(schedule, levels)
+    t = schedule.first_timesteps(levels)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         return 0.3 * x.tanh()
@@ -224,7 +223,7 @@ def test_timesteps_are_uniform_over_those_above_the_level(level: float) -> None:
     schedule, count = ddpm_schedule(), 60_000
     levels = schedule.noise_to_signal(torch.arange(1000))
     first = int((levels > level).nonzero()[0])
-    drawn = schedule.draw_timesteps(count, seeded(3), first_timesteps(schedule, torch.full((count,), level)))
+    drawn = schedule.draw_timesteps(count, seeded(3), schedule.first_timesteps(torch.full((count,), level)))
     assert drawn.min() >= first
     assert drawn.max() == 999
     assert schedule.noise_to_signal(drawn).min() > level
@@ -238,7 +237,7 @@ def test_timesteps_are_uniform_over_those_above_the_level(level: float) -> None:
 def test_a_level_on_the_table_trains_above_it_only() -> None:
     schedule = schedule_at(torch.tensor([0.25, 0.5, 1.0, 2.0]))
     level = schedule.noise_to_signal(torch.tensor([0, 1, 2]))  # equal to a level of the table, bit for bit
-    assert first_timesteps(schedule, torch.cat([level, torch.zeros(1)])).tolist() == [1, 2, 3, 0]
+    assert schedule.first_timesteps(torch.cat([level, torch.zeros(1)])).tolist() == [1, 2, 3, 0]
 
 
 @pytest.mark.parametrize("last", [0.9999999, 0.99999994], ids=["one_ulp_and_more", "one_ulp"])
@@ -272,7 +271,7 @@ def test_levels_that_mean_nothing_are_refused(level: Tensor, message: str) -> No
 
 def test_a_timestep_that_is_too_low_for_its_image_is_refused() -> None:
     level, t = torch.full((6,), 0.2), torch.full((6,), 500)
-    first = int(first_timesteps(ddpm_schedule(), level)[0])
+    first = int(ddpm_schedule().first_timesteps(level)[0])
     objective = DenoisingLoss(ddpm_schedule())
     t[3] = first
     objective(SmallNet(), images(), t=t, noise_level=level)
@@ -394,7 +393,7 @@ def test_T13_what_is_generated_is_clean_if_told_and_dirty_if_not() -> None:
 
 def test_the_share_may_depend_on_the_level() -> None:
     """Uniform timesteps above the level: density 1 / (T - first) where it is trained."""
-    first = int(first_timesteps(schedule, torch.tensor([SIGMA]))[0])
+    first = int(schedule.first_timesteps(torch.tensor([SIGMA]))[0])
     density = torch.tensor([1 / (1000 - first), 1 / 1000])
     shares = (SHARE * density).expand(len(TIMES), 2)
     table, wrong = schedule.alphas_cumprod[TIMES], torch.tensor([0.2, 0.0])

@@ -712,7 +712,7 @@ def test_bad_settings_of_the_objective_are_refused_by_name(settings: dict[str, A
     [(-0.1, 1, 1), (2, 1, 1), (0, 1, -1), (float("nan"), 1, 1), (0, float("nan"), 1), (0, 1, float("nan"))],
 )
 def test_bad_gates_are_refused(low: float, high: float, value: float) -> None:
-    with pytest.raises(ValueError, match="Gate"):
+    with pytest.raises(ValueError, match="SigmaRange"):
         SigmaRange(low, high, value)
 
 

@@ -192,7 +192,7 @@ def output_matrix(schedule: NoiseSchedule, index: int, eps_matrix: Tensor) -> Te
     eye = torch.eye(len(eps_matrix), dtype=torch.float64)
     x0_matrix = (eye - s * eps_matrix) / a
     return {"epsilon": eps_matrix, "sample": x0_matrix, "v_prediction": (a * eye - x0_matrix) / s}[
-        schedule.prediction_type
+        schedule.prediction.name
     ]
 
 

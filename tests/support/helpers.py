@@ -11,11 +11,11 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from robustdiff.diffusion.schedule import NoiseSchedule, Prediction
+from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.losses.perturbation import Respond
 from robustdiff.utils.random import Generators
 
-PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "sample", "v_prediction")
+PREDICTIONS: tuple[str, ...] = ("epsilon", "sample", "v_prediction")
 
 
 TINY_UNET = {
@@ -44,14 +44,14 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def ddpm_schedule(
-    prediction: Prediction = "epsilon", zero_snr: bool = False, dtype: torch.dtype = torch.float64
+    prediction: str = "epsilon", zero_snr: bool = False, dtype: torch.dtype = torch.float64
 ) -> NoiseSchedule:
     """The process of diffusers' default DDPM scheduler, with its table in ``dtype``."""
     scheduler = DDPMScheduler(prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
     return NoiseSchedule(scheduler.alphas_cumprod.to(dtype), prediction)
 
 
-def schedule_at(levels: Tensor, prediction: Prediction = "epsilon") -> NoiseSchedule:
+def schedule_at(levels: Tensor, prediction: str = "epsilon") -> NoiseSchedule:
     """A process whose noise levels sigma/alpha are ``levels``, ascending, shape (T,)."""
     return NoiseSchedule(1 / (1 + levels.double().square()), prediction)
 

@@ -1,4 +1,5 @@
 from .config import SampleConfig as SampleConfig
+from .flow_matching import FlowSchedule as FlowSchedule
 from .model import Model as Model
 from .networks import build_unet as build_unet
 from .pipeline import load_pipeline as load_pipeline
@@ -6,7 +7,8 @@ from .pipeline import make_scheduler as make_scheduler
 from .pipeline import sample as sample
 from .pipeline import save_pipeline as save_pipeline
 from .pipeline import trajectory_of as trajectory_of
+from .prediction import Prediction as Prediction
 from .samplers import DifferentiableSampler as DifferentiableSampler
 from .schedule import NoiseSchedule as NoiseSchedule
-from .schedule import Prediction as Prediction
+from .schedule import Schedule as Schedule
 from .sigma_floor import SigmaClampedModel as SigmaClampedModel

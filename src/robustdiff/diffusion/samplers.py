@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from robustdiff.diffusion.model import Model, call_model
 from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.utils.errors import check_choice
 from robustdiff.utils.random import Generators, draw_normal
 
 Sampler = Literal["ddim", "ddpm"]
@@ -146,8 +147,7 @@ class DifferentiableSampler:
         Raises:
             ValueError: If the sampler is unknown or the timesteps do not fit.
         """
-        if sampler not in get_args(Sampler):
-            raise ValueError(f"sampler {sampler!r} is not one of {', '.join(get_args(Sampler))}")
+        check_choice("sampler", sampler, get_args(Sampler))
         levels = schedule.num_timesteps
         if isinstance(timesteps, int):
             if not 1 <= timesteps <= levels:

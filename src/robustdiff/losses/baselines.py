@@ -1,4 +1,4 @@
-"""The objectives that the robust one is compared with; called alike, see ``objective.py``."""
+"""The losses that :class:`EquivarianceLoss` is compared with; called as it is, see ``denoising.py``."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ class InvarianceLoss(EquivarianceLoss):
             )
 
     def _penalised(self, noised: NoisyBatch, output: Tensor, perturbed: Tensor, omega: Tensor, t: Tensor) -> Tensor:
-        output, perturbed = self._branches(output, perturbed)
-        return self.schedule.eps_shift(perturbed - output, omega, t)
+        return self.schedule.eps_shift(self._shift(output, perturbed), omega, t)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,4 @@
-"""Training objectives: the plain denoising loss, and the same with an equivariance regulariser.
-
-Every objective, also those of ``baselines.py``, is called alike and returns named per-image terms; the caller reduces
-them::
-
-    terms = objective(model, x0, generator=g)      # model: diffusers' or any callable(x_t, t, **kwargs)
-    terms.total.mean().backward()
-
-An objective owns neither the model nor the optimiser, mutates nothing it is given, and keeps images, noise and losses
-in float32 (or float64, if ``x0`` is) whatever precision the model computes in.
-"""
+"""The equivariance loss: the denoising loss, and a regulariser that keeps the denoised image where it is."""
 
 from __future__ import annotations
 
@@ -19,14 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from robustdiff.diffusion.model import (
-    Model,
-    call_model,
-    kept_buffers,
-    kept_random_stream,
-    select_rows,
-)
-from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.diffusion.model import Model, call_model, kept_buffers, kept_random_stream, select_rows
+from robustdiff.diffusion.schedule import Schedule
 from robustdiff.losses.ambient import NoisyBatch
 from robustdiff.losses.denoising import DenoisingLoss, LossOutput
 from robustdiff.losses.perturbation import (
@@ -37,6 +21,7 @@ from robustdiff.losses.perturbation import (
     Response,
     named_perturbation,
 )
+from robustdiff.utils.errors import check_choice
 from robustdiff.utils.random import Generators
 from robustdiff.utils.tensors import to_device
 
@@ -48,8 +33,8 @@ FunctionOfSigma = Callable[[Tensor], Tensor]
 class SigmaRange:
     """A strength that is ``value`` where ``low <= sigma/alpha <= high`` and 0 elsewhere.
 
-    Images drawn outside the gate take no perturbed forward pass at all, so a gate is also a saving: a gate of
-    probability q costs ``1 + q`` plain steps with a random and ``1 + 1.67 q`` with an adversarial perturbation.
+    Images drawn outside take no perturbed forward pass at all: where a share q is inside, a step costs ``1 + q`` plain
+    ones with a random and ``1 + 1.67 q`` with an adversarial perturbation.
 
     Args:
         low: Lower noise level sigma/alpha, >= 0.
@@ -59,8 +44,8 @@ class SigmaRange:
     Raises:
         ValueError: If the levels are not ordered or the value is negative.
 
-    Source: theory of gating for linear denoisers: with m = lambda E[omega^2] below c = ``high`` the generated variance
-    of a direction of variance v is ``v (v + c^2) / (v + (1 + m) c^2)``: small directions shrink, large ones stay.
+    Source: docs/explanation/theory.md T6: below c = ``high`` the generated variance of a direction of variance v is
+    ``v (v + c^2) / (v + (1 + m) c^2)``, m = lambda E[omega^2]: small directions shrink, large ones stay.
     """
 
     low: float
@@ -70,17 +55,14 @@ class SigmaRange:
     def __post_init__(self) -> None:
         """Check the order."""
         if not 0 <= self.low <= self.high:
-            raise ValueError(f"Gate needs 0 <= low <= high, got low={self.low}, high={self.high}")
+            raise ValueError(f"SigmaRange needs 0 <= low <= high, got low={self.low}, high={self.high}")
         if not self.value >= 0:
-            raise ValueError(f"Gate needs value >= 0, got {self.value}")
+            raise ValueError(f"SigmaRange needs value >= 0, got {self.value}")
 
     def __call__(self, noise_to_signal: Tensor) -> Tensor:
         """The strength per image, shape (B,)."""
         inside = (noise_to_signal >= self.low) & (noise_to_signal <= self.high)
         return self.value * inside.to(noise_to_signal.dtype)
-
-
-# -- what all objectives do alike --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -92,8 +74,8 @@ class EquivarianceLoss(DenoisingLoss):
         L = ||eps_hat(x_t) - eps||^2 + lambda ||eps_hat(x_t') - (eps_hat(x_t) + omega)||^2        (epsilon-prediction)
 
     The second term equals ``SNR ||x0_hat(x_t') - x0_hat(x_t)||^2``: the denoised image must not move. That is its
-    definition for every parametrisation; the weight is the one the plain loss gives to an error of x0_hat (SNR, 1 or
-    SNR + 1), so that a ``strength`` means the same for epsilon-, sample- and v-prediction.
+    definition for every prediction; its weight is the one the denoising loss gives to an error of x0_hat
+    (``Prediction.x0_weight``), so that a ``strength`` means the same for all.
 
     Args:
         schedule: The noise schedule, which also says what the model predicts.
@@ -124,53 +106,45 @@ class EquivarianceLoss(DenoisingLoss):
             object.__setattr__(self, "perturbation", named_perturbation(self.perturbation))
         if not callable(self.strength) and not 0 <= self.strength < float("inf"):
             raise ValueError(f"strength must be a finite number >= 0, got {self.strength}")
-        if self.gradient not in ("both", "perturbed", "clean"):
-            raise ValueError(f"gradient {self.gradient!r} is not one of both, perturbed, clean")
-        if self.target not in ("output", "noise"):
-            raise ValueError(f"target {self.target!r} is not one of output, noise")
+        check_choice("gradient", self.gradient, ("both", "perturbed", "clean"))
+        check_choice("target", self.target, ("output", "noise"))
         if self.target == "noise" and self.gradient == "clean":
             raise ValueError("target='noise' has no clean branch: use gradient='both' or 'perturbed'")
 
     @classmethod
-    def preset(cls, name: str, schedule: NoiseSchedule, **changes: Any) -> EquivarianceLoss:  # noqa: ANN401 - fields
-        """Published or recommended settings by name (``PRESETS``); ``changes`` override single fields.
+    def preset(cls, name: str, schedule: Schedule, **changes: Any) -> EquivarianceLoss:  # noqa: ANN401 - fields
+        """Published or recommended settings by name (:data:`PRESETS`); ``changes`` override single fields.
 
         Raises:
             ValueError: If there is no such preset.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
+        check_choice("preset", name, PRESETS)
         return cls(schedule, **{**PRESETS[name], **changes})
 
     def _terms(
-        self,
-        model: Model,
-        x0: Tensor,
-        noised: NoisyBatch,
-        output: Tensor,
-        generator: Generators,
-        kwargs: dict[str, Any],
+        self, model: Model, noised: NoisyBatch, output: Tensor, generator: Generators, kwargs: dict[str, Any]
     ) -> LossOutput:
-        plain = super()._terms(model, x0, noised, output, generator, kwargs)
+        plain = super()._terms(model, noised, output, generator, kwargs)
         if self.perturbation is None or (not callable(self.strength) and self.strength == 0):
             return plain
-        strength = self._strength(noised.t, x0.dtype)
+        dtype, count = output.dtype, len(output)
+        strength = self._strength(noised.t, dtype)
         index = strength.nonzero().squeeze(1) if callable(self.strength) else None
         if index is not None and len(index) == 0:
             return plain
         part, part_output, part_kwargs, part_generator = noised, output, kwargs, generator
-        if index is not None and len(index) < x0.shape[0]:
-            here = to_device(index, x0.device)
+        if index is not None and len(index) < count:
+            here = to_device(index, output.device)
             part = noised.rows(index, here)
-            part_output, part_kwargs = output[here], select_rows(kwargs, index, x0.shape[0])
+            part_output, part_kwargs = output[here], select_rows(kwargs, index, count)
             if isinstance(generator, Sequence):
                 part_generator = [generator[i] for i in index.tolist()]
-        radius = to_device(self._radius(part.t, x0.dtype, part_generator), x0.device)
+        radius = to_device(self._radius(part.t, dtype, part_generator), output.device)
         equivariance = self._regulariser(model, part, part_output, radius, part_generator, part_kwargs)
         if part is not noised:
             nothing = torch.zeros_like(plain.denoising)
             equivariance, radius = nothing.index_put((here,), equivariance), nothing.index_put((here,), radius)
-        strength = to_device(strength, x0.device)
+        strength = to_device(strength, output.device)
         return replace(
             plain,
             total=plain.denoising + strength * equivariance,
@@ -183,21 +157,12 @@ class EquivarianceLoss(DenoisingLoss):
         """Lambda per image, shape (B,), where ``t`` lies."""
         if not callable(self.strength):
             return torch.full(t.shape, float(self.strength), dtype=dtype, device=t.device)
-        strength = self.strength(self.schedule.noise_to_signal(t)).to(dtype)
-        if strength.shape != t.shape:
-            raise ValueError(f"the strength function returned shape {tuple(strength.shape)}, not {tuple(t.shape)}")
-        if not bool((strength >= 0).all()):
-            raise ValueError("the strength function returned a value that is negative or not a number")
-        return strength
+        return _checked("strength", self.strength(self.schedule.noise_to_signal(t)).to(dtype), t)
 
     def _radius(self, t: Tensor, dtype: torch.dtype, generator: Generators) -> Tensor:
         """The bound on omega per image, shape (B,), where ``t`` lies."""
         radius = self.radius(self.schedule.sigma(t).to(dtype), generator)
-        if radius.shape != t.shape:
-            raise ValueError(f"the radius function returned shape {tuple(radius.shape)}, not {tuple(t.shape)}")
-        if not isinstance(self.radius, Radius) and not bool((radius >= 0).all()):
-            raise ValueError("the radius function returned a value that is negative or not a number")
-        return radius
+        return radius if isinstance(self.radius, Radius) else _checked("radius", radius, t)
 
     def _regulariser(
         self,
@@ -235,14 +200,26 @@ class EquivarianceLoss(DenoisingLoss):
             # The state x_t' holds the noise eps + omega; its target is that of the clean state, moved alike.
             error = noised.kept(perturbed) - noised.target
             return self.schedule.equivariance_residual(error, noised.kept(omega), t)
-        output, perturbed = self._branches(output, perturbed)
-        return self.schedule.equivariance_residual(perturbed - output, omega, t)
+        return self.schedule.equivariance_residual(self._shift(output, perturbed), omega, t)
 
-    def _branches(self, output: Tensor, perturbed: Tensor) -> tuple[Tensor, Tensor]:
-        """The clean and the perturbed output, one of them a fixed target if ``gradient`` says so."""
+    def _shift(self, output: Tensor, perturbed: Tensor) -> Tensor:
+        """The change of the output, with gradients through the branches that ``gradient`` names."""
         if self.gradient == "perturbed":
-            return output.detach(), perturbed
-        return (output, perturbed.detach()) if self.gradient == "clean" else (output, perturbed)
+            return perturbed - output.detach()
+        return (perturbed.detach() if self.gradient == "clean" else perturbed) - output
+
+
+def _checked(what: str, values: Tensor, t: Tensor) -> Tensor:
+    """What a user's function returned.
+
+    Raises:
+        ValueError: If it is not one number >= 0 per image.
+    """
+    if values.shape != t.shape:
+        raise ValueError(f"the {what} function returned shape {tuple(values.shape)}, not {tuple(t.shape)}")
+    if not bool((values >= 0).all()):
+        raise ValueError(f"the {what} function returned a value that is negative or not a number")
+    return values
 
 
 PRESETS: dict[str, dict[str, Any]] = {

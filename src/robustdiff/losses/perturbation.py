@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from robustdiff.utils.errors import check_choice
 from robustdiff.utils.random import Generators, draw_uniform
 from robustdiff.utils.tensors import expand_to
 
@@ -58,7 +59,7 @@ class Response(NamedTuple):
     shift: Tensor
     """``eps_hat(x') - eps_hat(x)``."""
     residual: Tensor
-    """The equivariance residual (``NoiseSchedule.equivariance_residual``)."""
+    """The equivariance residual (``Prediction.equivariance_residual``)."""
 
 
 Respond = Callable[[Tensor], Response]
@@ -91,8 +92,7 @@ class RandomPerturbation:
 
     def __post_init__(self) -> None:
         """Check the name."""
-        if self.distribution not in ("uniform", "signs"):
-            raise ValueError(f"distribution {self.distribution!r} is not one of uniform, signs")
+        check_choice("distribution", self.distribution, ("uniform", "signs"))
 
     def __call__(self, respond: Respond, radius: Tensor, like: Tensor, generator: Generators = None) -> Tensor:
         """Draw ``omega``; ``respond`` is not called."""
@@ -106,7 +106,7 @@ class RandomPerturbation:
 class AdversarialPerturbation:
     """Projected sign-gradient ascent in the box, from a random start in it.
 
-    The start must be random: at omega = 0 the gradient of both inner objectives is exactly 0.
+    The start must be random: at omega = 0 the gradient of both is exactly 0.
 
     Args:
         steps: Number of ascent steps k >= 1; each costs a forward pass and an input gradient.
@@ -129,8 +129,7 @@ class AdversarialPerturbation:
         """Check the settings."""
         if self.steps < 1:
             raise ValueError(f"AdversarialPerturbation needs steps >= 1, got {self.steps}")
-        if self.inner not in ("shift", "residual"):
-            raise ValueError(f"inner objective {self.inner!r} is not one of shift, residual")
+        check_choice("inner", self.inner, ("shift", "residual"))
         if self.step_size is not None and not self.step_size > 0:
             raise ValueError(f"AdversarialPerturbation needs step_size > 0, got {self.step_size}")
 
@@ -154,10 +153,6 @@ def named_perturbation(name: str) -> Perturbation | None:
     Raises:
         ValueError: For any other name.
     """
-    if name == "none":
-        return None
-    if name == "random":
-        return RandomPerturbation()
-    if name == "adversarial":
-        return AdversarialPerturbation()
-    raise ValueError(f"perturbation {name!r} is not one of none, random, adversarial (or pass an object)")
+    named = {"none": None, "random": RandomPerturbation(), "adversarial": AdversarialPerturbation()}
+    check_choice("perturbation", name, named)
+    return named[name]

@@ -18,7 +18,6 @@ from robustdiff.data.corruption import Corruption
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.data.image_folder import MANIFEST_FORMAT
 from robustdiff.diffusion.schedule import NoiseSchedule
-from robustdiff.losses.ambient import first_timesteps
 from robustdiff.training.config import FROM_CORRUPT
 from robustdiff.training.curriculum import LevelBalancedSampler
 from robustdiff.utils import atomic_io
@@ -49,7 +48,7 @@ class NoiseLevels:
         weight = torch.zeros(len(self.sigma), dtype=torch.float64)
         weight[self.trained] = 1.0
         inside = torch.where(weight > 0, self.sigma, torch.zeros_like(self.sigma))
-        return LevelBalancedSampler(first_timesteps(self.schedule, inside), weight, self.schedule.num_timesteps)
+        return LevelBalancedSampler(self.schedule.first_timesteps(inside), weight, self.schedule.num_timesteps)
 
     @property
     def sha256(self) -> str:
@@ -59,7 +58,7 @@ class NoiseLevels:
     def describe(self) -> dict[str, Any]:
         """JSON-ready account for ``data.json``; levels and timesteps are those of the noisy images trained on."""
         sigma = self.sigma[self.trained]
-        first = first_timesteps(self.schedule, sigma)
+        first = self.schedule.first_timesteps(sigma)
         noisy = sigma[sigma > 0]
         lowest = int(first.min())
         return {

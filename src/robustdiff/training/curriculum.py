@@ -10,7 +10,6 @@ from torch import Tensor
 
 from robustdiff.audit.result import AuditResult
 from robustdiff.diffusion.schedule import NoiseSchedule
-from robustdiff.losses.ambient import first_timesteps
 from robustdiff.utils.errors import UsageError
 
 MOST_OFTEN = 50
@@ -115,7 +114,7 @@ def visits_of(trust: AuditResult, schedule: NoiseSchedule) -> LevelBalancedSampl
     inside = lowest < largest
     if not bool((inside & (trust.weight > 0)).any()):
         raise UsageError("--auto found no image that can be trained on: look at them with robustdiff audit")
-    first = first_timesteps(schedule, torch.where(inside, lowest, torch.zeros_like(lowest)))
+    first = schedule.first_timesteps(torch.where(inside, lowest, torch.zeros_like(lowest)))
     return LevelBalancedSampler(
         first, torch.where(inside, trust.weight, torch.zeros_like(trust.weight)), schedule.num_timesteps
     )
@@ -128,7 +127,7 @@ def whole_from(trust: AuditResult, schedule: NoiseSchedule) -> Tensor | None:
     never = torch.full_like(trust.min_sigma, schedule.num_timesteps, dtype=torch.long)
     largest = float(schedule.noise_to_signal(torch.tensor(schedule.num_timesteps - 1)))
     inside = trust.min_sigma < largest
-    first = first_timesteps(
-        schedule, torch.where(inside & trust.has_missing, trust.min_sigma, torch.zeros_like(trust.min_sigma))
+    first = schedule.first_timesteps(
+        torch.where(inside & trust.has_missing, trust.min_sigma, torch.zeros_like(trust.min_sigma))
     )
     return torch.where(inside, first, never)
