@@ -34,7 +34,6 @@ from runs import (
 )
 
 pytestmark = pytest.mark.slow
-KILLS = 50
 SHORT = 2 * EVERY
 
 
@@ -101,9 +100,10 @@ def assert_usable(folder: Path) -> None:
         DiffusionPipeline.from_pretrained(folder)
 
 
-def test_killed_at_fifty_random_instants_and_resumed_a_run_equals_a_whole_one(inputs, whole, tmp_path) -> None:
+@pytest.mark.parametrize(("kills", "places"), [(5, 2), pytest.param(50, STEPS // EVERY - 1, marks=pytest.mark.long)])
+def test_killed_at_random_instants_and_resumed_a_run_equals_a_whole_one(inputs, whole, tmp_path, kills, places) -> None:
     draw, length, resumed = random.Random(0), 60.0, []
-    for trial in range(3 * KILLS):
+    for trial in range(3 * kills):
         folder, started = tmp_path / f"run{trial}", time.monotonic()
         it = Run(command(inputs, folder), tmp_path / "log")
         if trial > 1 and it.alive(draw.uniform(0.1, 1) * length):
@@ -114,20 +114,21 @@ def test_killed_at_fifty_random_instants_and_resumed_a_run_equals_a_whole_one(in
         assert_usable(folder)
         resumed.append(go_on(command(inputs, folder), folder, tmp_path / "log"))
         assert_same_run(folder, whole)
-        if len(resumed) == KILLS:
+        if len(resumed) == kills:
             break
-    assert len(resumed) == KILLS
-    assert len(set(resumed)) >= STEPS // EVERY - 1  # the instants were spread over the run
+    assert len(resumed) == kills
+    assert len(set(resumed)) >= places  # the instants were spread over the run
 
 
+@pytest.mark.parametrize("apart", [24, pytest.param(8, marks=pytest.mark.long)])
 @pytest.mark.parametrize("mode", ["new", "overwrite", "resume"])
-def test_killed_at_any_change_to_the_disk_a_run_can_be_gone_on_with(inputs, short, tmp_path, mode) -> None:
+def test_killed_at_any_change_to_the_disk_a_run_can_be_gone_on_with(inputs, short, tmp_path, mode, apart) -> None:
     """Aimed at what random instants rarely hit: between two changes to the folder, in claiming it and in saving.
 
-    Every eighth of the changes, each mode beginning with another.
+    Changes so many apart, each mode beginning with another.
     """
     first = ["new", "overwrite", "resume"].index(mode)
-    operation, died = first, True
+    operation, died = first * apart // 3, True
     while died:
         folder = tmp_path / f"run{operation}"
         more: list[str] = []
@@ -145,7 +146,7 @@ def test_killed_at_any_change_to_the_disk_a_run_can_be_gone_on_with(inputs, shor
             status, text = run(brief(inputs, folder, "--overwrite"), tmp_path / "log")
         assert status == 0, text
         assert_same_run(folder, short, SHORT)
-        operation += 8
+        operation += apart
     assert operation > 24
 
 
