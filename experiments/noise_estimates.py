@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from robustdiff.audit.single_image_noise import noise_level
+from robustdiff.audit.single_image_noise import noise_std
 from robustdiff.data.corruption import Corruption
 from robustdiff.data.dataset import ImageDataset, load_images
 from robustdiff.utils.images import to_uint8
@@ -34,7 +34,7 @@ def estimates(images: ImageDataset, count: int, sigma: float) -> np.ndarray:
     for index in range(min(count, len(images))):
         x0 = images.x0(index)
         x0 = x0 if dirt is None else dirt.apply(x0, SEED, index)
-        result.append(noise_level(to_uint8(x0)))
+        result.append(noise_std(to_uint8(x0)))
     return np.array(result)
 
 

@@ -22,7 +22,7 @@ from experiments.paper.image_grid_spec import IMAGE_DIRTS, ImageRow, Scale
 from experiments.paper.results import summary
 from experiments.paper.toy_training import digest
 from robustdiff import __version__
-from robustdiff.audit.single_image_noise import noise_level
+from robustdiff.audit.single_image_noise import noise_std
 from robustdiff.diffusion.pipeline import to_uint8
 from robustdiff.training.checkpoint import list_checkpoints
 from robustdiff.utils import atomic_io
@@ -339,7 +339,7 @@ def collect(task: ImageTask, row: ImageRow, output: str) -> dict[str, Any]:
 
 def mean_noise(images: Tensor) -> float:
     """Mean of the blind noise estimates of images, uint8 (N, C, H, W); those that say nothing are left out."""
-    levels = [level for image in images if (level := noise_level(image)) == level]
+    levels = [level for image in images if (level := noise_std(image)) == level]
     return statistics.fmean(levels) if levels else float("nan")
 
 

@@ -1,4 +1,5 @@
 from . import audit as audit
+from .audit.result import AuditResult as AuditResult
 from .data.corruption import Corruption as Corruption
 from .data.dataset import load_images as load_images
 from .diffusion.pipeline import load_pipeline as load_pipeline

@@ -12,7 +12,8 @@ from fields import gaussian_set, loader, spectrum
 from helpers import seeded
 from robustdiff.audit import mixture
 from robustdiff.audit.detectors import noise
-from robustdiff.audit.detectors.noise import LEFT_OUT, noisy_images
+from robustdiff.audit.detectors.noise import noisy_images
+from robustdiff.audit.finding import Action
 from robustdiff.audit.spectral_model import Energies, SpectralFit
 
 K = 48
@@ -116,8 +117,7 @@ def test_noise_without_a_picture_is_left_out_and_noise_over_one_is_trained_above
         assert not foreign.any()
         assert (group.members != (sigma > 0)).sum() <= 10
         assert group.level == pytest.approx(level, rel=0.1)
-        assert group.buried == buried
-        assert (group.action == LEFT_OUT) == buried
+        assert group.action is (Action.LEFT_OUT_AS_NOISE if buried else Action.TRAINED_ABOVE)
         assert torch.equal(noise > 0, group.members & (not buried))
         assert math.isfinite(float(seen.error.max()))
 

@@ -16,7 +16,7 @@ from PIL import Image
 from robustdiff.audit import single_image_noise
 from robustdiff.audit import statistics as module
 from robustdiff.audit.files import check_output, write_audit
-from robustdiff.audit.single_image_noise import noise_level
+from robustdiff.audit.single_image_noise import noise_std
 from robustdiff.audit.statistics import image_statistics, measure
 from robustdiff.data.dataset import load_images
 from robustdiff.data.sources.open import Source, open_source
@@ -35,7 +35,7 @@ def eight_bit(image):
 
 def mean_estimate(shape, count, sigma=0.2, background=0.0):
     noise = gaussian(count, *shape, sigma=sigma)
-    return np.mean([noise_level(background + image) for image in noise])
+    return np.mean([noise_std(background + image) for image in noise])
 
 
 def gradient(channels=3, height=48, width=48):
@@ -59,37 +59,37 @@ def test_pure_noise_is_estimated_within_four_per_cent_on_average(shape, count):
 
 @pytest.mark.parametrize("sigma", [0.05, 0.1, 0.3])
 def test_noise_in_eight_bit_pictures_is_estimated(sigma):
-    estimates = [noise_level(eight_bit(gradient() + gaussian(3, 48, 48, sigma=sigma, seed=s))) for s in range(20)]
+    estimates = [noise_std(eight_bit(gradient() + gaussian(3, 48, 48, sigma=sigma, seed=s))) for s in range(20)]
     assert np.mean(estimates) == pytest.approx(sigma, rel=0.04)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_estimate_scales_with_the_image(channels):
     image = gradient(channels) + gaussian(channels, 48, 48)
-    assert noise_level(0.25 * image) == pytest.approx(0.25 * noise_level(image), rel=1e-4)
+    assert noise_std(0.25 * image) == pytest.approx(0.25 * noise_std(image), rel=1e-4)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_smooth_gradient_is_not_noise(channels):
     clean = gradient(channels)
     noise = gaussian(20, channels, 48, 48, sigma=0.03)
-    with_gradient = np.mean([noise_level(clean + one) for one in noise])
-    assert with_gradient == pytest.approx(np.mean([noise_level(one) for one in noise]), rel=0.04)
-    assert noise_level(clean) < 1e-4
-    assert noise_level(eight_bit(clean)) < GREY_LEVEL / 2
+    with_gradient = np.mean([noise_std(clean + one) for one in noise])
+    assert with_gradient == pytest.approx(np.mean([noise_std(one) for one in noise]), rel=0.04)
+    assert noise_std(clean) < 1e-4
+    assert noise_std(eight_bit(clean)) < GREY_LEVEL / 2
 
 
 def test_few_edges_hardly_move_it():
     step = np.where(np.arange(48) < 24, -0.5, 0.5) * np.ones((1, 48, 1))
     noise = gaussian(20, 1, 48, 48, sigma=0.05)
-    assert np.mean([noise_level(step + one) for one in noise]) == pytest.approx(0.05, rel=0.06)
+    assert np.mean([noise_std(step + one) for one in noise]) == pytest.approx(0.05, rel=0.06)
 
 
 def test_a_few_spots_move_it_little():
     spots = np.zeros((1, 48, 48))
     spots[0, [5, 9, 15, 22, 27, 33, 38, 44, 12, 30], [7, 40, 21, 12, 33, 5, 42, 26, 30, 20]] = 0.8
     noise = gaussian(20, 1, 48, 48, sigma=0.05)
-    assert np.mean([noise_level(spots + one) for one in noise]) < 0.06  # the eigenvalue itself says 0.076
+    assert np.mean([noise_std(spots + one) for one in noise]) < 0.06  # the eigenvalue itself says 0.076
 
 
 def test_blurred_texture_leaves_a_direction_free():
@@ -100,14 +100,14 @@ def test_blurred_texture_leaves_a_direction_free():
     texture = texture[:, 2:-2, 2:-2]
     assert texture.std() > 0.3
     noise = gaussian(20, 1, 48, 48, sigma=0.05)
-    assert np.mean([noise_level(texture + one) for one in noise]) == pytest.approx(0.05, rel=0.15)
+    assert np.mean([noise_std(texture + one) for one in noise]) == pytest.approx(0.05, rel=0.15)
 
 
 def test_texture_shared_by_the_channels_is_not_noise():
     texture = gaussian(1, 48, 48, sigma=0.3, seed=5).repeat(3, 0) * np.array([1, 0.7, 0.4])[:, None, None]
     noise = gaussian(10, 3, 48, 48, sigma=0.05)
-    assert noise_level(texture[:1]) > 0.25  # what a single channel would say
-    assert np.mean([noise_level(texture + one) for one in noise]) == pytest.approx(0.05, rel=0.1)
+    assert noise_std(texture[:1]) > 0.25  # what a single channel would say
+    assert np.mean([noise_std(texture + one) for one in noise]) == pytest.approx(0.05, rel=0.1)
 
 
 @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (9, 128, 200)])
@@ -116,43 +116,43 @@ def test_clipped_and_constant_areas_do_not_hide_noise(colour, share):
     images = [eight_bit(gradient() + gaussian(3, 48, 48, sigma=0.1, seed=s)) for s in range(10)]
     for image in images:
         image[:, :, 48 // share :] = np.array(colour)[:, None, None]
-    assert np.mean([noise_level(image) for image in images]) == pytest.approx(0.1, rel=0.06)
+    assert np.mean([noise_std(image) for image in images]) == pytest.approx(0.1, rel=0.06)
 
 
 @pytest.mark.parametrize("brightness", [0.95, -0.95])
 def test_areas_where_many_values_are_clipped_do_not_lower_it(brightness):
     background = np.where(np.arange(48) < 24, 0, brightness)
     noise = [background + gaussian(3, 48, 48, seed=s) for s in range(20)]
-    assert np.mean([noise_level(eight_bit(image)) for image in noise]) == pytest.approx(0.2, rel=0.04)
-    assert np.mean([noise_level(image.clip(-1, 1)) for image in noise]) == pytest.approx(0.2, rel=0.04)
+    assert np.mean([noise_std(eight_bit(image)) for image in noise]) == pytest.approx(0.2, rel=0.04)
+    assert np.mean([noise_std(image.clip(-1, 1)) for image in noise]) == pytest.approx(0.2, rel=0.04)
 
 
 def test_rounding_to_eight_bit_is_subtracted():
     images = [eight_bit(gaussian(1, 128, 128, sigma=GREY_LEVEL, seed=s)) for s in range(16)]
     # left in, it would add 4.1 per cent
-    assert np.mean([noise_level(image) for image in images]) == pytest.approx(GREY_LEVEL, rel=0.02)
+    assert np.mean([noise_std(image) for image in images]) == pytest.approx(GREY_LEVEL, rel=0.02)
 
 
 def test_grey_stored_in_colour_is_estimated_as_grey():
     grey = eight_bit(gaussian(1, 32, 32))
-    expected = noise_level(grey)
+    expected = noise_std(grey)
     assert expected == pytest.approx(0.2, rel=0.15)
-    assert noise_level(grey.repeat(3, 0)) == expected
+    assert noise_std(grey.repeat(3, 0)) == expected
     sepia = np.round(grey * np.array([1, 0.8, 0.6])[:, None, None]).astype(np.uint8)
-    assert noise_level(sepia) == pytest.approx(expected, rel=0.02)
+    assert noise_std(sepia) == pytest.approx(expected, rel=0.02)
     # one channel follows the other only in part: both count
-    assert noise_level(np.concatenate([grey, eight_bit(gaussian(1, 32, 32, seed=1))])) != expected
+    assert noise_std(np.concatenate([grey, eight_bit(gaussian(1, 32, 32, seed=1))])) != expected
 
 
 def test_a_missing_channel_does_not_hide_noise():
     image = eight_bit(gradient() + gaussian(3, 48, 48, sigma=0.1))
     image[1] = 0
-    assert noise_level(image) == pytest.approx(0.1, rel=0.1)
+    assert noise_std(image) == pytest.approx(0.1, rel=0.1)
 
 
 @pytest.mark.parametrize("value", [0, 77, 255])
 def test_a_constant_image_has_none(value):
-    assert noise_level(np.full((3, 20, 20), value, np.uint8)) == 0
+    assert noise_std(np.full((3, 20, 20), value, np.uint8)) == 0
 
 
 @pytest.mark.parametrize(
@@ -167,14 +167,14 @@ def test_a_constant_image_has_none(value):
     ],
 )
 def test_too_small_to_say(shape, too_small):
-    assert math.isnan(noise_level(gaussian(*shape))) == too_small
+    assert math.isnan(noise_std(gaussian(*shape))) == too_small
 
 
 def test_tensors_are_taken_and_inputs_left_alone():
     image = gradient() + gaussian(3, 48, 48)
     tensor = torch.from_numpy(eight_bit(image))
     before = tensor.clone()
-    assert noise_level(tensor) == noise_level(tensor.numpy())
+    assert noise_std(tensor) == noise_std(tensor.numpy())
     assert torch.equal(tensor, before)
 
 
@@ -187,11 +187,11 @@ def test_many_images_at_once_are_estimated_as_each_alone(shape, kind):
     images[4, 0], images[5] = 0.25, 0.25  # a dead channel; nothing
     images[6, :, 2:] = images[6, :, :1, :1]  # mostly flat
     images = eight_bit(images) if kind == "8 bit" else images
-    alone = [noise_level(image) for image in images]
-    np.testing.assert_allclose(single_image_noise.noise_levels(images), alone, rtol=2e-3, atol=1e-5)
+    alone = [noise_std(image) for image in images]
+    np.testing.assert_allclose(single_image_noise.noise_stds(images), alone, rtol=2e-3, atol=1e-5)
     order = np.random.default_rng(1).permutation(12)
     np.testing.assert_allclose(
-        single_image_noise.noise_levels(images[order]), np.array(alone)[order], rtol=2e-3, atol=1e-5
+        single_image_noise.noise_stds(images[order]), np.array(alone)[order], rtol=2e-3, atol=1e-5
     )
 
 
@@ -201,7 +201,7 @@ def test_large_images_are_looked_at_in_part(monkeypatch):
     monkeypatch.setattr(
         single_image_noise, "_smallest_projection", lambda p, k: (counts.append(p.shape[1]), kept(p, k))[1]
     )
-    assert noise_level(gaussian(3, 700, 500)) == pytest.approx(0.2, rel=0.04)
+    assert noise_std(gaussian(3, 700, 500)) == pytest.approx(0.2, rel=0.04)
     assert single_image_noise.MAX_PATCHES / 2 < counts[0] <= single_image_noise.MAX_PATCHES * 1.05
 
 
@@ -217,7 +217,7 @@ def test_small_images_of_many_sizes_get_the_noise_of_each_alone(tmp_path, monkey
     audit = image_statistics(open_source(str(tmp_path)))
     assert len(audit.records) == 24
     for record in audit.records:
-        assert record.noise == pytest.approx(noise_level(np.array(Image.open(tmp_path / record.name))[None]), rel=1e-3)
+        assert record.noise == pytest.approx(noise_std(np.array(Image.open(tmp_path / record.name))[None]), rel=1e-3)
 
 
 def test_the_moments_are_numpys():
@@ -226,7 +226,7 @@ def test_the_moments_are_numpys():
     assert record.mean == pytest.approx((pixels / 255).mean((1, 2)), abs=1e-12)
     assert record.std == pytest.approx((pixels / 255).std((1, 2)), abs=1e-12)
     assert record.size == (9, 14)
-    assert record.noise == noise_level(pixels)
+    assert record.noise == noise_std(pixels)
 
 
 def checkered(low, high, channels=1, side=8):
@@ -375,7 +375,7 @@ def test_pixels_are_not_kept():
     def read(index):
         return random_pixels(200, 200, 3, seed=index)
 
-    noise_level(gaussian(3, 200, 200))  # its table
+    noise_std(gaussian(3, 200, 200))  # its table
     tracemalloc.start()
     try:
         audit = image_statistics(Source("list", [str(i) for i in range(300)], read))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fields import natural
 from helpers import TINY_UNET
-from robustdiff.audit.parts import AUTO_PARTS
+from robustdiff.audit.parts import parts
 from robustdiff.commands import main
 from robustdiff.data.dataset import load_images
 from robustdiff.diffusion.schedule import NoiseSchedule
@@ -199,7 +199,7 @@ def test_a_part_that_is_left_out_is_trained_as_if_it_were_clean(config: TrainCon
         "outliers": ("outlier:source=constant,fraction=0.2",),
     }[part]
     assert f"found {part}:" in plan_of(config, capsys, corrupt=dirt)
-    without = plan_of(config, capsys, corrupt=dirt, auto_without=AUTO_PARTS)
+    without = plan_of(config, capsys, corrupt=dirt, auto_without=parts())
     assert f"found clean:    {COUNT} of {COUNT} images" in without
 
 
@@ -229,7 +229,7 @@ def test_it_is_fed_in_any_way_and_goes_on_exactly_with_what_it_found(config, tmp
     found = (tmp_path / "stopped" / "auto.json").read_bytes()
     sheets = {path.name: path.read_bytes() for path in (tmp_path / "stopped").glob("found-*.png")}
     assert {"found-noisy.png", "found-holed.png"} <= sheets.keys()
-    monkeypatch.setattr(trainer, "detect", never)
+    monkeypatch.setattr(trainer, "audit", never)
     assert same(whole, run(config, "stopped", resume=True, **STREAMED))
     assert (tmp_path / "stopped" / "auto.json").read_bytes() == found
     assert {path.name: path.read_bytes() for path in (tmp_path / "stopped").glob("found-*.png")} == sheets

@@ -1,2 +1,9 @@
+from .detector import Detector as Detector
+from .detector import detectors as detectors
+from .detector import register_detector as register_detector
+from .finding import Action as Action
+from .finding import Finding as Finding
 from .result import AuditResult as AuditResult
-from .result import Finding as Finding
+from .run import audit as audit
+from .single_image_noise import noise_std as noise_std
+from .survey import Survey as Survey

@@ -1,22 +1,27 @@
-"""The folder of an audit: written whole or not at all, replaced only if it holds one."""
+"""The folder of an audit: written whole or not at all, replaced only if it holds one; lists and contact sheets."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from robustdiff.audit.statistics import SetStatistics
+import torch
+from torch import Tensor
+
+from robustdiff.audit.result import AuditResult
+from robustdiff.audit.statistics import WORST, SetStatistics
 from robustdiff.utils import atomic_io
 from robustdiff.utils.errors import DataError
-from robustdiff.utils.images import image_grid, save_png
+from robustdiff.utils.images import image_grid, save_png, thumbnail
 
 AUDIT_FORMAT = "robustdiff audit 1"
 SHEETS = ("noisy", "holed", "soft", "odd", "copies", "far")
 AUDIT_FILES = ("audit.json", "worst.png", "found.json", "clean.txt", "noise.csv", *(f"found-{s}.png" for s in SHEETS))
-"""What an audit's folder may hold; from the third on, what ``search.py`` writes."""
+"""What an audit's folder may hold; from the third on, what :func:`write_found` writes."""
 
 
 def check_output(data: str, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -90,3 +95,56 @@ def write_audit(
         atomic_io.replace_folder(unfinished, path)  # which is empty, or an audit that may be replaced
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_found(result: AuditResult, pixels: Callable[[Sequence[int]], Tensor], folder: Path) -> None:
+    """Write what was found into an existing folder.
+
+    ``found.json`` (every image), ``clean.txt`` (names of those usable at every noise level), ``noise.csv``
+    (``NAME,SIGMA`` of the noisy ones, as ``train --noise-levels`` takes it) and the contact sheets.
+
+    Args:
+        result: What was found.
+        pixels: As for :func:`write_sheets`.
+        folder: Where to.
+    """
+    names = result.names
+    result.save(folder / "found.json")
+    atomic_io.write_text(folder / "clean.txt", "".join(f"{names[i]}\n" for i in result.clean.nonzero().flatten()))
+    with (folder / "noise.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "sigma"])
+        noisy = result.noise_std.nonzero().flatten().tolist()
+        writer.writerows([names[place], f"{result.noise_std[place].item():.6g}"] for place in noisy)
+    write_sheets(result, pixels, folder)
+
+
+def write_sheets(result: AuditResult, pixels: Callable[[Sequence[int]], Tensor], folder: Path) -> None:
+    """Write a contact sheet of each kind that was found, ``found-KIND.png``, into an existing folder.
+
+    Args:
+        result: What was found.
+        pixels: Images by place, uint8, (B, C, H, W).
+        folder: Where to.
+    """
+    for sheet, places in _shown(result).items():
+        images = pixels(places.tolist())
+        side = min(128, max(64, *images.shape[2:]))
+        small = [torch.from_numpy(thumbnail(image.numpy(), side)) for image in images]
+        save_png(image_grid(torch.stack(small), columns=5), folder / f"found-{sheet}.png")
+
+
+def _shown(result: AuditResult) -> Mapping[str, Tensor]:
+    """Places of the images of each contact sheet, the noisiest first, the lightest first, or in order."""
+    soft = (result.min_sigma > result.noise_std) & ~result.has_missing
+    places = {
+        "noisy": result.sigma.argsort(descending=True)[: int((result.noise_std > 0).sum())],
+        "holed": result.has_missing.nonzero().flatten(),
+        "soft": soft.nonzero().flatten(),
+        "odd": result.weight.argsort(stable=True)[: int((result.weight < 1).sum())],
+    }
+    if "distance" in result.signs:
+        places["far"] = result.signs["distance"].argsort(descending=True)
+    if result.copies:  # whole groups, as many as fit, the largest first
+        places["copies"] = torch.tensor([place for group in result.copies for place in group])
+    return {sheet: where[:WORST] for sheet, where in places.items() if len(where)}

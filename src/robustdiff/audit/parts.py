@@ -1,11 +1,25 @@
-"""The parts of an audit, by name; light, so that the command line can list them."""
+"""The parts of an audit that can be left out, by name: every kind of damage that is acted on, and the regulariser."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Sequence
 
-AutoPart = Literal["holes", "noise", "blur", "jpeg", "outliers", "duplicates", "regulariser"]
-"""What ``--auto`` looks for and acts on."""
+REGULARISER = "regulariser"
+"""What ``--auto`` does where no image can be trusted."""
 
 
-AUTO_PARTS: tuple[AutoPart, ...] = get_args(AutoPart)
+def parts() -> tuple[str, ...]:
+    """Names that ``--auto-without`` takes."""
+    from robustdiff.audit.detector import detectors  # which import torch
+
+    return (*(kind.name for kind in detectors() if kind.acts), REGULARISER)
+
+
+def check_parts(without: Sequence[str]) -> None:
+    """Check names of parts.
+
+    Raises:
+        ValueError: If one is unknown.
+    """
+    if without and (unknown := [name for name in without if name not in parts()]):
+        raise ValueError(f"{', '.join(unknown)}: not one of {', '.join(parts())}")

@@ -27,7 +27,7 @@ AT_ONCE = 2**21
 """Bytes that the patches of a batch take at most, or those of one image."""
 
 
-def noise_level(image: ArrayLike | Tensor) -> float:
+def noise_std(image: ArrayLike | Tensor) -> float:
     """Blind estimate of the standard deviation of white noise in one image.
 
     Patches of 4 x 4 pixels (3 x 3 or 2 x 2 in small images), all channels jointly, are projected on the eigenvector of
@@ -53,14 +53,14 @@ def noise_level(image: ArrayLike | Tensor) -> float:
     Source: smallest eigenvalue: Pyatykh, Hesser & Zheng (2013), Liu, Tanaka & Okutomi (2013), Chen, Zhu & Heng (2015).
     The median projection in place of the eigenvalue, and the calibration for few patches, are ours.
     """
-    return float(noise_levels(np.asarray(image)[None])[0])
+    return float(noise_stds(np.asarray(image)[None])[0])
 
 
-def noise_levels(images: ArrayLike | Tensor) -> NDArray[np.float64]:
-    """:func:`noise_level` of many images at once, which for small ones takes a fraction of the time.
+def noise_stds(images: ArrayLike | Tensor) -> NDArray[np.float64]:
+    """:func:`noise_std` of many images at once, which for small ones takes a fraction of the time.
 
     Args:
-        images: Shape (B, C, H, W), as for :func:`noise_level`.
+        images: Shape (B, C, H, W), as for :func:`noise_std`.
 
     Returns:
         Shape (B,).

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from robustdiff.audit.single_image_noise import LEVEL, noise_level, noise_levels
+from robustdiff.audit.single_image_noise import LEVEL, noise_std, noise_stds
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.data.decode import Pixels
 from robustdiff.data.decode_pool import decode_all
@@ -54,7 +54,7 @@ class ImageRecord:
         size: (H, W) in pixels.
         mean: Per channel (1 or 3), in [0, 1].
         std: Per channel, in [0, 1].
-        noise: :func:`noise_level`, in units of [-1, 1]; None where the image is too small to say.
+        noise: :func:`noise_std`, in units of [-1, 1]; None where the image is too small to say.
         sha256: Of shape and decoded pixels: equal for the same picture in different files.
         flags: ``near-constant`` (every channel's ``std`` is at most 2 / 255), ``duplicate``.
     """
@@ -94,7 +94,7 @@ def measure(pixels: Pixels, noise: bool = True) -> ImageRecord:
     grey = np.arange(256) / 255
     mean = shares @ grey
     std = np.sqrt((shares * (grey - mean[:, None]) ** 2).sum(axis=1))
-    level = noise_level(pixels) if noise else math.nan
+    level = noise_std(pixels) if noise else math.nan
     digest = hashlib.sha256(repr(pixels.shape).encode())
     digest.update(np.ascontiguousarray(pixels).data)
     return ImageRecord(
@@ -322,7 +322,7 @@ class _Estimates:
     def begin(self, images: Sequence[tuple[int, Pixels]]) -> None:
         """Estimate images of one shape, (place, pixels); waits while many are under way, to bound the memory."""
         pixels = np.stack([x for _, x in images])
-        self.running.append(([place for place, _ in images], self.pool.submit(noise_levels, pixels)))
+        self.running.append(([place for place, _ in images], self.pool.submit(noise_stds, pixels)))
         self.settle(2 * cores())
 
     def settle(self, left: int) -> None:

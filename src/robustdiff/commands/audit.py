@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -55,9 +57,12 @@ class AuditConfig:
 
 def run(config: AuditConfig) -> int:
     """Run the command; returns the exit status."""
-    from robustdiff.audit.files import check_output, write_audit
+    import torch
+
+    from robustdiff.audit.files import check_output, write_audit, write_found
+    from robustdiff.audit.run import audit
     from robustdiff.audit.statistics import image_statistics
-    from robustdiff.audit.summary import search
+    from robustdiff.audit.survey import FEWEST
     from robustdiff.data.dataset import load_images
     from robustdiff.data.sources.open import open_source
     from robustdiff.utils.resources import free_memory
@@ -70,24 +75,35 @@ def run(config: AuditConfig) -> int:
         from robustdiff.evaluation.features import extract
 
         extractor = open_extractor(config.extractor)
-    options = {"split": config.split, "config": config.dataset_config_name, "image_column": config.image_column}
+    options: dict[str, Any] = {
+        "split": config.split,
+        "config": config.dataset_config_name,
+        "image_column": config.image_column,
+    }
     try:
         source = open_source(config.data, **options)
     except UsageError as error:  # as load_images words it
         raise UsageError(f"{config.data}: {error}") from None
-    audit = image_statistics(source, data=config.data, resolution=config.resolution, memory=free_memory() // 2)
-    print(audit.text(), flush=True)
-    found = None
-    if len({record.size for record in audit.records}) > 1:
+    statistics = image_statistics(source, data=config.data, resolution=config.resolution, memory=free_memory() // 2)
+    print(statistics.text(), flush=True)
+    write: Callable[[Path], object] | None = None
+    if len({record.size for record in statistics.records}) > 1:
         print("damage: not looked for, images differ in size: add --resolution N, the size you would train at")
-    elif audit.records:
-        images = audit.images
+    elif 0 < len(statistics.records) < FEWEST:
+        print("damage: not looked for, too few images to compare")
+    elif statistics.records:
+        images = statistics.images
         if images is None:
             images = load_images(config.data, resolution=config.resolution, max_bad_fraction=1.0, **options)
-        features = None if extractor is None else extract(extractor, images, cache=None)
-        found = search(images, None if features is None else (features.extractor.name, features.values))
-        print("damage: not looked for, too few images to compare" if found is None else found.text())
+        features = None
+        if extractor is not None:
+            known = extract(extractor, images, cache=None)
+            features = known.extractor.name, known.values
+        found = audit(images, features=features)
+        print(found.summary())
+        pixels = images.images
+        write = partial(write_found, found, lambda places: torch.stack([pixels[place] for place in places]))
     if config.output is not None:
-        write_audit(audit, config.output, overwrite=config.overwrite, also=None if found is None else found.write)
+        write_audit(statistics, config.output, overwrite=config.overwrite, also=write)
         print(f"{config.output}: {', '.join(sorted(path.name for path in Path(config.output).iterdir()))}")
     return 0

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from robustdiff.audit.parts import AutoPart
+from robustdiff.audit.parts import check_parts
 from robustdiff.data.corruption import check_corruptions
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.options import (
@@ -103,8 +103,9 @@ class TrainConfig:
     auto: bool = False
     """Find out which images are noisy, blurred, compressed, holed, odd or copies, and train each only where it can be
     trusted: on clean images plain training, else plain training of what is right in each (docs/guide/audit.md)."""
-    auto_without: UseAppendAction[tuple[AutoPart, ...]] = ()
-    """A part that --auto leaves out (repeatable)."""
+    auto_without: UseAppendAction[tuple[Annotated[str, arg(metavar="PART")], ...]] = ()
+    """A part that --auto leaves out (repeatable): a kind of damage as the plan names it, such as noise or duplicates,
+    or the regulariser. Any other word lists them."""
     noise_levels: OptionalText = None
     """Gaussian noise that each image carries, above which only it is then trained: a CSV of NAME,SIGMA (sigma in the
     [-1, 1] range, at the size that is trained; images not named are clean), a JSON object, the manifest.json of
@@ -323,6 +324,10 @@ class TrainConfig:
         """Refuse knowledge of the images that nobody has, or nobody uses."""
         require(not self.clean_subset or bool(self.corrupt), "--clean-subset needs --corrupt: add it, or leave it out")
         require(self.auto or not self.auto_without, "--auto-without needs --auto: add it, or leave it out")
+        try:
+            check_parts(self.auto_without)
+        except ValueError as error:
+            raise UsageError(f"--auto-without {error}") from None
         if self.auto:
             told = "--noise-levels" if self.noise_levels is not None else "--clean-subset" if self.clean_subset else ""
             require(not told, f"--auto finds out what {told} says: give one")

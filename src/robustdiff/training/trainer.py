@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,11 +29,9 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from robustdiff import __version__
+from robustdiff.audit.files import write_sheets
 from robustdiff.audit.result import AuditResult
-from robustdiff.audit.result import load as load_trust
-from robustdiff.audit.result import save as save_trust
-from robustdiff.audit.run import detect
-from robustdiff.audit.summary import write_sheets
+from robustdiff.audit.run import audit
 from robustdiff.data.corruption import check_corruptions
 from robustdiff.data.dataset import load_images
 from robustdiff.diffusion.pipeline import (
@@ -246,7 +244,7 @@ def train(config: TrainConfig) -> Path:
         account["noise_levels"] = None if levels is None else levels.describe()
         account["auto"] = None if trust is None else trust.describe()
         if trust is not None and not config.resuming:
-            save_trust(trust, folder / AUTO_FILE, data.names)
+            trust.save(folder / AUTO_FILE)
             write_sheets(trust, lambda places: to_uint8(bare.images_at(places)), folder)
         atomic_io.write_json(folder / "data.json", account)
         (folder / "samples").mkdir(exist_ok=True)
@@ -417,16 +415,40 @@ def train(config: TrainConfig) -> Path:
 AUTO_FILE = "auto.json"
 
 
+@dataclasses.dataclass(frozen=True)
+class _AsTrained:
+    """The images as training sees them, with the dirt of ``--corrupt``, for the audit."""
+
+    batches: Batches
+
+    @property
+    def names(self) -> Sequence[str]:
+        """One per image."""
+        return self.batches.images.names
+
+    def __len__(self) -> int:
+        """How many images."""
+        return len(self.batches.images)
+
+    def x0(self, index: Sequence[int], /) -> torch.Tensor:
+        """Images with these places."""
+        return self.batches.images_at(index)
+
+
 def _examined(config: TrainConfig, accelerator: Accelerator, batches: Batches, folder: Path) -> AuditResult:
     """What the images can be trusted for; found by one process for all, and once for a run that goes on."""
     found: list[AuditResult | None] = [None]
     if accelerator.is_main_process:
         if config.resuming:
-            found[0] = load_trust(folder / AUTO_FILE, len(batches.images))
+            try:
+                found[0] = AuditResult.load(folder / AUTO_FILE, len(batches.images))
+            except UsageError as error:
+                remedy = "put it back, start anew, or leave out --auto if the run began without it"
+                raise UsageError(f"--resume: {error}: {remedy}") from None
         else:
             accelerator.print(f"looking at {len(batches.images)} images", flush=True)
             memory = 0 if batches.images.streamed else free_memory() // 4
-            found[0] = detect(batches.images_at, len(batches.images), config.auto_without, memory)
+            found[0] = audit(_AsTrained(batches), without=config.auto_without, memory=memory)
     broadcast_object_list(found)
     assert found[0] is not None
     return found[0]

@@ -18,7 +18,10 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from robustdiff.audit.detector import Detector, register_detector
+from robustdiff.audit.finding import Action, Finding
 from robustdiff.audit.spectral_model import Load, batches
+from robustdiff.audit.survey import Survey
 
 CELLS = 8
 """Cells along each side at which images are compared."""
@@ -33,6 +36,51 @@ COMPONENTS = 48
 """Of the cells, in which neighbours are searched."""
 NEIGHBOURS = 8
 """Nearest neighbours looked at; larger groups hang together by chains of them."""
+ALIKE, MANY = 0.01, 5
+"""Near copies count once from this share of all images on; fewer, of every large set, only where a picture is there so
+often."""
+
+
+@register_detector
+class Duplicates(Detector):
+    """Pictures that are there more than once count once."""
+
+    name = "duplicates"
+    title = "pictures more than once"
+    order = 60
+    least_side = 1
+
+    def measure(self, survey: Survey, shows: Tensor | None) -> None:
+        """Copies of equal pixels count as one; near copies do where they are many."""
+        count, weight = survey.count, survey.result.weight.clone()
+        same = equal(survey.load, count)
+        asked = weight > 0
+        for group in same:
+            asked[group[1:]] = False
+        equals = {group[0]: group for group in same}
+        alike = [
+            sorted(i for one in group for i in equals.get(one, [one])) for group in near(survey.load, count, asked)
+        ]
+        matter = sum(map(len, alike)) >= ALIKE * count
+        some = [group for group in alike if matter or len(group) >= MANY]
+        within = {place for group in some for place in group}
+        for group in (*some, *(group for group in same if group[0] not in within)):
+            weight[group] /= len(group)
+        survey.add(weight=weight)
+        few = [group for group in alike if group not in some]
+        for groups, nearly, action in (
+            (same, "", Action.COUNTED_ONCE),
+            (some, ", nearly alike", Action.COUNTED_ONCE),
+            (few, ", nearly alike", Action.LEFT_ALONE),
+        ):
+            if groups:
+                members = torch.zeros(count, dtype=torch.bool)
+                members[[place for group in groups for place in group]] = True
+                what = f"{len(groups)} {self.title}{nearly}"
+                survey.add(Finding(self.name, int(members.sum()), what, action), members)
+        within = {place for group in alike for place in group}
+        every = sorted((*alike, *(group for group in same if group[0] not in within)), key=len)[::-1]
+        survey.add(copies=tuple(map(tuple, every)))
 
 
 def equal(load: Load, count: int) -> list[list[int]]:

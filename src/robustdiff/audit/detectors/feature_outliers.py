@@ -9,6 +9,9 @@ import torch
 from sklearn.covariance import MinCovDet
 from torch import Tensor
 
+from robustdiff.audit.detector import Detector, register_detector
+from robustdiff.audit.survey import Survey
+
 COMPONENTS = 32
 """Leading principal components of the features: the robust covariance needs many images for each."""
 IMAGES_EACH = 10
@@ -17,6 +20,23 @@ FIT = 20_000
 """The covariance is fitted on at most so many images, evenly spread."""
 SUPPORT = 0.75
 """Share of the images that the covariance is of: up to a quarter may be foreign."""
+
+
+@register_detector
+class FeatureOutliers(Detector):
+    """Foreign pictures, if features are given: measured and shown, and not acted on."""
+
+    name = "far"
+    title = "far from the others in features"
+    order = 70
+    acts = False
+    least_side = 1
+
+    def measure(self, survey: Survey, shows: Tensor | None) -> None:
+        """Keep the distance of every image as a sign."""
+        if survey.features is not None:
+            name, values = survey.features
+            survey.add(signs={**survey.result.signs, "distance": robust_distance(values)}, features=name)
 
 
 def robust_distance(features: Tensor) -> Tensor:

@@ -8,14 +8,20 @@ pixels lost one by one lie scattered, blocks fill whole cells of a grid, which l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
 from robustdiff.audit import mixture
-from robustdiff.audit.spectral_model import Load, batches
+from robustdiff.audit.detector import Detector, register_detector
+from robustdiff.audit.finding import Action, Finding
+from robustdiff.audit.simulate import corrupted
+from robustdiff.audit.spectral_model import Load, batches, same_above
+
+if TYPE_CHECKING:  # it holds a result, which fills pixels in
+    from robustdiff.audit.survey import Survey
 
 LEVEL = 2 / 255
 """One step of 8 bit."""
@@ -32,11 +38,11 @@ HOLED, LONE, APART = 0.02, 0.01, 0.3
 WHOLE, MOST_BLOCKS, PLACED = 0.9, 0.9, 0.8
 """Share of an image's pixels of the value that lie in whole cells; of the images of small whole cells that have larger
 ones too, if those are the blocks; how often a cell of the grid is lost at most: more is a mark at its place."""
-
-
 FARTHEST, AS_OFTEN = 0.75, 0.5
 """Where surroundings are least like the value: around the farthest quarter of the pixels; how often it is there at
 least, of how often it would be if pixels were lost whatever they show."""
+PAIRED = 512
+"""Clean images on which a repair is tried, to measure it."""
 
 
 class Gap(NamedTuple):
@@ -294,3 +300,53 @@ def fill(images: Tensor, lost: Tensor, rounds: int = 60) -> Tensor:
         near = (p[:, :, 1:-1, :-2] + p[:, :, 1:-1, 2:] + p[:, :, :-2, 1:-1] + p[:, :, 2:, 1:-1]) / 4
         filled = torch.where(hole, near, filled)
     return filled
+
+
+# -- the kind of damage ----------------------------------------------------------------------------------
+
+
+@register_detector
+class MissingPixels(Detector):
+    """Lost pixels, single or in blocks; their strength is the share of pixels that are lost."""
+
+    name = "holes"
+    title = "with scattered missing pixels"
+    strengths = (0.05, 0.6)
+    order = 40
+    repairs = True
+
+    def simulate(self, image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+        """See :meth:`Detector.simulate`; mid grey stands for lost pixels."""
+        return corrupted(image, generator, "missing", amount=strength)
+
+    def detect(self, survey: Survey) -> Tensor:
+        """Images with pixels of a value that may stand for lost ones."""
+        lost, holed = find(survey.load, survey.count)
+        has_missing = holed & ~survey.blank
+        survey.add(lost=lost, has_missing=has_missing)
+        if lost:
+            share = survey.each(lambda images: holes(images, lost).flatten(1).double().mean(1))
+            survey.add(signs={**survey.result.signs, "lost": torch.where(has_missing, share, 0.0)})
+        return has_missing
+
+    def measure(self, survey: Survey, shows: Tensor | None) -> None:
+        """They are filled in, and used where the same repair of clean images no longer shows.
+
+        If none is whole, the repair is tried on repaired ones, each with the lost pixels of the next.
+        """
+        if shows is None or not bool(shows.any()):
+            return
+        energies, lost = survey.energies, survey.result.lost
+        holed, whole = (mask.nonzero().flatten()[:PAIRED].tolist() for mask in (shows, survey.yardstick))
+        pairs = list(zip(holed[1:] + holed[:1], whole, strict=False))
+        original = torch.cat([survey.repaired(range(place, place + 1)) for _, place in pairs])
+        gaps = torch.cat([holes(survey.load(range(place, place + 1)), lost) for place, _ in pairs])
+        mended = fill(original, gaps)
+        level = same_above(energies.of(original).mean(0), energies.of(mended).mean(0), energies.values)
+        level = max(level, 2 * float((mended - original).double().square().mean().sqrt()))
+        kinds = [f"pixels of the value {one.value:.3g}" for one in lost if one.block == 1]
+        large = [one for one in lost if one.block > 1]
+        kinds += [f"blocks of {one.block} x {one.block} of the value {one.value:.3g}" for one in large]
+        what = f"scattered {' and '.join(kinds)}"
+        finding = Finding(self.name, int(shows.sum()), what, Action.FILLED_IN, level, measured_on=len(pairs))
+        survey.add(finding, shows, min_sigma=survey.used_above(level, shows))

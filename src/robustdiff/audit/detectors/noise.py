@@ -1,7 +1,7 @@
 """Which images of a set carry white noise, and how much: groups of estimates, and what must hold of one to be noisy.
 
-The estimates are those of ``spectrum.py``. A group is noisy if it stands apart by more than chance, its excess over the
-common spectrum is white, and it is no long tail; if none stands apart, all may be, of one level or of many.
+The estimates are those of ``spectral_model.py``. A group is noisy if it stands apart by more than chance, its excess
+over the common spectrum is white, and it is no long tail; if none stands apart, all may be, of one level or of many.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from robustdiff.audit import mixture
+from robustdiff.audit.detector import Detector, register_detector
+from robustdiff.audit.finding import Action, Finding
+from robustdiff.audit.simulate import corrupted
 from robustdiff.audit.spectral_model import Load, SpectralFit, energies_of, separate
+from robustdiff.audit.survey import FEWEST, Survey
 
 WHITE, WHITER = 0.5, 0.7
 """Least whiteness of the excess of a noisy group; the second where none stands apart and none is large."""
@@ -35,7 +39,6 @@ SMALL = 8
 """Edge of blocks below which one group alone says nothing: too few directions to tell its texture from noise."""
 AGAIN = 2
 """Blocks per value that the images without noise must have for directions of their own."""
-LEFT_OUT = "left out, no picture is left in them"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,18 +48,71 @@ class NoisyGroup:
     Attributes:
         members: bool, shape (N,).
         level: sigma that they share, or the largest of many.
-        what: What was found and how sure it is; action: what training does about it.
+        what: What was found, for people.
+        action: What training does about it.
+        apart: Ashman's D to the images below; None if none are.
     """
 
     members: Tensor
     level: float
     what: str
-    action: str
+    action: Action
+    apart: float | None = None
 
     @property
-    def buried(self) -> bool:
-        """Whether hardly a picture is left in them."""
-        return self.action == LEFT_OUT
+    def finding(self) -> Finding:
+        """The same without the images."""
+        sure = "" if self.apart is None else f", apart by {self.apart:.1f} deviations"
+        return Finding("noise", int(self.members.sum()), self.what + sure, self.action, self.level, self.apart)
+
+
+@register_detector
+class Noise(Detector):
+    """White noise; its strength is the standard deviation, pixels being in [-1, 1]."""
+
+    name = "noise"
+    title = "with white noise"
+    strengths = (0.03, 0.5)
+    order = 30
+
+    def simulate(self, image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+        """See :meth:`Detector.simulate`; not clipped."""
+        return corrupted(image, generator, "gaussian", sigma=strength)
+
+    def detect(self, survey: Survey) -> None:
+        """Noisy images are usable above their noise; those without a picture left are not.
+
+        It claims none for itself: beside their noise, which is known, their pictures are those of clean ones.
+        """
+        places = survey.left.nonzero().flatten()
+        if len(places) < FEWEST:
+            return
+
+        def some(here: range) -> Tensor:
+            return torch.cat([survey.load(range(place, place + 1)) for place in places[list(here)].tolist()])
+
+        def everywhere(known: Tensor, part: Tensor) -> Tensor:
+            whole = known.clone()
+            whole[places] = part
+            return whole
+
+        seen, noise, found, other = noisy_images(some, len(places))
+        weight, before = torch.ones_like(noise), survey.result
+        for group in found:
+            if group.action is Action.LEFT_OUT_AS_NOISE:
+                weight[group.members] = 0.0
+        survey.foreign = everywhere(survey.foreign, other)
+        noise_std = everywhere(before.noise_std, noise)
+        survey.add(
+            noise_std=noise_std,
+            min_sigma=torch.maximum(before.min_sigma, noise_std),
+            weight=everywhere(before.weight, weight),
+            sigma=everywhere(before.sigma, seen.sigma),
+            sigma_error=everywhere(before.sigma_error, seen.error),
+        )
+        nowhere = torch.zeros_like(survey.foreign)
+        for group in found:
+            survey.add(group.finding, everywhere(nowhere, group.members))
 
 
 def noisy_images(load: Load, count: int) -> tuple[SpectralFit, Tensor, list[NoisyGroup], Tensor]:
@@ -85,15 +141,16 @@ def noisy_images(load: Load, count: int) -> tuple[SpectralFit, Tensor, list[Nois
     apart = _standing_apart(seen, found)
     noise, noisy = torch.zeros(count).double(), []
     for members, distance in apart:
-        level, sure = seen.level(members), f"apart by {distance:.1f} deviations"
+        level = seen.level(members)
         signal = (seen.scale * seen.spectrum.mean() / seen.variance.clamp(min=1e-12))[members].median()
         if signal < BURIED:
-            noisy.append(NoisyGroup(members, level, f"noise of level {level:.3g}, {sure}", LEFT_OUT))
+            what = f"noise of level {level:.3g}"
+            noisy.append(NoisyGroup(members, level, what, Action.LEFT_OUT_AS_NOISE, distance))
             continue
         own = seen.sigma[members].std() > SPREAD * seen.sigma[members].mean()
         noise[members] = seen.sigma[members] if own else level
-        what = f"white noise, {'levels about' if own else 'level'} {level:.3g}, {sure}"
-        noisy.append(NoisyGroup(members, level, what, "trained above it"))
+        what = f"white noise, {'levels about' if own else 'level'} {level:.3g}"
+        noisy.append(NoisyGroup(members, level, what, Action.TRAINED_ABOVE, distance))
     rest = alike & ~_any(apart, count)
     if more := _everywhere(seen, rest):
         members, of = more
@@ -102,7 +159,7 @@ def noisy_images(load: Load, count: int) -> tuple[SpectralFit, Tensor, list[Nois
         one = f"white noise of level {level:.3g}, in all or too many to find those without"
         many = f"white noise of many levels up to {level:.3g}, none standing apart"
         what = one if torch.equal(members, rest) else many
-        noisy.append(NoisyGroup(members, level, what, "each trained above its own"))
+        noisy.append(NoisyGroup(members, level, what, Action.TRAINED_ABOVE_OWN))
     return seen, noise, noisy, ~alike
 
 

@@ -1,0 +1,101 @@
+"""Kinds of damage: what one is, and the registry in which command, report and experiments find them all.
+
+A kind is one file in ``detectors/``, found by being there (docs/guide-detector.md). A kind from elsewhere is registered
+by importing the file that defines it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from robustdiff.audit.finding import Action, Finding
+
+if TYPE_CHECKING:  # it holds a result, which is made with detectors
+    import torch
+    from torch import Tensor
+
+    from robustdiff.audit.survey import Survey
+
+
+class Detector:
+    """A kind of damage: how it comes about, and which images show it.
+
+    Attributes:
+        name: As ``--auto-without`` and findings name it: one word.
+        title: What images of this kind are, for people, after "12 images,".
+        strengths: The weakest and the strongest that :meth:`simulate` is tried with; empty if it cannot be simulated.
+        order: Kinds are asked for by increasing order, each of the images that the earlier ones left. Noise has 30:
+            what is to be found before it takes less.
+        repairs: Whether what it finds is mended before anything else is asked; such kinds come first.
+        acts: Whether training does anything about it; if not, it need not be left out.
+        least_side: Edge in pixels of the smallest images that it can be asked of.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    strengths: ClassVar[tuple[float, ...]] = ()
+    order: ClassVar[int] = 25
+    repairs: ClassVar[bool] = False
+    acts: ClassVar[bool] = True
+    least_side: ClassVar[int] = 4
+
+    def simulate(self, image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+        """The image with this damage.
+
+        Args:
+            image: Shape (C, H, W), in [-1, 1]; not changed.
+            strength: Between the two of :attr:`strengths`.
+            generator: Source of all chance.
+
+        Raises:
+            NotImplementedError: If the kind has no simulator.
+        """
+        raise NotImplementedError(f"{self.name} cannot be simulated")
+
+    def detect(self, survey: Survey) -> Tensor | None:
+        """Which images show it, bool, shape (N,), of ``survey.left``; None: it claims none for itself."""
+        return None
+
+    def measure(self, survey: Survey, shows: Tensor | None) -> None:
+        """What is done about the images that :meth:`detect` found: here, used at noise levels that hide the damage.
+
+        Args:
+            survey: What is known; :meth:`Survey.add` takes what was found.
+            shows: What :meth:`detect` said.
+        """
+        if shows is None or not bool(shows.any()):
+            return
+        level = survey.hidden_above(shows)
+        finding = Finding(self.name, int(shows.sum()), self.title, Action.TRAINED_WHERE_HIDDEN, level)
+        survey.add(finding, shows, min_sigma=survey.used_above(level, shows))
+
+
+_registered: dict[str, Detector] = {}
+Kind = TypeVar("Kind", bound=type[Detector])
+
+
+def register_detector(kind: Kind) -> Kind:
+    """Class decorator: from now on every audit looks for this kind.
+
+    Raises:
+        ValueError: If it has no name or title, or another kind has the name.
+    """
+    name = getattr(kind, "name", "")
+    if not (name.isidentifier() and getattr(kind, "title", "")):
+        raise ValueError(f"detector {kind.__name__} needs a name, one word, and a title")
+    other = type(_registered.get(name))
+    # A file that is read again, as notebooks do, replaces its own.
+    if name in _registered and (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise ValueError(f"detector {kind.__name__}: {name!r} is the name of {other.__qualname__}; choose another")
+    _registered[name] = kind()
+    return kind
+
+
+def detectors() -> tuple[Detector, ...]:
+    """Every kind of damage that is looked for, by increasing order."""
+    package = importlib.import_module("robustdiff.audit.detectors")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return tuple(sorted(_registered.values(), key=lambda kind: (kind.order, kind.name)))

@@ -1,0 +1,49 @@
+"""Blurred and enlarged pictures: they lack the finest detail that the others have."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustdiff.audit.cosines import cosine_energy
+from robustdiff.audit.detector import Detector, register_detector
+from robustdiff.audit.simulate import corrupted
+from robustdiff.audit.survey import Survey
+
+BLURRED = -1.6
+"""Highest mean sharpness of a group that is called blurred: photographs as they are lie above."""
+
+
+@register_detector
+class Blur(Detector):
+    """Gaussian blur; its strength is the standard deviation in pixels."""
+
+    name = "blur"
+    title = "without the fine detail of the others"
+    strengths = (0.8, 4.0)
+    order = 10
+
+    def simulate(self, image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+        """See :meth:`Detector.simulate`."""
+        return corrupted(image, generator, "blur", radius=strength)
+
+    def detect(self, survey: Survey) -> Tensor:
+        """A group that is less sharp than another."""
+        return survey.low_group(sharpness, BLURRED)
+
+
+def sharpness(images: Tensor) -> Tensor:
+    """How much finest detail there is beside fine: log10 of the ratio of mean energies, shape (B,), float64.
+
+    Of the two-dimensional DCT: frequencies of at least 3/4 of the highest in either direction, over those from 3/8 to
+    3/4. About -1 for photographs at full resolution, -.5 for drawings, near 0 for white noise, below -2 for blurred or
+    enlarged pictures. A picture out of focus by intent is no less blurred.
+
+    Args:
+        images: Shape (B, C, H, W) in [-1, 1], noise may exceed it; at least 4 x 4 pixels.
+    """
+    height, width = images.shape[2:]
+    energy = cosine_energy(images).mean(1)
+    frequency = torch.maximum(torch.arange(height)[:, None] / height, torch.arange(width) / width)
+    fine, middle = energy[:, frequency >= 0.75], energy[:, (frequency >= 0.375) & (frequency < 0.75)]
+    return ((fine.mean(1) + 1e-9) / (middle.mean(1) + 1e-9)).log10()
