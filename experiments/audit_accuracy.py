@@ -26,7 +26,7 @@ from torch.nn.functional import interpolate
 
 from robustdiff.audit.detectors import duplicates
 from robustdiff.audit.detectors.feature_outliers import robust_distance
-from robustdiff.audit.run import detect
+from robustdiff.audit.run import audit
 from robustdiff.data.corruption import Corruption, corrupt
 from robustdiff.data.dataset import load_images
 from robustdiff.evaluation.extractors import open_extractor
@@ -81,8 +81,8 @@ def row(name: str, x0: torch.Tensor, dirt: str) -> dict[str, object]:
     if dirt.endswith("8 bit"):
         images = from_uint8(to_uint8(images))
     started = time.perf_counter()
-    trust = detect(lambda places: images[places.start : places.stop], len(images))
-    called = ~trust.clean if trust.regularise is None else torch.ones_like(hit)
+    found = audit(images)
+    called = ~found.clean if found.regularise is None else torch.ones_like(hit)
     return {
         "set": name,
         "dirt": dirt,
@@ -91,8 +91,8 @@ def row(name: str, x0: torch.Tensor, dirt: str) -> dict[str, object]:
         "missed": int((hit & ~called).sum()),
         "false": int((~hit & called).sum()),
         "levels": {
-            part: [round(f.level, 4) for f in trust.findings if f.part == part and f.level is not None]
-            for part in dict.fromkeys(f.part for f in trust.findings)
+            kind: [round(one.level, 4) for one in found.findings if one.kind == kind and one.level is not None]
+            for kind in dict.fromkeys(one.kind for one in found.findings)
         },
         "seconds": round(time.perf_counter() - started, 1),
     }

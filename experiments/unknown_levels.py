@@ -17,6 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from experiments.paper import linear
 from experiments.paper.worlds import LinearGaussian, Subspace
 from robustdiff.audit.result import AuditResult
-from robustdiff.audit.run import detect
+from robustdiff.audit.run import audit
 from robustdiff.data.dataset import load_images
 
 RESULT = Path(__file__).parent / "results" / "unknown_levels.json"
@@ -125,8 +126,7 @@ def frechet(v: Tensor, w: Tensor) -> float:
 
 def believing(levels: Tensor) -> AuditResult:
     """The plan of a run that is told these levels."""
-    nothing = torch.zeros(len(levels), dtype=torch.bool)
-    return AuditResult(levels, levels, torch.ones_like(levels), (), nothing, None, (), levels, torch.zeros_like(levels))
+    return replace(AuditResult.of_clean(len(levels)), noise_std=levels, min_sigma=levels)
 
 
 def wrong(levels: Tensor, seed: int) -> dict[str, Tensor]:
@@ -153,7 +153,7 @@ def rows() -> list[dict[str, Any]]:
             for seed in SEEDS:
                 started = time.perf_counter()
                 images, noise = draw(world, shares, seed)
-                auto = detect(lambda places, of=images: of[places.start : places.stop], COUNT)
+                auto = audit(images)
                 plans = {"plain": believing(torch.zeros_like(noise)), "told": believing(noise), "auto": auto}
                 if bool((noise > 0).any()):
                     plans |= {what: believing(levels) for what, levels in wrong(noise, seed).items()}
