@@ -94,7 +94,7 @@ def measure(
     row = ROWS[name]
     pipeline = load_pipeline(trained(name, seed, work, data))
     images = sample(
-        pipeline, SAMPLES, seed=10_000 * (1 + seed), steps=attacks.calls, batch_size=250, relabel=row.relabel
+        pipeline, SAMPLES, seed=10_000 * (1 + seed), steps=attacks.calls, batch_size=250, sigma_scale=row.relabel
     )
     images = images.mean(0) + row.shrink * (images - images.mean(0))
     error = digits_demo.frechet(to_uint8(images), held_out)

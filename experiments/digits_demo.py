@@ -144,7 +144,7 @@ def main() -> None:
     print(f"== sampling {n} images per row, {STEPS} deterministic steps", flush=True)
     plain, auto = draw("plain"), draw("auto")
     apart = draw("plain", n // 2, 100_000)
-    floor, relabel = best("label_floor", FLOORS), best("relabel", RELABELS)
+    floor, relabel = best("sigma_min", FLOORS), best("sigma_scale", RELABELS)
     factor = min(SHRINKS, key=lambda value: frechet(shrink(apart, value), validation))
     rows = {
         "clean training digits (the floor)": ("-", training[:n]),
@@ -153,9 +153,9 @@ def main() -> None:
         "plain": ("nothing", plain),
         f"plain, relabelled x {relabel:g}": (
             "factor chosen on clean validation images",
-            draw("plain", relabel=relabel),
+            draw("plain", sigma_scale=relabel),
         ),
-        f"plain, label floor {floor:g}": ("level chosen on clean validation images", draw("plain", label_floor=floor)),
+        f"plain, label floor {floor:g}": ("level chosen on clean validation images", draw("plain", sigma_min=floor)),
         f"plain, shrunk x {factor:g}": ("factor chosen on clean validation images", shrink(plain, factor)),
         "robust": (
             "noise level; gate and strength chosen on clean held-out digits, the test half included",

@@ -268,9 +268,9 @@ def free_choices(kind: str, plain: Denoiser) -> dict[float, tuple[Denoiser, Call
         return Denoiser(SigmaClampedModel(plain.model, plain.schedule, **change), plain.schedule)
 
     if kind == "relabel":
-        return {f: (asked(relabel=f), lambda x: x) for f in RELABELS}
+        return {f: (asked(sigma_scale=f), lambda x: x) for f in RELABELS}
     if kind == "label_floor":
-        return {f: (asked(label_floor=f), lambda x: x) for f in FLOORS}
+        return {f: (asked(sigma_min=f), lambda x: x) for f in FLOORS}
     if kind == "shrink":
         return {f: (plain, shrink(f)) for f in SHRINKS}
     raise ValueError(f"no free baseline {kind!r}")

@@ -64,7 +64,7 @@ class GaussianDenoiser(torch.nn.Module):
     def __init__(self, schedule: NoiseSchedule, variance: float) -> None:
         super().__init__()
         self.schedule, self.variance = schedule, variance
-        self.config = SimpleNamespace(num_class_embeds=None, sample_size=8, in_channels=1)
+        self.config = {"num_class_embeds": None, "sample_size": 8, "in_channels": 1}
         self.device, self.dtype = torch.device("cpu"), torch.float64
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -151,17 +151,17 @@ def test_T7_relabelling_by_sqrt_1_plus_m_is_the_regularised_linear_denoiser(pred
     scheduler = DDPMScheduler(prediction_type=prediction_type)
     schedule = NoiseSchedule.from_scheduler(scheduler)
     t, asked = torch.tensor([300]), torch.tensor([380])
-    relabel = (schedule.noise_to_signal(asked) / schedule.noise_to_signal(t)).item()
-    m, variance = relabel**2 - 1, 0.3
+    scale = (schedule.noise_to_signal(asked) / schedule.noise_to_signal(t)).item()
+    m, variance = scale**2 - 1, 0.3
     x_t = torch.randn(1, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     plain = GaussianDenoiser(schedule, variance)
-    output = SigmaClampedModel(plain, schedule, relabel=relabel)(x_t, t)
+    output = SigmaClampedModel(plain, schedule, sigma_scale=scale)(x_t, t)
     a, s = schedule.alpha(t).double(), schedule.sigma(t).double()
     expected_eps = s * (1 + m) / (a**2 * variance + (1 + m) * s**2) * x_t  # theory T3
     torch.testing.assert_close(schedule.eps_hat(output, x_t, t), expected_eps, rtol=1e-5, atol=0)
 
 
-def test_label_floor_queries_at_the_floor_below_it_and_changes_nothing_above() -> None:
+def test_sigma_min_queries_at_the_floor_below_it_and_changes_nothing_above() -> None:
     schedule = NoiseSchedule.from_scheduler(DDPMScheduler())
     asked: list[int] = []
 
@@ -169,19 +169,36 @@ def test_label_floor_queries_at_the_floor_below_it_and_changes_nothing_above() -
         asked.extend(t.tolist())
         return torch.zeros_like(x_t)
 
-    floored = SigmaClampedModel(model, schedule, label_floor=schedule.noise_to_signal(torch.tensor(100)).item())
+    floored = SigmaClampedModel(model, schedule, sigma_min=schedule.noise_to_signal(torch.tensor(100)).item())
     x_t = torch.ones(3, 1, 2, 2)
     floored(x_t, torch.tensor([10, 100, 700]))
     assert asked == [100, 100, 700]
     plain = GaussianDenoiser(schedule, 0.3)
-    floored = SigmaClampedModel(plain, schedule, label_floor=0.1)
+    floored = SigmaClampedModel(plain, schedule, sigma_min=0.1)
     t = torch.tensor([999, 800, 500])
     assert torch.equal(floored(x_t.double(), t), plain(x_t.double(), t))
 
 
+def test_the_floor_at_zero_terminal_snr_asks_step_999() -> None:
+    """There is no larger level than pure noise, and no rounding to the largest finite one."""
+    scheduler = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    schedule, asked = NoiseSchedule.from_scheduler(scheduler), []
+
+    def model(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        asked.extend(t.tolist())
+        return x_t + 1
+
+    x_t = torch.ones(3, 1, 2, 2)
+    for settings in ({"sigma_min": 0.2}, {"sigma_min": math.inf}, {"sigma_scale": 2.0}):
+        output = SigmaClampedModel(model, schedule, **settings)(x_t[:1], torch.tensor(999))
+        assert torch.equal(output, x_t[:1] + 1)  # the answer of that step, unchanged
+    assert asked == [999, 999, 999]
+    assert not math.isfinite(schedule.noise_to_signal(torch.tensor(999)))
+
+
 def test_relabelling_shrinks_the_generated_variance_as_theory_says() -> None:
     # T7 with T3: the sampler with relabel c generates Sigma / c^2. Nearest-timestep rounding: 2 %; statistics: 1.6 %.
-    images = sample(gaussian_pipeline(0.05), 128, scheduler="ddim", steps=250, relabel=1.5)
+    images = sample(gaussian_pipeline(0.05), 128, scheduler="ddim", steps=250, sigma_scale=1.5)
     assert images.var().item() == pytest.approx(0.05 / 1.5**2, rel=0.1)
 
 
@@ -225,8 +242,8 @@ def test_step_counts_that_would_mis_step_are_refused_with_the_nearest_good_one()
 
 def test_relabelled_model_refuses_ranges_that_ask_for_more_detail() -> None:
     schedule = NoiseSchedule.from_scheduler(DDPMScheduler())
-    for settings in ({"relabel": 0.5}, {"label_floor": -1.0}, {"relabel": math.nan}):
-        with pytest.raises(ValueError, match="relabel"):
+    for settings in ({"sigma_scale": 0.5}, {"sigma_min": -1.0}, {"sigma_scale": math.nan}):
+        with pytest.raises(ValueError, match="sigma_scale"):
             SigmaClampedModel(lambda x, t: x, schedule, **settings)
 
 

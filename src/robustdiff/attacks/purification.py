@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from robustdiff.diffusion.model import Denoiser
 from robustdiff.diffusion.pipeline import trajectory_of
 from robustdiff.diffusion.samplers import trailing
 from robustdiff.utils.random import Generators, draw_normal
@@ -80,19 +81,15 @@ def purify(
         raise ValueError(f"purify needs 0 < strength <= 1, got {strength}")
     if steps < 1:
         raise ValueError(f"purify needs steps >= 1, got {steps}")
-    unet = pipeline.unet
-    side = unet.config["sample_size"]
-    size = (unet.config["in_channels"], *((side, side) if isinstance(side, int) else side))
+    unet, denoiser = pipeline.unet, Denoiser.of(pipeline)
+    size = (denoiser.channels, *denoiser.size)
     if image.ndim != 4 or tuple(image.shape[1:]) != size:
         raise ValueError(
             f"images of shape {tuple(image.shape)} do not fit a network for (B, {', '.join(map(str, size))})"
         )
-    conditional = unet.config["num_class_embeds"] is not None
-    if conditional != (class_labels is not None):
-        raise ValueError("class_labels are needed by a class-conditional network, and by no other")
+    kwargs = denoiser.class_kwargs(class_labels)
     levels = max(1, round(strength * pipeline.scheduler.config.num_train_timesteps))
     trajectory = trajectory_of(pipeline, sampler, timesteps=trailing(levels, min(steps, levels)))
-    kwargs = {"class_labels": class_labels} if conditional else {}
     trajectory = dataclasses.replace(trajectory, model=_Fixed(unet), kwargs=kwargs)
     x0 = image.to(device=unet.device, dtype=unet.dtype)
     t = torch.full((len(x0),), levels - 1, device=x0.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from robustdiff.data.dataset import ImageDataset, load_images
-from robustdiff.diffusion.pipeline import size_of
+from robustdiff.diffusion.model import Denoiser
 from robustdiff.diffusion.sample_files import class_names
 from robustdiff.utils.errors import UsageError
 
@@ -18,7 +18,7 @@ def load_fitting(data: str, pipeline: Any, model: str, resolution: int | None = 
 
     Args:
         data: As :func:`robustdiff.data.dataset.load_images` takes it.
-        pipeline: Anything with a ``unet`` (``UNet2DModel``).
+        pipeline: A pipeline, or its network.
         model: What messages call it.
         resolution: Side in pixels to bring images to; None leaves them as they are, and they must fit.
         settings: Passed on to :func:`robustdiff.data.dataset.load_images`.
@@ -26,7 +26,8 @@ def load_fitting(data: str, pipeline: Any, model: str, resolution: int | None = 
     Raises:
         UsageError: One line, if they do not fit; DataError if they cannot be read.
     """
-    channels, height, width = size_of(pipeline)
+    denoiser = Denoiser.of(pipeline)
+    channels, (height, width) = denoiser.channels, denoiser.size
     if channels not in (1, 3):
         raise UsageError(f"{model} takes images of {channels} channels: only grey or RGB can be read")
     if resolution is not None and (resolution, resolution) != (height, width):
@@ -51,7 +52,7 @@ def labels_for(images: ImageDataset, pipeline: Any, model: str) -> Tensor | None
     Raises:
         UsageError: One line, if the images have no labels, or others than the pipeline.
     """
-    count = pipeline.unet.config["num_class_embeds"]
+    count = Denoiser.of(pipeline).num_classes
     if count is None:
         return None
     if images.labels is None:

@@ -174,4 +174,5 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 def size_multiple(unet: UNet2DModel) -> int:
     """What image sides must be divisible by."""
-    return 2 ** (len(unet.config["block_out_channels"]) - 1)
+    halvings = len(unet.config["block_out_channels"]) - 1
+    return 1 << halvings

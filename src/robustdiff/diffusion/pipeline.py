@@ -25,7 +25,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from robustdiff.diffusion.model import Model, call_model
+from robustdiff.diffusion.model import Denoiser, Model, call_model
 from robustdiff.diffusion.networks import check_config, check_plausible, check_types
 from robustdiff.diffusion.samplers import DifferentiableSampler
 from robustdiff.diffusion.schedule import NoiseSchedule
@@ -208,8 +208,8 @@ def sample(
     scheduler: str = "ddim",
     steps: int = 50,
     batch_size: int = 64,
-    relabel: float = 1.0,
-    label_floor: float = 0.0,
+    sigma_scale: float = 1.0,
+    sigma_min: float = 0.0,
     class_labels: Sequence[int] | None = None,
     callback: StepCallback | None = None,
     progress: Callable[[int], object] | None = None,
@@ -224,8 +224,8 @@ def sample(
         scheduler: One of :data:`SCHEDULERS`.
         steps: Network calls per image.
         batch_size: Images per call; does not change the images beyond rounding.
-        relabel: See :class:`SigmaClampedModel`.
-        label_floor: See :class:`SigmaClampedModel`.
+        sigma_scale: Query the network at this many times the noise level; see :class:`SigmaClampedModel`.
+        sigma_min: Never query it below this noise level; see :class:`SigmaClampedModel`.
         class_labels: Class of each image, for class-conditional networks.
         callback: Called before each network call.
         progress: Called with the number of images of each finished batch.
@@ -237,28 +237,24 @@ def sample(
         UsageError: If the scheduler or the steps do not fit.
         ValueError: If classes are missing, or given to a network without any.
     """
-    unet = pipeline.unet
+    denoiser, unet = Denoiser.of(pipeline), pipeline.unet
     indices = list(range(n)) if isinstance(n, int) else list(n)
-    conditional = getattr(unet.config, "num_class_embeds", None)
-    if (conditional is None) != (class_labels is None):
-        raise ValueError("class_labels are needed by a class-conditional network, and by no other")
-    if class_labels is not None and len(class_labels) != len(indices):
-        raise ValueError(f"got {len(class_labels)} class_labels for {len(indices)} images")
-    model: Model = unet
-    if relabel != 1.0 or label_floor > 0:
-        model = SigmaClampedModel(unet, NoiseSchedule.from_scheduler(pipeline.scheduler), relabel, label_floor)
+    labels = None if class_labels is None else torch.tensor(class_labels, device=unet.device)
+    denoiser.class_kwargs(labels)  # are they needed, and there?
+    if labels is not None and len(labels) != len(indices):
+        raise ValueError(f"got {len(labels)} class_labels for {len(indices)} images")
+    model: Model = denoiser
+    if sigma_scale != 1.0 or sigma_min > 0:
+        model = SigmaClampedModel(denoiser, NoiseSchedule.from_scheduler(pipeline.scheduler), sigma_scale, sigma_min)
     device, dtype = unet.device, unet.dtype
-    size = unet.config.sample_size
-    shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    shape = (denoiser.channels, *denoiser.size)
     images = []
     was_training = unet.training
     unet.eval()
     for start in range(0, len(indices), batch_size):
         batch = indices[start : start + batch_size]
         generators = image_generators(seed, batch)
-        kwargs = {}
-        if class_labels is not None:
-            kwargs["class_labels"] = torch.tensor(class_labels[start : start + batch_size], device=device)
+        kwargs = denoiser.class_kwargs(None if labels is None else labels[start : start + batch_size])
         # A fresh scheduler per batch: multistep samplers keep a history.
         sampler = make_scheduler(scheduler, pipeline.scheduler, steps)
         step_takes = inspect.signature(sampler.step).parameters
@@ -286,13 +282,6 @@ def to_uint8(images: Tensor) -> Tensor:
 def without_accelerator() -> bool:
     """Whether to run on the CPU: only if told so does accelerate join the processes of a launcher there."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-
-
-def size_of(pipeline: Any) -> tuple[int, int, int]:  # noqa: ANN401 - pipelines share no typed base with a network
-    """(C, H, W) of the images that a pipeline takes."""
-    side = pipeline.unet.config["sample_size"]
-    height, width = (side, side) if isinstance(side, int) else side
-    return int(pipeline.unet.config["in_channels"]), int(height), int(width)
 
 
 def save_pipeline(folder: Path, pipeline: DiffusionPipeline) -> None:

@@ -55,8 +55,11 @@ def sample_to_files(config: SampleConfig) -> str:
     try:
         if archive:
             output.parent.mkdir(parents=True, exist_ok=True)
-            arrays = {"images": everything.permute(0, 2, 3, 1).numpy()}
-            np.savez(staging, **(arrays if labels is None else {**arrays, "labels": np.array(labels)}))
+            images = everything.permute(0, 2, 3, 1).numpy()
+            if labels is None:
+                np.savez(staging, images=images)
+            else:
+                np.savez(staging, images=images, labels=np.array(labels))
             atomic_io.fsync_file(staging)
             staging.replace(output)
             return f"{output}: {config.n} images, uint8, (N, H, W, C)"
@@ -92,8 +95,8 @@ def draw(config: SampleConfig, pipeline: DiffusionPipeline, labels: Sequence[int
             scheduler=config.scheduler,
             steps=config.steps,
             batch_size=config.batch_size,
-            relabel=config.relabel,
-            label_floor=config.label_floor,
+            sigma_scale=config.relabel,
+            sigma_min=config.label_floor,
             class_labels=None if labels is None else [labels[i] for i in mine],
             progress=bar.update,
         )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from robustdiff.diffusion.model import Model, call_model
+from robustdiff.diffusion.model import Model, call_model, module_of
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.utils.errors import check_choice
 from robustdiff.utils.random import Generators, draw_normal
@@ -170,11 +170,9 @@ class DifferentiableSampler:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The network, if it is a module or wraps one as ``.model``."""
-        model: Any = self.model
-        while model is not None and not isinstance(model, nn.Module):
-            model = getattr(model, "model", None)
-        return [] if model is None else [model]
+        """The network, if it is a module or wraps one."""
+        module = module_of(self.model)
+        return [] if module is None else [module]
 
     def part(self, rows: slice) -> DifferentiableSampler:
         """The same sampler for some images of the batch."""

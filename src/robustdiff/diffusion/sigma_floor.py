@@ -18,15 +18,15 @@ class SigmaClampedModel:
     """A model queried at a larger noise level than the state has; no training, any pipeline.
 
     At noise level ``c = sigma/alpha`` the wrapped model is asked for the clean image at
-    ``max(relabel * c, label_floor)``, with the state rescaled to the signal scale of that level, and the answer is
+    ``max(sigma_scale * c, sigma_min)``, with the state rescaled to the signal scale of that level, and the answer is
     expressed as the prediction the sampler expects.
 
     Args:
         model: ``callable(x_t, t, **kwargs)``.
         schedule: Its noise schedule.
-        relabel: Factor >= 1 on the noise level. In a linear-Gaussian world ``sqrt(1 + m)`` gives exactly what the
+        sigma_scale: Factor >= 1 on the noise level. In a linear-Gaussian world ``sqrt(1 + m)`` gives exactly what the
             equivariance regulariser of strength m gives.
-        label_floor: Least noise level sigma/alpha to query at, >= 0: details finer than this are not asked for.
+        sigma_min: Least noise level sigma/alpha to query at, >= 0: details finer than this are not asked for.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -36,19 +36,19 @@ class SigmaClampedModel:
 
     model: Model
     schedule: NoiseSchedule
-    relabel: float = 1.0
-    label_floor: float = 0.0
+    sigma_scale: float = 1.0
+    sigma_min: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not (self.relabel >= 1 and self.label_floor >= 0):
-            raise ValueError(f"need relabel >= 1 and label_floor >= 0, got {self.relabel} and {self.label_floor}")
+        if not (self.sigma_scale >= 1 and self.sigma_min >= 0):
+            raise ValueError(f"need sigma_scale >= 1 and sigma_min >= 0, got {self.sigma_scale} and {self.sigma_min}")
 
     def __call__(self, x_t: Tensor, t: Tensor, **kwargs: Any) -> Tensor:  # noqa: ANN401 - passed through
         """The prediction for state ``x_t``, (B, ...), at timesteps ``t``, (B,) or ()."""
         t = t.to(x_t.device).round().long().reshape(-1).expand(x_t.shape[0])
         level = self.schedule.noise_to_signal(t)
-        wanted = (self.relabel * level).clamp(min=self.label_floor)
+        wanted = (self.sigma_scale * level).clamp(min=self.sigma_min)
         changed = wanted > level
         asked = torch.where(changed, self.schedule.timestep_at(wanted), t)
         rescale = torch.where(changed, self.schedule.alpha(asked) / self.schedule.alpha(t), torch.ones_like(level))

@@ -22,6 +22,7 @@ from torch import Tensor
 from robustdiff.data.dataset import DataError, ImageDataset, load_images
 from robustdiff.data.sources.open import HUB_ID
 from robustdiff.diffusion.config import SampleConfig
+from robustdiff.diffusion.model import Denoiser
 from robustdiff.diffusion.pipeline import (
     load_pipeline,
     make_scheduler,
@@ -102,17 +103,16 @@ def open_generated(config: EvaluateConfig) -> Source:
         )
         return Source(images.size, images.channels, lambda: given_as)
     pipeline = load_pipeline(config.run)
-    unet = pipeline.unet.config
-    side = unet["sample_size"]
-    size = (side, side) if isinstance(side, int) else tuple(side)
+    denoiser = Denoiser.of(pipeline)
+    size, channels = denoiser.size, denoiser.channels
     if config.resolution not in (None, size[0]) or (config.resolution and len(set(size)) > 1):
         raise UsageError(f"--resolution {config.resolution}: the pipeline draws {size[1]} x {size[0]}; leave it out")
-    if unet["in_channels"] not in (1, 3):
-        raise UsageError(f"{config.run} draws {unet['in_channels']} channels: only grey or RGB can be judged")
+    if channels not in (1, 3):
+        raise UsageError(f"{config.run} draws {channels} channels: only grey or RGB can be judged")
     for steps in config.few_step_counts():
         for name in config.few_step_samplers():
             make_scheduler(name, pipeline.scheduler, steps)  # says what does not fit before anything is drawn
-    return Source(size, unet["in_channels"], lambda: _drawn(config, pipeline))
+    return Source(size, channels, lambda: _drawn(config, pipeline))
 
 
 def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated:
@@ -128,7 +128,7 @@ def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated:
         relabel=config.relabel,
         label_floor=config.label_floor,
     )
-    labels = class_labels(asked, pipeline.unet.config["num_class_embeds"])
+    labels = class_labels(asked, Denoiser.of(pipeline).num_classes)
     folder = output_folder(config) / "drawn"
 
     def drawing(scheduler: str, steps: int) -> Tensor:

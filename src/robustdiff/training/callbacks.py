@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from robustdiff.data.dataset import DataError, ImageDataset, load_images
+from robustdiff.diffusion.model import Denoiser
 from robustdiff.diffusion.pipeline import sample, save_pipeline, to_uint8
 from robustdiff.evaluation.extractors import open_extractor
 from robustdiff.evaluation.features import Features, default_cache, extract
@@ -97,7 +98,7 @@ class EvaluationCallback:
             One line for people.
         """
         n, classes = self.config.evaluate_n, self.classes
-        conditional = pipeline.unet.config["num_class_embeds"] is not None
+        conditional = Denoiser.of(pipeline).num_classes is not None
         images = sample(
             pipeline,
             n,

@@ -15,6 +15,7 @@ from pathlib import Path
 from diffusers import UNet2DModel
 
 from robustdiff.data.dataset import ImageDataset
+from robustdiff.diffusion.model import Denoiser
 from robustdiff.diffusion.networks import (
     NETWORKS,
     network_for,
@@ -107,7 +108,7 @@ class Plan:
         size = f"{data.bytes / 2**20:.1f} MiB" if data.bytes >= 2**20 else f"{data.bytes / 2**10:.1f} KiB"
         held = f"streamed ({size} decoded at every use)" if data.streamed else f"{size} held"
         held += f", fed by {workers} workers" if workers else ""
-        conditional = unet.config["num_class_embeds"] is not None
+        conditional = Denoiser.of(unet).num_classes is not None
         rows = {
             "data": f"{config.data} ({data.what}): {len(data)} images, {width} x {height} {colour}",
             "memory": held,

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
 from robustdiff.data.dataset import ImageDataset
+from robustdiff.diffusion.model import Denoiser
 from robustdiff.diffusion.networks import (
     build_unet,
     check_config,
@@ -144,7 +145,7 @@ def _initial_pipeline(config: TrainConfig, data: ImageDataset) -> DiffusionPipel
     source = str(config.init_from)
     pipeline = load_pipeline(source)
     unet = pipeline.unet
-    channels, classes = unet.config["in_channels"], unet.config["num_class_embeds"]
+    channels, classes = Denoiser.of(unet).channels, Denoiser.of(unet).num_classes
     if channels != data.channels:
         raise UsageError(
             f"--init-from {source} has {channels} channels, DATA {data.channels}: add --channels {channels}"
@@ -190,5 +191,5 @@ def _configured_unet(source: str, data: ImageDataset, classes: int | None) -> UN
         reason = atomic_io.one_line(error)
         raise UsageError(f"{flag} {source}: not a UNet2DModel configuration ({reason})") from None
     check_size(size, size_multiple(unet), source)
-    _check_classes(f"{flag} {source}", unet.config["num_class_embeds"], data)
+    _check_classes(f"{flag} {source}", Denoiser.of(unet).num_classes, data)
     return unet

@@ -34,6 +34,7 @@ from robustdiff.audit.result import AuditResult
 from robustdiff.audit.run import audit
 from robustdiff.data.corruption import check_corruptions
 from robustdiff.data.dataset import load_images
+from robustdiff.diffusion.model import Denoiser
 from robustdiff.diffusion.pipeline import (
     largest_divisor,
     sample,
@@ -157,7 +158,7 @@ def train(config: TrainConfig) -> Path:
             f"--ddpm-num-inference-steps {preview_steps} does not divide the {schedule.num_timesteps} noise levels: "
             f"use {nearest}"
         )
-    conditional = pipeline.unet.config["num_class_embeds"] is not None
+    conditional = Denoiser.of(pipeline).num_classes is not None
     during = None
     if config.evaluate_every is not None:
         during = EvaluationCallback(config, plan, data, preview_steps, accelerator.device)

@@ -40,6 +40,7 @@ from robustdiff.attacks.benchmark.summary import Summary, sentence
 from robustdiff.attacks.config import AttackConfig
 from robustdiff.attacks.goals import NoGradient
 from robustdiff.diffusion.config import SampleConfig
+from robustdiff.diffusion.model import Denoiser
 from robustdiff.diffusion.pipeline import (
     SamplerStep,
     load_pipeline,
@@ -88,11 +89,9 @@ def attack(config: AttackConfig) -> Path:
     trajectory = trajectory_of(pipeline, config.scheduler, config.steps)
     device = PartialState(cpu=without_accelerator()).device
     pipeline.unet.to(device)
-    labels = class_labels(
-        SampleConfig(config.run, n=max(config.n, SPREAD_OF)), pipeline.unet.config["num_class_embeds"]
-    )
-    side = pipeline.unet.config["sample_size"]
-    shape = (pipeline.unet.config["in_channels"], *((side, side) if isinstance(side, int) else side))
+    denoiser = Denoiser.of(pipeline)
+    labels = class_labels(SampleConfig(config.run, n=max(config.n, SPREAD_OF)), denoiser.num_classes)
+    shape = (denoiser.channels, *denoiser.size)
     if radius(config, shape) > 10 * (torch.Size(shape).numel() ** 0.5 if config.norm == "l2" else 1.0):
         raise UsageError(f"--radius {config.radius} is more than ten times the noise of each value: use a smaller one")
     reference = open_reference(config, shape, device)
