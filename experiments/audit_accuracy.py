@@ -7,6 +7,8 @@ For every set and dirt: how many of the dirty images were called clean, how many
 found, all as `robustdiff train --auto` would act on it. Dirt is added as training adds it, frozen and unclipped, or,
 with `8 bit`, clipped and rounded as in a file.
 
+Kinds of damage beyond those that --corrupt makes (docs/guide-detector.md) get a row for each of their strengths.
+
 Beside it, near copies: to every set, changed copies of its first 200 images are added, and counted if found with
 their original. And foreign pictures: to the first set of --data, images of every other, and how well their distance
 in the features of each --extractor tells them apart (area under the curve).
@@ -24,6 +26,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch.nn.functional import interpolate
 
+from robustdiff.audit.detector import Detector, registered_detectors
 from robustdiff.audit.detectors import duplicates
 from robustdiff.audit.detectors.feature_outliers import robust_distance
 from robustdiff.audit.run import audit
@@ -54,6 +57,10 @@ DIRT = {
         "gaussian:sigma=0.2,fraction=0.4",
     ),
 }
+MADE_BY_CORRUPT = ("noise", "holes", "blur", "jpeg")
+"""Kinds of damage that the rows above have."""
+SHARE = 0.3
+"""Of the images, that other kinds hit."""
 SEED = 0
 CHANGES = (
     "jpeg:quality=50",
@@ -70,12 +77,23 @@ FOREIGN = (0.01, 0.05, 0.1)
 """Foreign images over those of the set."""
 
 
+def simulated() -> dict[str, tuple[Detector, float]]:
+    """Rows of kinds that --corrupt does not make: name of the dirt, who simulates it, how strongly."""
+    others = [kind for kind in registered_detectors() if kind.name not in MADE_BY_CORRUPT]
+    return {f"{kind.name} {strength:g} on 30 %": (kind, strength) for kind in others for strength in kind.strengths}
+
+
 def row(name: str, x0: torch.Tensor, dirt: str) -> dict[str, object]:
     """One line of the table."""
-    corruptions = tuple(Corruption.parse(spec) for spec in DIRT[dirt])
     images, hit = x0.clone(), torch.zeros(len(x0), dtype=torch.bool)
     for index in range(len(x0)):
-        changed, kinds = corrupt(x0[index], corruptions, SEED, index)
+        if dirt in DIRT:
+            corruptions = tuple(Corruption.parse(spec) for spec in DIRT[dirt])
+            changed, kinds = corrupt(x0[index], corruptions, SEED, index)
+        else:
+            (kind, strength), generator = simulated()[dirt], torch.Generator().manual_seed(SEED + index)
+            kinds = (kind.name,) if torch.rand((), generator=generator) < SHARE else ()
+            changed = kind.simulate(x0[index], strength, generator)
         if kinds:
             images[index], hit[index] = changed, True
     if dirt.endswith("8 bit"):
@@ -163,7 +181,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     sets = list(dict.fromkeys(row["set"] for row in rows))
     by_place = {(row["dirt"], row["set"]): row for row in rows}
     lines = [f"| dirt | {' | '.join(sets)} |", f"|:--|{':--|' * len(sets)}"]
-    for dirt in DIRT:
+    for dirt in dict.fromkeys(row["dirt"] for row in rows):
         cells = []
         for name in sets:
             one = by_place[dirt, name]
@@ -197,7 +215,7 @@ def main() -> None:
             sets[name] = x0
             alike.append(copied(name, x0))
             print(json.dumps(alike[-1]), flush=True)
-            for dirt in DIRT:
+            for dirt in (*DIRT, *simulated()):
                 rows.append(row(name, x0, dirt))
                 print(json.dumps(rows[-1]), flush=True)
     colour = [name for name in sets if "grey" not in name or name.startswith("digits")]

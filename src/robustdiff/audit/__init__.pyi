@@ -1,6 +1,6 @@
 from .detector import Detector as Detector
-from .detector import detectors as detectors
 from .detector import register_detector as register_detector
+from .detector import registered_detectors as registered_detectors
 from .finding import Action as Action
 from .finding import Finding as Finding
 from .result import AuditResult as AuditResult

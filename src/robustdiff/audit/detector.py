@@ -93,7 +93,7 @@ def register_detector(kind: Kind) -> Kind:
     return kind
 
 
-def detectors() -> tuple[Detector, ...]:
+def registered_detectors() -> tuple[Detector, ...]:
     """Every kind of damage that is looked for, by increasing order."""
     package = importlib.import_module("robustdiff.audit.detectors")
     for module in pkgutil.iter_modules(package.__path__):

@@ -10,9 +10,9 @@ REGULARISER = "regulariser"
 
 def parts() -> tuple[str, ...]:
     """Names that ``--auto-without`` takes."""
-    from robustdiff.audit.detector import detectors  # which import torch
+    from robustdiff.audit.detector import registered_detectors  # which import torch
 
-    return (*(kind.name for kind in detectors() if kind.acts), REGULARISER)
+    return (*(kind.name for kind in registered_detectors() if kind.acts), REGULARISER)
 
 
 def check_parts(without: Sequence[str]) -> None:

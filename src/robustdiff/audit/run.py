@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from robustdiff.audit.detector import detectors
+from robustdiff.audit.detector import registered_detectors
 from robustdiff.audit.finding import Action
 from robustdiff.audit.parts import REGULARISER, check_parts
 from robustdiff.audit.result import AuditResult
@@ -134,7 +134,7 @@ def detect(
     load = held(load, count, memory)
     side = min(load(range(1)).shape[2:])
     survey = Survey(load, count, names or numbers(count), features)
-    kinds = [kind for kind in detectors() if kind.name not in without and side >= kind.least_side]
+    kinds = [kind for kind in registered_detectors() if kind.name not in without and side >= kind.least_side]
     found = {}
     for kind in sorted(kinds, key=lambda kind: not kind.repairs):
         found[kind.name] = kind.detect(survey)
