@@ -26,7 +26,6 @@ def attacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-@pytest.mark.slow
 def test_rows_are_measured_kept_and_not_measured_again(
     attacked: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,7 +53,6 @@ def test_rows_are_measured_kept_and_not_measured_again(
     assert (tmp_path / "digits-plain.json").read_bytes() == before
 
 
-@pytest.mark.slow
 def test_the_strong_attack_is_another_and_says_so(attacked: ModuleType, tmp_path: Path) -> None:
     for which in ("strong", "usual"):
         (tmp_path / which).mkdir()

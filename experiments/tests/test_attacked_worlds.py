@@ -38,7 +38,6 @@ def test_the_unrolled_penalty_of_a_linear_denoiser_is_its_squared_gain(attacked:
     assert (terms.total - terms.denoising).mean().item() == pytest.approx(2 * expected, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_a_row_is_measured_kept_and_not_measured_again(
     attacked: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,6 @@ def accuracy() -> ModuleType:
     return experiment("audit_accuracy")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dirt", ["clean", "gaussian 0.2 on 90 %", "missing 30 % of pixels, on 90 %", "mixed"])
 def test_committed_rows_are_those_of_the_audit_as_it_is(accuracy: ModuleType, dirt: str) -> None:
     (before,) = [row for row in COMMITTED["rows"] if row["dirt"] == dirt and row["set"].startswith("digits")]
@@ -45,7 +44,6 @@ def test_the_committed_result_has_every_row(accuracy: ModuleType) -> None:
     assert len(COMMITTED["rows"]) == 5 * len(accuracy.DIRT)
 
 
-@pytest.mark.slow
 def test_committed_copies_are_those_of_the_search_as_it_is(accuracy: ModuleType) -> None:
     (before,) = [row for row in COMMITTED["copies"] if row["set"].startswith("digits")]
     now = accuracy.copied(before["set"], load_images("digits").x0(slice(None)))

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -17,7 +15,6 @@ def module(*arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
 def test_the_demo_runs_and_writes_what_it_promises(tmp_path: Path) -> None:
     module("experiments.digits_demo", "--output", str(tmp_path / "demo"), "--images", "256", "--samples", "80")
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
@@ -34,7 +31,6 @@ def test_the_demo_runs_and_writes_what_it_promises(tmp_path: Path) -> None:
     assert len(table) == 11
 
 
-@pytest.mark.slow
 def test_the_noise_experiment_runs_and_its_committed_result_says_how_it_was_got(tmp_path: Path) -> None:
     found = tmp_path / "found.json"
     module("experiments.noise_estimates", "--images", "12", "--output", str(found))

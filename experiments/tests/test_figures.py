@@ -62,7 +62,6 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", DRAW)
 def test_a_figure_is_a_light_png_that_depends_on_its_data(name: str, tmp_path: Path) -> None:
     path = DRAW[name](tmp_path / "new" / "a.png", 0.5)
@@ -96,7 +95,6 @@ def test_every_text_is_at_least_9_points_when_shown_830_pixels_wide(tmp_path: Pa
     assert min(sizes) >= 9
 
 
-@pytest.mark.slow
 def test_a_rich_figure_stays_below_the_limit(tmp_path: Path) -> None:
     clouds = {f"method {i}": normal(20_000, 2, seed=i) for i in range(6)}  # every cell of every histogram differs
     assert figures.draw_densities(tmp_path / "a.png", clouds, 2.0).stat().st_size < 200_000

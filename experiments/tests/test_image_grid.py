@@ -44,6 +44,7 @@ from robustdiff.utils.errors import UsageError
 from robustdiff.utils.signals import Interrupted
 from source_files import pixels, save, write_celeba, write_lsun
 
+ROOT = Path(__file__).parents[2]
 WORLD = "cifar10-cpu"
 DIRT = "gaussian-p0.9-s0.2"
 TINY = dataclasses.replace(SCALE["cpu"].quick, samples=20, choosing=14)
@@ -52,12 +53,14 @@ TINY = dataclasses.replace(SCALE["cpu"].quick, samples=20, choosing=14)
 # -- rows --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALE)
-@pytest.mark.parametrize("quick", [False, True])
-def test_every_training_of_the_grid_is_a_command_line_that_is_accepted(scale: str, quick: bool) -> None:
-    schedule = NoiseSchedule(torch.linspace(0.999, 0.001, 10))
+@pytest.mark.parametrize("rows", [pytest.param("all", marks=pytest.mark.long), "some", "quick"])
+def test_every_training_of_the_grid_is_a_command_line_that_is_accepted(scale: str, rows: str) -> None:
+    """Some: every method on one kind of dirt, and every kind of dirt by one method."""
+    schedule, quick = NoiseSchedule(torch.linspace(0.999, 0.001, 10)), rows == "quick"
     for row in rows_of("cifar10", scale, quick=quick):
+        if rows == "some" and row.dirt != DIRT and row.method != "plain":
+            continue
         methods = {image_rows.trained_by(row)} | ({row.method} if row.what.tuned else set())
         for method in methods:
             size = SCALE[scale].quick if quick else SCALE[scale]
@@ -260,9 +263,6 @@ def test_a_row_holds_every_seed_and_the_tables_read_it(tmp_path: Path, pretend: 
     assert "Frechet distance, net ↓" in text
     assert "1.35 ± 0.00" in text
     assert "blind noise estimate" in tables.detail(rows, WORLD, DIRT)
-    filled = tables.fill(f"9.99<!-- {WORLD} {DIRT} plain FD-net --> 9<!-- {WORLD} {DIRT} plain FD-net@2 -->", rows)
-    assert filled.startswith("1.35<!--")
-    assert "> 9<!--" in filled
 
 
 def test_results_without_a_main_measure_are_refused(tmp_path: Path) -> None:
@@ -431,18 +431,18 @@ def test_the_rows_are_listed_without_images(
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     line = [sys.executable, "-m", "experiments.paper", "cifar10", "--quick", "--data", "digits", *arguments]
     return subprocess.Popen(
         [*line, "--output", str(folder), "--workers", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         cwd=folder.parent,
     )
 
 
-@pytest.mark.slow
 def test_the_gpu_path_runs_on_a_cpu_stopped_and_gone_on_with(tmp_path: Path) -> None:
     folder, about = tmp_path / "grid", ("--scale", "gpu", "--rows", "*-told")
     process = start(folder, *about)

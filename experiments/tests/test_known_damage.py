@@ -119,7 +119,6 @@ def test_draws_are_disjoint_and_the_damage_is_what_it_is_called(damage, monkeypa
         damage.Draw(test, train, 20, 4)
 
 
-@pytest.mark.slow
 def test_the_experiment_measures_every_case(damage, monkeypatch) -> None:
     monkeypatch.setattr(damage, "REFERENCE", 40)
     monkeypatch.setattr(damage, "TRAINING", 60)

@@ -53,7 +53,6 @@ def run(module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, *flag
     return json.loads((folder / "out.json").read_text())
 
 
-@pytest.mark.slow
 def test_accuracy_with_and_without_purification(
     purified: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,7 +50,6 @@ def test_where_none_is_clean_lower_levels_are_asked_at_the_lowest_trained(unknow
     assert 0.05 < half.sqrt().item() < 0.75**0.5 * 0.2
 
 
-@pytest.mark.slow
 def test_a_row_anew(unknown: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     subspace = unknown.worlds()["subspace"]
     monkeypatch.setattr(unknown, "worlds", lambda: {"subspace": subspace})
