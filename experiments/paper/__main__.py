@@ -6,23 +6,21 @@ import sys
 
 from experiments.paper.config import ReproduceConfig
 from robustdiff.commands.console import fail, quiet_libraries
+from robustdiff.commands.flags import Say
 from robustdiff.commands.main import Command, main
 
 MEMORY_REMEDY = "fewer --workers; for subspace, a smaller --resolution"
 
 
-def run(config: ReproduceConfig) -> int:
+def run(config: ReproduceConfig, say: Say) -> int:
     """Run the command; returns the exit status."""
     from concurrent.futures.process import BrokenProcessPool
 
     from experiments.paper.command import RowFailed, reproduce
-    from robustdiff.utils.signals import Interrupted
 
     quiet_libraries()
     try:
         page = reproduce(config)
-    except Interrupted as stop:
-        return fail(str(stop), stop.status)
     except BrokenProcessPool:
         return fail("a worker process died (out of memory?): run again with fewer --workers; finished rows are kept", 1)
     except ArithmeticError as error:
@@ -30,7 +28,7 @@ def run(config: ReproduceConfig) -> int:
     except RowFailed as error:
         return fail(f"{error}; finished rows are kept, the same command tries again", 1)
     if page is not None:
-        print(page)
+        say(str(page))
     return 0
 
 

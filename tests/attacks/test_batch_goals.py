@@ -222,7 +222,7 @@ def test_extractors_without_gradients_are_refused_in_one_line(tmp_path: Path) ->
     blind = Extractor("blind", "torchscript", None, lambda x: x.float().detach().flatten(1), "none", {})
     picky = Extractor("picky", "torchscript", None, lambda x: (x >> 1).float().flatten(1), "none", {})
     for extractor in (open_extractor(script(tmp_path, "rounded")), blind, picky):
-        with pytest.raises(UsageError, match=f"--extractor {extractor.name} is not differentiable"):
+        with pytest.raises(UsageError, match=f"`extractor` {extractor.name} is not differentiable"):
             differentiable(extractor, PROBE)
 
 

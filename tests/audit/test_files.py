@@ -38,7 +38,7 @@ def test_the_command_says_what_it_found_and_writes_lists_and_sheets(dirty, tmp_p
     out = tmp_path / "audit"
     assert main(["audit", str(path), "-o", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "damage, and what train --auto would do about it" in said
+    assert "damage, and what --auto would do about it" in said
     assert "found holes: " in said
     assert "found duplicates: 2 images, 1 pictures more than once" in said
     there = {file.name for file in out.iterdir()}
@@ -88,7 +88,7 @@ def test_of_a_clean_set_it_says_so(tmp_path: Path, capsys) -> None:
     pixels = (fields - fields.mean((2, 3), keepdim=True)) / fields.std((2, 3), keepdim=True)
     np.save(tmp_path / "clean.npy", (pixels * 50 + 128).clamp(0, 255).to(torch.uint8)[:, 0].numpy())
     assert main(["audit", str(tmp_path / "clean.npy"), "-o", str(tmp_path / "audit")]) == 0
-    assert "damage: none stands apart; train --auto would train plainly" in capsys.readouterr().out
+    assert "damage: none stands apart; --auto would train plainly" in capsys.readouterr().out
     assert (tmp_path / "audit" / "noise.csv").read_text().split() == ["name,sigma"]
     assert len((tmp_path / "audit" / "clean.txt").read_text().splitlines()) == 100
 

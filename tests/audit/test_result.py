@@ -316,13 +316,13 @@ def test_every_action_has_its_words() -> None:
 def test_the_summary_says_what_was_found_or_that_nothing_was() -> None:
     said = trusted().summary().splitlines()
     assert said == [
-        "damage, and what train --auto would do about it",
+        "damage, and what `auto` would do about it",
         "  found noise: 1 images, white noise: trained above it",
         "  found clean: 1 of 4 images, trained at every noise level",
     ]
     clean = AuditResult.of_clean(3)
     assert clean.names == ("0", "1", "2")
-    assert clean.summary() == "damage: none stands apart; train --auto would train plainly"
+    assert clean.summary() == "damage: none stands apart; `auto` would train plainly"
     far = replace(clean, signs={"distance": torch.tensor([1.0, 3.0, 2.0]).double()}, features="pixels")
     assert far.summary().splitlines()[1] == (
         "farthest from the others in pixels, typical 1, not acted on: 1 (3.00), 2 (2.00), 0 (1.00)"

@@ -225,7 +225,7 @@ def test_nothing_but_blank_images_is_one_line() -> None:
     of = detect(loader(torch.zeros(100, 1, 8, 8)), 100)
     assert not of.weight.any()
     assert of.regularise is None
-    with pytest.raises(UsageError, match="--auto found no image that can be trained on"):
+    with pytest.raises(UsageError, match="`auto` found no image that can be trained on"):
         visits_of(of, NoiseSchedule(torch.linspace(0.9999, 0.001, 200)))
 
 

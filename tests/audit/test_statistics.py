@@ -526,7 +526,7 @@ def test_only_an_audit_is_overwritten(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     write_audit(tiny_audit("one"), folder)  # an empty folder is nobody's
-    with pytest.raises(DataError, match="--overwrite"):
+    with pytest.raises(DataError, match="`overwrite`"):
         write_audit(tiny_audit("two"), folder)
     write_audit(tiny_audit("two"), folder, overwrite=True)
     assert json.loads((folder / "audit.json").read_text())["source"] == "two"

@@ -379,12 +379,12 @@ def test_checkpoints_are_kept_where_memory_is_short(pipeline: Path, tmp_path: Pa
 def test_a_finished_attack_is_not_done_again_unless_told_and_damage_is_noticed(
     pipeline: Path, whole: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    runs, run, output = [], runner.Batch.run, tmp_path / "out"
+    runs, original, output = [], runner.Batch.run, tmp_path / "out"
     shutil.copytree(whole, output)
 
     def counted(self: runner.Batch, cell: runner.Cell, *more: Any) -> Outcome:
         runs.append(cell.name)
-        return run(self, cell, *more)
+        return original(self, cell, *more)
 
     monkeypatch.setattr(runner.Batch, "run", counted)
     attack(pipeline, output)

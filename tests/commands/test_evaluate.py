@@ -200,7 +200,7 @@ def test_sizes_and_channels_are_brought_together(run, tmp_path) -> None:
     (quality,) = results(run / "evaluation", "quality")
     conversions = quality["protocol"]["reference"]["conversions"]
     assert conversions == {"reduced": 40, "colour reduced to grey": 40}
-    assert any("--reference: 40 x reduced, 40 x colour" in text for text in quality["warnings"])
+    assert any("`reference`: 40 x reduced, 40 x colour" in text for text in quality["warnings"])
     assert not results(run / "evaluation", "memorisation")
 
 

@@ -31,7 +31,7 @@ from robustdiff.utils.images import to_uint8
 
 HEAVY = ("torch", "diffusers", "numpy", "PIL", "accelerate", "scipy", "sklearn")
 COMMANDS = [(), ("train",), ("sample",), ("corrupt",)]
-FIELDS = [(name, field) for name, command in main.COMMANDS.items() for field in dataclasses.fields(command)]
+FIELDS = [(name, field) for name, command in main.COMMANDS.items() for field in dataclasses.fields(command.config)]
 
 
 # -- help and version --------------------------------------------------------------------------------
@@ -97,8 +97,8 @@ def squeezed(text: str) -> str:
 def test_help_shows_every_flag_with_its_text_and_default(command: str, capsys) -> None:
     assert main.main([command, "--help"]) == 0
     shown = squeezed(capsys.readouterr().out)
-    for field in dataclasses.fields(main.COMMANDS[command]):
-        text = documentation(main.COMMANDS[command], field.name)
+    for field in dataclasses.fields(main.COMMANDS[command].config):
+        text = documentation(main.COMMANDS[command].config, field.name)
         assert squeezed(text) in shown
         if field.default is dataclasses.MISSING:
             assert "(required)" in shown
@@ -115,7 +115,7 @@ def test_help_shows_every_flag_with_its_text_and_default(command: str, capsys) -
 def test_every_number_states_its_unit_or_range(command: str, field: dataclasses.Field) -> None:
     if not re.search(r"\b(int|float|OptionalInt|OptionalFloat)\b", field.type):
         return
-    text = documentation(main.COMMANDS[command], field.name)
+    text = documentation(main.COMMANDS[command].config, field.name)
     units = r"\b(pixels|images|steps|passes|levels|from 0|to 1)\b|1 = |in units of|[<>]=? ?\d"
     if field.name == "seed":  # a seed has no unit: its range
         units = ">= 0"

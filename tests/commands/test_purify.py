@@ -161,7 +161,7 @@ def test_a_model_of_clean_digits_takes_noised_ones_nearer_to_what_they_were(here
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("{photos}", "{model}"), ("--output is missing", "-o purified")),
+        (("{photos}", "{model}"), ("--output is missing", "such as purified")),
         (("{photos}", "{model}", "-o", ""), ("--output is empty",)),
         (("{photos}",), ("purify needs DATA MODEL",)),
         (("", "{model}", "-o", "new"), ("must not be empty",)),

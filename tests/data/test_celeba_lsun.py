@@ -44,7 +44,7 @@ def test_celeba(tmp_path, partition, images, opened):
     assert open_source(tmp_path / opened, split="test").names == ["000004.jpg"]
     assert open_source(tmp_path / opened, split="test").skipped == []
     assert len(open_source(tmp_path / opened, split="all").names) == 5
-    fails("--split val", "train, valid, test", source=tmp_path / opened, split="val")
+    fails("`split` val", "train, valid, test", source=tmp_path / opened, split="val")
 
 
 def test_celeba_from_inside_its_folder(tmp_path, monkeypatch):
@@ -78,7 +78,7 @@ def test_one_database_of_lsun(tmp_path):
         assert (source.what, source.names) == ("LSUN, train", ["0000", "0001", "0002"])
         assert (source.classes, source.labels) == ((), None)
         assert open_source(path, split="train").names == source.names
-        fails("--split val", source=path, split="val")
+        fails("`split` val", source=path, split="val")
     works_in_workers_and_threads(source, [pixels(seed=seed) for seed in range(3)])
 
 
@@ -95,7 +95,7 @@ def test_several_databases_of_lsun_are_classes_and_splits(tmp_path):
     everything = open_source(tmp_path, split="all")
     assert everything.labels == [0, 0, 0, 0, 1, 1]
     holds(everything, [pixels(seed=seed) for seed in (20, 21, 22, 30, 10, 11)])
-    fails("--split test", "train, val", source=tmp_path, split="test")
+    fails("`split` test", "train, val", source=tmp_path, split="test")
     works_in_workers_and_threads(source, arrays)
 
 

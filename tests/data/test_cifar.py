@@ -37,7 +37,7 @@ def test_cifar10(tmp_path, protocol):
     assert (source.classes, source.labels) == (("airplane", "automobile", "bird"), [2, 0, 1] * 5)
     holds(open_source(tmp_path, split="test"), cifar_pixels(6))
     holds(open_source(tmp_path, split="all"), cifar_pixels(1, 2, 3, 4, 5, 6))
-    fails("--split valid", "train, test", source=tmp_path, split="valid")
+    fails("`split` valid", "train, test", source=tmp_path, split="valid")
     works_in_workers_and_threads(source, cifar_pixels(1, 2, 3, 4, 5))
 
 

@@ -280,7 +280,7 @@ def test_mixed_sizes_need_a_resolution(tmp_path):
         save(tmp_path / f"{number}.png", pixels(20, 30, seed=number))
     save(tmp_path / "small.png", pixels(10, 8))
     save(tmp_path / "tall.png", pixels(40, 20))
-    fails("3 different sizes", "30 x 20, 4 times", "--resolution N", source=tmp_path)
+    fails("3 different sizes", "30 x 20, 4 times", "`resolution` N", source=tmp_path)
     loaded = load_images(tmp_path, resolution=10)
     assert loaded.size == (10, 10)
     assert loaded.notes == {"cropped to a square": 6, "reduced": 5, "enlarged": 1}
@@ -413,9 +413,9 @@ def test_too_many_bad_files_are_an_error(tmp_path):
     (tmp_path / "notes.doc").write_text("no image, and not counted as one")
     (tmp_path / "x0.png").write_bytes(b"")
     assert len(load_images(tmp_path)) == 8  # one bad file never stops a small folder
-    fails("at least 1 of 9 images", "x0.png (empty file)", "--max-bad-fraction", source=tmp_path, max_bad_fraction=0)
+    fails("at least 1 of 9 images", "x0.png (empty file)", "`max_bad_fraction`", source=tmp_path, max_bad_fraction=0)
     truncate(save(tmp_path / "x1.png", pixels(64, 64)))  # found out only when its pixels are decoded
-    words = ("at least 2 of 10 images", "robustdiff audit", "--max-bad-fraction", "0.01")
+    words = ("at least 2 of 10 images", "robustdiff audit", "`max_bad_fraction`", "0.01")
     fails(*words, source=tmp_path, resolution=6)
     assert len(load_images(tmp_path, resolution=6, max_bad_fraction=0.2)) == 8
     assert len(load_images(tmp_path, max_bad_fraction=0.2)) == 8
@@ -447,9 +447,9 @@ def test_a_folder_inside_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("option", "flag"),
     [
-        ({"resolution": 0}, "--resolution"),
-        ({"channels": 2}, "--channels"),
-        ({"max_bad_fraction": 2}, "--max-bad-fraction"),
+        ({"resolution": 0}, "`resolution`"),
+        ({"channels": 2}, "`channels`"),
+        ({"max_bad_fraction": 2}, "`max_bad_fraction`"),
     ],
 )
 def test_impossible_options_name_their_flag(tmp_path, option, flag):
@@ -477,7 +477,7 @@ def test_too_little_memory_is_one_line(tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(module.np, "empty", refuse)
-    fails("memory", "--resolution", source=tmp_path)
+    fails("memory", "`resolution`", source=tmp_path)
 
 
 # -- arrays ------------------------------------------------------------------------------------------
@@ -641,7 +641,7 @@ def test_nothing_that_is_there_is_overwritten_unasked(tmp_path):
     clean = source_folder(tmp_path)
     (tmp_path / "file").write_bytes(b"x")
     before = sorted(p.name for p in tmp_path.rglob("*"))
-    for overwrite, words in ((False, "--overwrite"), (True, "not a dirty copy")):
+    for overwrite, words in ((False, "`overwrite`"), (True, "not a dirty copy")):
         with pytest.raises(DataError, match=words):
             write_dirty_copy(clean, tmp_path / "clean", CORRUPTIONS, 0, overwrite=overwrite)
     with pytest.raises(DataError, match="not a folder"):
@@ -652,7 +652,7 @@ def test_nothing_that_is_there_is_overwritten_unasked(tmp_path):
 
     (tmp_path / "dirty").mkdir()  # an empty folder is welcome
     write_dirty_copy(clean, tmp_path / "dirty", CORRUPTIONS, 0)
-    with pytest.raises(DataError, match="--overwrite"):
+    with pytest.raises(DataError, match="`overwrite`"):
         write_dirty_copy(clean, tmp_path / "dirty", CORRUPTIONS, 1)
     (tmp_path / "dirty" / "old.png").write_bytes(b"")
     assert write_dirty_copy(clean, tmp_path / "dirty", CORRUPTIONS, 1, overwrite=True)["seed"] == 1

@@ -37,8 +37,8 @@ def test_a_parquet_file(tmp_path, capfd):
     assert isinstance(source.read(0), bytes)
     assert (source.what, source.names, source.crop) == ("parquet table", ("0", "1", "2", "3", "4"), None)
     assert (source.classes, source.labels) == (("cat", "ant"), [0, 1, 1, 0, 1])
-    fails("no splits", "--split", source=tmp_path / "a[1]*.parquet", split="train")
-    fails("no configurations", "--dataset-config-name", source=tmp_path / "a[1]*.parquet", config="x")
+    fails("no splits", "`split`", source=tmp_path / "a[1]*.parquet", split="train")
+    fails("no configurations", "`config`", source=tmp_path / "a[1]*.parquet", config="x")
     works_in_workers_and_threads(source, IMAGES)
     assert capfd.readouterr().err == ""  # no progress bar
     assert not datasets.are_progress_bars_disabled()
@@ -58,8 +58,8 @@ def test_a_folder_of_parquet_files_with_splits(tmp_path):
     everything = open_source(tmp_path, split="all")
     holds(everything, IMAGES)
     assert (everything.what, everything.labels) == ("parquet table, all", [0, 1, 1, 0, 1])
-    fails("--split valid", "train, test", source=tmp_path, split="valid")
-    fails("--dataset-config-name", source=tmp_path, config="x")
+    fails("`split` valid", "train, test", source=tmp_path, split="valid")
+    fails("`config`", source=tmp_path, config="x")
     works_in_workers_and_threads(everything, IMAGES)
 
 
@@ -72,7 +72,7 @@ def test_tables_and_images_in_one_folder_are_an_error(tmp_path):
 def test_splits_with_different_columns_and_empty_tables(tmp_path):
     both = datasets.DatasetDict(train=labelled(), test=columns(label=(datasets.Value("string"), list("abcab"))))
     both.save_to_disk(tmp_path / "both")
-    fails("different columns", "--split", source=tmp_path / "both", split="all")
+    fails("different columns", "`split`", source=tmp_path / "both", split="all")
     labelled().select([]).to_parquet(tmp_path / "a.parquet")
     fails("no data", source=tmp_path / "a.parquet")
 
@@ -100,10 +100,10 @@ def test_the_column_of_images(tmp_path):
     datasets.Dataset.from_dict({"img": ROWS}).to_parquet(path)  # a struct, not declared as images
     holds(open_source(path), IMAGES)
     columns(mask=(datasets.Image(), ROWS[::-1]), raw=(datasets.Value("binary"), binary)).to_parquet(path)
-    fails("image, mask", "--image-column", source=path)
+    fails("image, mask", "`image_column`", source=path)
     holds(open_source(path, image_column="mask"), IMAGES[::-1])
     holds(open_source(path, image_column="raw"), IMAGES)
-    fails("--image-column x", "image, mask, raw", source=path, image_column="x")
+    fails("`image_column` x", "image, mask, raw", source=path, image_column="x")
     columns(raw=(datasets.Value("binary"), [b"thumbnail"] * 5)).to_parquet(path)
     holds(open_source(path), IMAGES)  # what is declared as images goes first
     datasets.Dataset.from_dict({"n": range(5), "text": list("abcde")}).to_parquet(path)
@@ -127,7 +127,7 @@ def test_the_column_of_labels(tmp_path, feature, values, classes, labels):
     source = open_source(tmp_path / "a.parquet")
     assert (source.classes, source.labels) == (classes, labels)
     if labels is None:
-        fails("--label-column label", source=tmp_path / "a.parquet", label_column="label")
+        fails("`label_column` label", source=tmp_path / "a.parquet", label_column="label")
     else:
         assert open_source(tmp_path / "a.parquet", label_column="label").labels == labels
     assert open_source(tmp_path / "a.parquet", label_column="caption").labels == [0, 1, 2, 3, 4]
@@ -147,7 +147,7 @@ def test_several_columns_of_labels_and_none(tmp_path):
     columns(fine=(first, range(5)), coarse=(second, [0, 0, 0, 1, 1])).to_parquet(tmp_path / "a.parquet")
     assert open_source(tmp_path / "a.parquet").labels is None
     assert open_source(tmp_path / "a.parquet", label_column="coarse").labels == [0, 0, 0, 1, 1]
-    fails("--label-column x", "fine, coarse", source=tmp_path / "a.parquet", label_column="x")
+    fails("`label_column` x", "fine, coarse", source=tmp_path / "a.parquet", label_column="x")
     columns(caption=(datasets.Value("string"), list("abcde"))).to_parquet(tmp_path / "a.parquet")
     assert open_source(tmp_path / "a.parquet").labels is None
 
@@ -249,7 +249,7 @@ def test_the_hub_out_of_reach(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    fails("network", "--dataset-config-name", source="owner/name")
+    fails("network", "`config`", source="owner/name")
     assert capfd.readouterr() == ("", "")
 
 

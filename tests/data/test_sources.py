@@ -75,10 +75,10 @@ def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flag", "option"),
     [
-        ("--split", "split"),
-        ("--dataset-config-name", "config"),
-        ("--image-column", "image_column"),
-        ("--label-column", "label_column"),
+        ("`split`", "split"),
+        ("`config`", "config"),
+        ("`image_column`", "image_column"),
+        ("`label_column`", "label_column"),
     ],
 )
 def test_an_option_that_a_source_cannot_use_is_an_error(tmp_path, flag, option):

@@ -264,7 +264,7 @@ def test_a_file_that_changes_is_named_in_one_line(photos: Path, change: Callable
     change(photos / "odd" / "5.png")
     for index in (place, [0, place], torch.tensor([place])):
         with pytest.raises(
-            DataError, match=r"^odd/5\.png changed since the run began: \w[^\n]*; restore it .* --resume"
+            DataError, match=r"^odd/5\.png changed since the run began: \w[^\n]*; restore it .* `resume`"
         ):
             streamed.x0(index)
     streamed.x0([i for i in range(len(streamed)) if i != place])  # the others are as they were

@@ -118,9 +118,9 @@ def test_the_weights_follow_the_global_seed() -> None:
 @pytest.mark.parametrize(
     ("size", "multiple", "words"),
     [
-        ((7, 9), 2, ("9 x 7", "'net'", "multiples of 2", "--resolution 6 or 8", "another --network")),
-        ((32, 28), 8, ("28 x 32", "--resolution 24 or 32")),
-        ((3, 16), 8, ("16 x 3", "--resolution 8,")),  # nothing smaller is left
+        ((7, 9), 2, ("9 x 7", "'net'", "multiples of 2", "`resolution` 6 or 8", "another `network`")),
+        ((32, 28), 8, ("28 x 32", "`resolution` 24 or 32")),
+        ((3, 16), 8, ("16 x 3", "`resolution` 8,")),  # nothing smaller is left
     ],
 )
 def test_sizes_that_do_not_halve_are_refused_in_one_line(size, multiple, words) -> None:

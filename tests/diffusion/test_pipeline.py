@@ -231,9 +231,9 @@ def test_the_network_is_left_in_the_mode_it_was_in() -> None:
 
 
 def test_step_counts_that_would_mis_step_are_refused_with_the_nearest_good_one() -> None:
-    with pytest.raises(UsageError, match=r"--steps 30 .*use --steps 25"):
+    with pytest.raises(UsageError, match=r"`steps` 30 .*use `steps` 25"):
         make_scheduler("ddim", DDPMScheduler(num_train_timesteps=100), 30)
-    with pytest.raises(UsageError, match="--scheduler 'dim'"):
+    with pytest.raises(UsageError, match="`scheduler` 'dim'"):
         make_scheduler("dim", DDPMScheduler(), 10)
     trailing = make_scheduler("ddim", DDPMScheduler(), 4).timesteps.tolist()
     assert trailing == [999, 749, 499, 249]
@@ -291,7 +291,7 @@ def test_class_labels_in_turn_are_saved_beside_the_images(tmp_path) -> None:
     sample_to_files(SampleConfig(str(tmp_path / "run"), n=3, steps=10, output=str(output)))
     with np.load(output) as arrays:
         assert arrays["labels"].tolist() == [0, 1, 0]
-    with pytest.raises(UsageError, match="--class-label 2"):
+    with pytest.raises(UsageError, match="`class_label` 2"):
         sample_to_files(SampleConfig(str(tmp_path / "run"), n=3, steps=10, output=str(tmp_path / "y"), class_label="2"))
 
 
@@ -347,7 +347,7 @@ def test_class_names_that_are_numbers_are_names_only(tmp_path) -> None:
     with np.load(tmp_path / "x.npz") as arrays:
         assert arrays["labels"].tolist() == [1, 1]
     for label in ("1", "0", "7"):
-        with pytest.raises(UsageError, match=rf"--class-label {label} is not .*3, 5, 9"):
+        with pytest.raises(UsageError, match=rf"`class_label` {label} is not .*3, 5, 9"):
             sample_to_files(dataclasses.replace(config, class_label=label, overwrite=True))
 
 

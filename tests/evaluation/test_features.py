@@ -176,7 +176,7 @@ def test_wrong_outputs_are_one_line(tmp_path, wrong, words):
     extractor = open_extractor(str(script(tmp_path / "odd.pt", Net(wrong))))
     with pytest.raises(UsageError) as caught:
         extract(extractor, given, cache=tmp_path / "cache")
-    one_line(caught.value, "--extractor odd", *words)
+    one_line(caught.value, "`extractor` odd", *words)
     assert not (tmp_path / "cache").exists()
 
 
@@ -215,7 +215,7 @@ def test_memory_that_runs_out_is_one_line_with_the_remedy(monkeypatch):
     def model(batch):
         raise RuntimeError("CUDA out of memory. Tried to allocate\n2 GiB")
 
-    with pytest.raises(UsageError, match="--batch-size"):
+    with pytest.raises(UsageError, match="`batch_size`"):
         extract(python_extractor(model), images(), cache=None)
     monkeypatch.setattr(features, "free_memory", lambda: 7 * 144 * 4 - 1)
     with pytest.raises(UsageError, match=r"7 x 144 features take .* free"):
@@ -230,8 +230,8 @@ def test_files_that_are_no_torchscript_are_refused(tmp_path):
     whole = script(tmp_path / "whole.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     for name in ("state.pt", "junk.pt", "half.pt"):
-        refused("--extractor", name, "no TorchScript file", spec=tmp_path / name)
-    refused("--extractor", "none.pt", "No such file", spec=tmp_path / "none.pt")
+        refused("`extractor`", name, "no TorchScript file", spec=tmp_path / name)
+    refused("`extractor`", "none.pt", "No such file", spec=tmp_path / "none.pt")
 
 
 REAL = os.environ.get("ROBUSTDIFF_EXTRACTORS", "")
@@ -276,7 +276,7 @@ def test_no_tf32_on_cuda_and_the_settings_come_back():
 
 
 def test_what_no_extractor_is_called_is_one_line(tmp_path):
-    refused("--extractor 'dinov2'", "pixels", "inception", ".torchscript", "hf download", spec="dinov2")
+    refused("`extractor` 'dinov2'", "pixels", "inception", ".torchscript", "hf download", spec="dinov2")
     refused("config.json", spec=tmp_path)
     refused("device", "nonsense", spec="pixels", device="nonsense")
     if not torch.cuda.is_available():
@@ -285,7 +285,7 @@ def test_what_no_extractor_is_called_is_one_line(tmp_path):
 
 def test_bad_images_and_batch_sizes_are_refused():
     pixels = open_extractor("pixels")
-    with pytest.raises(UsageError, match="--batch-size must be at least 1, got 0"):
+    with pytest.raises(UsageError, match="`batch_size` must be at least 1, got 0"):
         extract(pixels, images(), batch_size=0, cache=None)
     for wrong, words in [
         (images().float(), "uint8"),
@@ -421,7 +421,7 @@ def test_a_folder_that_holds_no_model_is_one_line(tmp_path):
     for name in ("preprocessor_config.json", "model.safetensors", "config.json"):
         (folder / name).unlink()
         (folder / "pytorch_model.bin").write_bytes(b"never read")
-        refused("--extractor", f"no {name}", spec=folder)
+        refused("`extractor`", f"no {name}", spec=folder)
 
 
 @pytest.mark.parametrize(
@@ -438,9 +438,9 @@ def test_a_folder_that_holds_no_model_is_one_line(tmp_path):
 )
 def test_unusable_preprocessing_is_one_line(tmp_path, changes, words):
     spec = model_folder(tmp_path / "model", **changes)
-    refused("--extractor", "preprocessor_config.json", words, spec=spec)
+    refused("`extractor`", "preprocessor_config.json", words, spec=spec)
     (spec / "preprocessor_config.json").write_text("{")
-    refused("--extractor", "preprocessor_config.json", spec=spec)
+    refused("`extractor`", "preprocessor_config.json", spec=spec)
 
 
 @pytest.mark.parametrize(
@@ -554,7 +554,7 @@ def test_transformers_models_that_will_not_do_are_one_line(tmp_path):
     tiny(library, "mae", tmp_path / "mae")  # hides patches at random
     with pytest.raises(UsageError) as caught:
         extract(open_extractor(str(tmp_path / "mae")), images(), cache=None)
-    one_line(caught.value, "--extractor mae", "random")
+    one_line(caught.value, "`extractor` mae", "random")
     tiny(library, "bert", tmp_path / "bert")
     refused("bert", "no features of images", spec=tmp_path / "bert")
     tiny(library, "vit", tmp_path / "vit")
@@ -745,7 +745,7 @@ def test_a_cache_that_cannot_be_used_is_told_and_done_without(net, tmp_path):
         with pytest.warns(RobustdiffWarning, match="not cached") as told:
             got = extract(open_extractor(str(net)), images(), cache=cache)
         assert len(told) == 1
-        one_line(told[0].message, str(cache), "--cache")
+        one_line(told[0].message, str(cache), "`cache`")
         assert torch.equal(got.values, expected)
     assert (tmp_path / "file").read_text() == "no folder"
 

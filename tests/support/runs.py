@@ -134,8 +134,8 @@ class DieAt:
         sys.addaudithook(hook)
         train = main.COMMANDS["train"]
 
-        def told(config: Any) -> int:
-            status = train.run(config)
+        def told(config: Any, say: Any) -> int:
+            status = train.run(config, say)
             print(f"operations: {count}")
             return status
 

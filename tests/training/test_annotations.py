@@ -155,7 +155,7 @@ def test_the_word_corrupt_is_the_truth_about_this_runs_own_dirt(config: TrainCon
 
 def test_processes_with_other_levels_are_refused() -> None:
     accelerator = SimpleNamespace(num_processes=2, device="cpu", gather=lambda mine: torch.cat([mine, mine + 1]))
-    with pytest.raises(UsageError, match="--noise-levels f are others on some machines than on others"):
+    with pytest.raises(UsageError, match="`noise_levels` f are others on some machines than on others"):
         trainer._check_alike(accelerator, "0a" * 32, "--noise-levels f are others")
 
 
@@ -184,7 +184,7 @@ def test_where_every_image_is_noisy_the_plan_says_what_is_not_trained(config: Tr
     assert "8 of 8 images, sigma 0.2 (from corrupt)" in plan
     assert "not trained:    noise levels below sigma/alpha 0.2" in plan
     assert "sample with --label-floor 0.2" in plan
-    with pytest.raises(UsageError, match=r"more noise than 0\.1, where the regulariser's gate .*--preset plain"):
+    with pytest.raises(UsageError, match=r"more noise than 0\.1, where the regulariser's gate .*`preset` plain"):
         plan_of(config, capsys, gate="0:0.1", **dirt)
     assert "not trained" not in plan_of(config, capsys)
 
@@ -198,14 +198,14 @@ def test_other_levels_are_refused_on_resume_and_the_same_in_another_file_are_not
     (tmp_path / "other.json").write_text(json.dumps({**LEVELS, "odd/5.png": 0.41}))
     assert same(whole, run(config, resume=True, noise_levels=str(tmp_path / "same.json")))
     for source in (str(tmp_path / "other.json"), None):
-        with pytest.raises(UsageError, match="--resume: --noise-levels are others"):
+        with pytest.raises(UsageError, match="`resume`: `noise_levels` are others"):
             run(config, resume=True, noise_levels=source)
     saved = tmp_path / "run" / "config.json"
     settings = json.loads(saved.read_text())
     del settings["settings"]["clean_subset"]  # a run of before there was the flag
     saved.write_text(json.dumps(settings))
     assert same(whole, run(config, resume=True))
-    with pytest.raises(UsageError, match="--clean-subset"):
+    with pytest.raises(UsageError, match="`clean_subset`"):
         run(config, resume=True, clean_subset=True, corrupt=("blur:fraction=0.1",))
 
 

@@ -270,9 +270,9 @@ def test_a_run_of_before_there_was_the_flag_goes_on(config: TrainConfig, tmp_pat
     saved.write_text(json.dumps(value))
     assert same(whole, run(config, resume=True))  # and writes the settings of today
     assert same(whole, run(config, resume=True, preset="gated"))
-    with pytest.raises(UsageError, match=r"--preset \(was 'gated', now 'plain'\)"):
+    with pytest.raises(UsageError, match=r"`preset` \(was 'gated', now 'plain'\)"):
         run(config, resume=True, preset="plain")
-    with pytest.raises(UsageError, match="leave out --auto if the run began without it"):
+    with pytest.raises(UsageError, match="leave out `auto` if the run began without it"):
         run(config, resume=True, auto=True)
 
 

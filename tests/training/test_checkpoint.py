@@ -143,9 +143,9 @@ def test_checkpoints_are_found_by_number_with_or_without_zeros(tmp_path: Path) -
     for name in ("step-9", "step-00000009", "9", "checkpoint-9", str(tmp_path / "step-00000009")):
         assert find_checkpoint(tmp_path, name) == tmp_path / "step-00000009"
     for name in ("step-1", "step-", "newest", "step-²", "step-" + "9" * 5000):
-        with pytest.raises(UsageError, match=r"--resume-from-checkpoint .*step-00000009, step-00000010"):
+        with pytest.raises(UsageError, match=r"`resume_from_checkpoint` .*step-00000009, step-00000010"):
             find_checkpoint(tmp_path, name)
-    with pytest.raises(UsageError, match="--resume: no complete checkpoint"):
+    with pytest.raises(UsageError, match="`resume`: no complete checkpoint"):
         find_checkpoint(tmp_path / "nowhere")
 
 

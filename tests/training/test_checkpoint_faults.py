@@ -361,14 +361,14 @@ def test_damage_is_seen_named_and_passed_over(tmp_path: Path, case: int) -> None
     assert find_checkpoint(tmp_path) == old
     with pytest.raises(UsageError) as caught:
         find_checkpoint(tmp_path, "step-20", passed)
-    assert "--resume-from-checkpoint 'step-20'" in str(caught.value)
+    assert "`resume_from_checkpoint` 'step-20'" in str(caught.value)
     assert said in str(caught.value)
     assert "newest good one is step-00000010" in str(caught.value)
     flip(old / "state.json")
     for name in ("latest", "step-20", "step-10"):
         with pytest.raises(UsageError) as caught:
             find_checkpoint(tmp_path, name, passed)
-        assert "--overwrite" in str(caught.value)
+        assert "`overwrite`" in str(caught.value)
         assert "\n" not in str(caught.value)
         assert (f"{new.name}: {said}" in str(caught.value)) == (name != "step-10")
         assert (f"{old.name}: state.json: sha256 differs" in str(caught.value)) == (name != "step-20")

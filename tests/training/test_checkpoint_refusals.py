@@ -31,7 +31,7 @@ def refused(path: Path, state: TrainingState) -> str:
 
 @pytest.mark.parametrize("ema", [True, False])
 def test_another_ema_flag_is_refused_in_one_line(tmp_path: Path, ema: bool) -> None:
-    assert "--use-ema" in refused(save(tmp_path, 1, fresh(ema=ema)), fresh(ema=not ema))
+    assert "`use_ema`" in refused(save(tmp_path, 1, fresh(ema=ema)), fresh(ema=not ema))
 
 
 def test_another_network_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, name: str, 
         (path / name).unlink()
     else:
         (path / name).write_bytes((path / name).read_bytes()[:20])
-    assert "--resume-from-checkpoint" in refused(path, fresh())
+    assert "`resume_from_checkpoint`" in refused(path, fresh())
 
 
 # -- content that fits its manifest, but not the run -----------------------------------------------
@@ -120,7 +120,7 @@ def test_a_state_of_another_form_is_refused_before_anything_changes(tmp_path: Pa
     record = json.loads((path / "state.json").read_text())
     RECORDS[case](record)
     (path / "state.json").write_text(json.dumps(record))
-    untouched(path, "state.json|optimizer.safetensors|--use-ema")
+    untouched(path, "state.json|optimizer.safetensors|`use_ema`")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "3", "{", '{"step": NaN}', "[" * 100_000, "\ud800"])

@@ -112,7 +112,7 @@ def test_a_class_is_drawn_by_name_or_number(run: Path, tmp_path: Path, label: st
 @pytest.mark.slow
 def test_an_unknown_class_is_refused_with_the_names(run: Path, tmp_path: Path) -> None:
     for label in ("grey", "2", "-1"):
-        with pytest.raises(UsageError, match=f"--class-label {label} is not in 0 .. 1, nor one of black, white"):
+        with pytest.raises(UsageError, match=f"`class_label` {label} is not in 0 .. 1, nor one of black, white"):
             sample_to_files(SampleConfig(str(run), n=1, steps=10, output=str(tmp_path / "x"), class_label=label))
 
 
@@ -128,7 +128,7 @@ def test_labels_of_an_array_file_condition_too(config: TrainConfig, tmp_path: Pa
 
 def test_without_labels_it_is_refused(config: TrainConfig, shades: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "set.npy", np.zeros((4, 8, 8), np.uint8))
-    with pytest.raises(UsageError, match=r"--class-conditional: DATA .* has no labels: .* --label-column"):
+    with pytest.raises(UsageError, match=r"`class_conditional`: `data` .* has no labels: .* `label_column`"):
         train(dataclasses.replace(config, data=str(tmp_path / "set.npy"), output_dir=str(tmp_path / "run")))
     assert not os.path.exists(tmp_path / "run")
 
@@ -155,5 +155,5 @@ def test_a_conditional_start_is_not_asked_of_an_unconditional_pipeline(config: T
         prediction_type=None,
         ddpm_beta_schedule=None,
     )
-    with pytest.raises(UsageError, match=r"--class-conditional: .* is not conditional"):
+    with pytest.raises(UsageError, match=r"`class_conditional`: .* is not conditional"):
         train(dataclasses.replace(again, output_dir=str(tmp_path / "again")))

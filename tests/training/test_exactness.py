@@ -118,7 +118,7 @@ def run(base: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
             config = dataclasses.replace(base, output_dir=str(folder), **changes)
             if not after:
                 return train(config)
-            with pytest.raises(trainer.Interrupted, match=r"saved; go on with .*--resume"):
+            with pytest.raises(trainer.Interrupted, match=r"saved; go on with .*`resume`"):
                 train(config)
             return folder
 

@@ -232,7 +232,7 @@ def test_resuming_from_a_named_checkpoint(config: TrainConfig) -> None:
     whole = train(changed(config, checkpoints_total_limit=5))
     before = weights(whole)
     assert same(before, weights(train(changed(config, resume_from_checkpoint="step-4"))))
-    with pytest.raises(UsageError, match=r"--resume-from-checkpoint 'step-5'.*step-00000012"):
+    with pytest.raises(UsageError, match=r"`resume_from_checkpoint` 'step-5'.*step-00000012"):
         train(changed(config, resume_from_checkpoint="step-5"))
 
 
@@ -496,7 +496,7 @@ def test_no_space_left_is_one_line(config: TrainConfig, monkeypatch, capsys) -> 
 def test_an_output_folder_with_a_run_needs_resume_or_overwrite(config: TrainConfig, tmp_path: Path) -> None:
     folder = train(changed(config, images="8"))
     before = weights(folder)
-    with pytest.raises(UsageError, match=r"--resume.*--overwrite"):
+    with pytest.raises(UsageError, match=r"`resume`.*`overwrite`"):
         train(changed(config, images="8"))
     assert same(before, weights(folder))
     train(changed(config, images="8", seed=5, overwrite=True))
@@ -510,14 +510,14 @@ def test_an_output_folder_with_a_run_needs_resume_or_overwrite(config: TrainConf
 
 def test_resuming_with_other_settings_or_images_names_what_differs(config: TrainConfig, photos: Path, tmp_path) -> None:
     train(config)
-    with pytest.raises(UsageError, match=r"--strength \(was None, now 2.0\)"):
+    with pytest.raises(UsageError, match=r"`strength` \(was None, now 2.0\)"):
         train(changed(config, strength=2.0, resume=True))
     other = tmp_path / "other"
     other.mkdir()
     Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(other / "x.png")
     with pytest.raises(UsageError, match="other images"):
         train(changed(config, data=str(other), resume=True))
-    with pytest.raises(UsageError, match=r"--resume: no complete checkpoint"):
+    with pytest.raises(UsageError, match=r"`resume`: no complete checkpoint"):
         train(changed(config, output_dir=str(tmp_path / "new"), resume=True))
 
 
@@ -545,14 +545,14 @@ def test_a_cut_off_line_of_metrics_does_not_stop_a_resume(config: TrainConfig) -
 def test_the_model_that_is_fine_tuned_is_never_overwritten(config: TrainConfig) -> None:
     folder = train(config)
     own = {"model_config_name_or_path": None, "ddpm_num_steps": None}
-    with pytest.raises(UsageError, match=r"--init-from .* lies in --output-dir"):
+    with pytest.raises(UsageError, match=r"`init_from` .* lies in `output_dir`"):
         train(changed(config, **own, init_from=str(folder), overwrite=True))
     DiffusionPipeline.from_pretrained(folder)
 
 
 def test_a_class_conditional_configuration_needs_classes(config: TrainConfig, tmp_path: Path, photos: Path) -> None:
     (tmp_path / "conditional.json").write_text(json.dumps({**UNET, "num_class_embeds": 1}))
-    with pytest.raises(UsageError, match="conditional on 1 classes, DATA has 2"):
+    with pytest.raises(UsageError, match="conditional on 1 classes, `data` has 2"):
         train(changed(config, model_config_name_or_path=str(tmp_path / "conditional.json")))
 
 
@@ -695,5 +695,5 @@ def test_diffusers_flag_names_are_accepted_with_underscores_and_dashes(photos, t
 
 
 def test_sizes_that_do_not_fit_name_the_nearest_that_do() -> None:
-    with pytest.raises(UsageError, match=r"30 x 28 .*multiples of 8: use --resolution 24 or 32"):
+    with pytest.raises(UsageError, match=r"30 x 28 .*multiples of 8: use `resolution` 24 or 32"):
         build_unet("medium", 3, (28, 30))

@@ -20,7 +20,7 @@ from robustdiff.utils.options import (
     check_given,
     check_memory,
     check_resolution,
-    flags_of,
+    listed,
     require,
 )
 
@@ -112,7 +112,7 @@ class AttackConfig:
         """Check ranges, and refuse flags that would do nothing.
 
         Raises:
-            UsageError: One line that names the flag and the remedy.
+            UsageError: One line that names the setting and the remedy.
         """
         texts = ("output", "title", "told", "at", "reference", "split", "dataset_config_name", "image_column", "cache")
         check_given(self, "run", *texts)
@@ -120,7 +120,7 @@ class AttackConfig:
         good = radius is None or (math.isfinite(radius) and 0 < radius <= most)
         remedy = "use 0.001 to 1" + ("" if self.norm == "linf" else " times the root of the values of an image")
         require(
-            good, f"--radius {radius} is not a push in units of the noise scale, above 0 and at most {most}: {remedy}"
+            good, f"`radius` {radius} is not a push in units of the noise scale, above 0 and at most {most}: {remedy}"
         )
         counts = {
             "iterations": 4,
@@ -134,35 +134,35 @@ class AttackConfig:
             "workers": 1,
         }
         for name, least in counts.items():
-            value, flag = getattr(self, name), "-n" if name == "n" else "--" + name.replace("_", "-")
+            value, flag = getattr(self, name), f"`{name}`"
             require(value is None or value >= least, f"{flag} {value} must be at least {least}")
         good = self.step_size is None or (math.isfinite(self.step_size) and self.step_size > 0)
-        require(good, f"--step-size {self.step_size} must be a finite number above 0")
+        require(good, f"`step_size` {self.step_size} must be a finite number above 0")
         good = math.isfinite(self.momentum) and self.momentum >= 0
-        require(good, f"--momentum {self.momentum} must be a finite number, 0 or more")
-        require(0 <= self.seed <= MAX_SEED, f"--seed must be in 0 .. {MAX_SEED}")
+        require(good, f"`momentum` {self.momentum} must be a finite number, 0 or more")
+        require(0 <= self.seed <= MAX_SEED, f"`seed` must be in 0 .. {MAX_SEED}")
         if self.optimiser != "pgd":
             idle = [name for name in ("step_size", "momentum") if getattr(self, name)]
             require(
-                not idle, f"{flags_of(idle)} does nothing with --optimiser {self.optimiser}: leave it out, or use pgd"
+                not idle, f"{listed(idle)} does nothing with `optimiser` {self.optimiser}: leave it out, or use pgd"
             )
         idle_restarts = self.optimiser == "random" and self.restarts > 1
-        require(not idle_restarts, "--restarts does nothing with --optimiser random: raise --iterations")
+        require(not idle_restarts, "`restarts` does nothing with `optimiser` random: raise `iterations`")
         idle_iterations = self.optimiser == "one-step" and self.iterations is not None
-        require(not idle_iterations, "--iterations does nothing with --optimiser one-step: use --restarts, or pgd")
+        require(not idle_iterations, "`iterations` does nothing with `optimiser` one-step: use `restarts`, or pgd")
         if self.scheduler == "ddim":
             idle = [name for name in ("noise", "eot", "verdicts") if getattr(self, name) is not None]
-            require(not idle, f"{flags_of(idle)}: ddim draws no noise; add --scheduler ddpm, or leave it out")
+            require(not idle, f"{listed(idle)}: ddim draws no noise; add `scheduler` ddpm, or leave it out")
         alone = self.noise in ("fixed", "fresh") and self.objective in ("shift", "residual")
         message = (
-            f"--noise {self.noise} does nothing with --objective {self.objective}, whose attacker knows each state: "
+            f"`noise` {self.noise} does nothing with `objective` {self.objective}, whose attacker knows each state: "
         )
         require(not alone, message + "leave it out, or use end-to-end")
         if self.noise in (None, "known"):
             idle = [name for name in ("eot", "verdicts") if getattr(self, name) is not None]
-            require(not idle, f"{flags_of(idle)} needs --noise fixed or fresh: the attacker knows the noise")
+            require(not idle, f"{listed(idle)} needs `noise` fixed or fresh: the attacker knows the noise")
         alone = self.gradient_checkpointing != "auto" and self.objective in ("shift", "residual")
-        message = f"--gradient-checkpointing does nothing with --objective {self.objective}, whose steps are separate: "
+        message = f"`gradient_checkpointing` does nothing with `objective` {self.objective}, whose steps are separate: "
         require(not alone, message + "leave it out, or use end-to-end")
         self.check_reference()
         self.attacked()
@@ -172,15 +172,15 @@ class AttackConfig:
         check_extractors(self.extractor)
         check_bad_fraction(self.max_bad_fraction)
         nothing = self.reference == "none" and bool(self.extractor)
-        require(not nothing, "--extractor does nothing with --reference none: leave one of them out")
+        require(not nothing, "`extractor` does nothing with `reference` none: leave one of them out")
         away = self.reference == "none" and self.objective.startswith("batch")
-        require(not away, f"--objective {self.objective} needs real images to push away from: name a --reference")
+        require(not away, f"`objective` {self.objective} needs real images to push away from: name a `reference`")
         if self.reference in (None, "none"):
             idle = [name for name in ("split", "dataset_config_name", "image_column") if getattr(self, name)]
-            require(not idle, f"{flags_of(idle)} needs --reference: add it, or leave this out")
+            require(not idle, f"{listed(idle)} needs `reference`: add it, or leave this out")
 
     def attacked(self) -> tuple[int, ...]:
-        """The sampler steps of ``--at``, rising.
+        """The sampler steps of ``at``, rising.
 
         Raises:
             UsageError: If they are no steps of the sampler.
@@ -191,10 +191,10 @@ class AttackConfig:
             found = sorted({int(text) for text in self.at.split(",")})
         except ValueError:
             found = []
-        require(bool(found), f"--at {self.at} is no list of sampler steps such as 0,10,20: use that, or all")
+        require(bool(found), f"`at` {self.at} is no list of sampler steps such as 0,10,20: use that, or all")
         wrong = next((step for step in found if not 0 <= step < self.steps), None)
         require(
-            wrong is None, f"--at {wrong}: the sampler has steps 0 .. {self.steps - 1}; name those, or raise --steps"
+            wrong is None, f"`at` {wrong}: the sampler has steps 0 .. {self.steps - 1}; name those, or raise `steps`"
         )
         return tuple(found)
 
@@ -241,16 +241,18 @@ class PurifyConfig:
         """Check ranges.
 
         Raises:
-            UsageError: One line that names the flag and the remedy.
+            UsageError: One line that names the setting and the remedy.
         """
-        require(self.data != "" and self.model != "", "DATA and MODEL must not be empty: name images and a pipeline")
-        require(self.output is not None, "--output is missing: name a folder, such as -o purified")
+        require(
+            self.data != "" and self.model != "", "`data` and `model` must not be empty: name images and a pipeline"
+        )
+        require(self.output is not None, "`output` is missing: name a folder, such as purified")
         check_given(self, "output", "split", "dataset_config_name", "image_column", "label_column")
         good = 0 < self.strength <= 1
-        require(good, f"--strength {self.strength} must be above 0 and at most 1: 0.1 removes what is faint")
-        require(self.steps >= 1, f"--steps {self.steps} must be at least 1")
-        require(self.batch_size >= 1, f"--batch-size {self.batch_size} must be at least 1")
-        require(0 <= self.seed <= MAX_SEED, f"--seed must be in 0 .. {MAX_SEED}")
+        require(good, f"`strength` {self.strength} must be above 0 and at most 1: 0.1 removes what is faint")
+        require(self.steps >= 1, f"`steps` {self.steps} must be at least 1")
+        require(self.batch_size >= 1, f"`batch_size` {self.batch_size} must be at least 1")
+        require(0 <= self.seed <= MAX_SEED, f"`seed` must be in 0 .. {MAX_SEED}")
         check_resolution(self.resolution)
         check_bad_fraction(self.max_bad_fraction)
         check_memory(self.max_memory_gib)
@@ -301,33 +303,36 @@ class CorruptConfig:
         """Check ranges.
 
         Raises:
-            UsageError: One line that names the flag and the remedy.
+            UsageError: One line that names the setting and the remedy.
         """
-        require(self.source != "" and self.destination != "", "SRC and DST must not be empty: name two folders")
-        message = "--corrupt is missing: give at least one, e.g. --corrupt gaussian:sigma=0.2, or --poison MODEL"
+        require(
+            self.source != "" and self.destination != "",
+            "`source` and `destination` must not be empty: name two folders",
+        )
+        message = "`corrupt` is missing: give at least one, e.g. `corrupt` gaussian:sigma=0.2, or `poison` MODEL"
         require(bool(self.corrupt) or self.poison is not None, message)
         check_corruptions(self.corrupt)
         self._check_poison()
         check_memory(self.max_memory_gib)
         check_bad_fraction(self.max_bad_fraction)
         check_given(self, "split", "dataset_config_name", "image_column")
-        require(self.seed >= 0, "--seed must be 0 or more")
+        require(self.seed >= 0, "`seed` must be 0 or more")
         check_resolution(self.resolution)
 
     def _check_poison(self) -> None:
-        require(self.poison != "", "--poison is empty: name a pipeline, or leave the flag out")
+        require(self.poison != "", "`poison` is empty: name a pipeline, or leave the flag out")
         flags = ("poison_radius", "poison_fraction", "poison_steps", "poison_draws", "batch_size")
         idle = [name for name in flags if getattr(self, name) is not None]
-        require(self.poison is not None or not idle, f"{flags_of(idle)} needs --poison MODEL: add it, or leave it out")
+        require(self.poison is not None or not idle, f"{listed(idle)} needs `poison` MODEL: add it, or leave it out")
         self.radius()
         fraction = self.poison_fraction
-        require(fraction is None or 0 <= fraction <= 1, f"--poison-fraction {fraction} must be between 0 and 1")
+        require(fraction is None or 0 <= fraction <= 1, f"`poison_fraction` {fraction} must be between 0 and 1")
         for name in flags[2:]:
             value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
+            require(value is None or value >= 1, f"`{name}` {value} must be at least 1")
 
     def radius(self) -> float:
-        """``--poison-radius`` as a number, in units of [-1, 1].
+        """``poison_radius`` as a number, in units of [-1, 1].
 
         Raises:
             UsageError: If it is none, or out of range.
@@ -339,5 +344,5 @@ class CorruptConfig:
         except (ValueError, ZeroDivisionError):
             value = math.nan
         good = 1 / 127.5 - 1e-9 <= value <= 2
-        require(good, f"--poison-radius {text} is not in 1/127.5 (one 8-bit step) .. 2: use 16/255, or 0.1")
+        require(good, f"`poison_radius` {text} is not in 1/127.5 (one 8-bit step) .. 2: use 16/255, or 0.1")
         return value

@@ -157,7 +157,7 @@ class Poison:
         x0 = from_uint8(images).to(device=unet.device, dtype=unet.dtype)
         before = self.judge(images, places, seed)
         if not bool(torch.isfinite(before).all()):
-            raise UsageError(f"--poison {self.model}: its loss is not finite at some images: name another model")
+            raise UsageError(f"`model` {self.model}: its loss is not finite at some images: name another model")
         loss = self.loss(x0, places, seed, "poison", self.draws)
         generators = place_generators("poison start", seed, places)
         found = PGD(self.steps, keep="last")(loss, LpBall("linf", self.radius), loss.like, generators)
@@ -185,7 +185,7 @@ class Poison:
 
 
 def load_poison(config: CorruptConfig, /, **settings: Any) -> tuple[ImageDataset, Poison]:  # noqa: ANN401 - passed through
-    """The images of ``robustdiff corrupt --poison``, as its model takes them, and the poison.
+    """The images of ``robustdiff corrupt`` with ``poison``, as its model takes them, and the poison.
 
     Args:
         config: With ``poison``.

@@ -52,7 +52,7 @@ def purify_to_files(config: PurifyConfig) -> dict[str, Any]:
         config.data, output, overwrite=config.overwrite, written=MANIFEST_FORMAT, what="a folder of purified images"
     )
     if there := atomic_io.read_only(folder.parent):
-        raise UsageError(f"--output {output}: {there} is read-only: name another place")
+        raise UsageError(f"`output` {output}: {there} is read-only: name another place")
     pipeline: Any = load_pipeline(config.model)
     levels = max(1, round(config.strength * pipeline.scheduler.config.num_train_timesteps))
     timesteps = trailing(levels, min(config.steps, levels))
@@ -71,7 +71,7 @@ def purify_to_files(config: PurifyConfig) -> dict[str, Any]:
     )
     labels = labels_for(images, pipeline, config.model)
     if labels is None and config.label_column is not None:
-        raise UsageError(f"--label-column does nothing: {config.model} is not class-conditional; leave it out")
+        raise UsageError(f"`label_column` does nothing: {config.model} is not class-conditional; leave it out")
     manifest: dict[str, Any] = {
         "format": MANIFEST_FORMAT,
         "model": config.model,

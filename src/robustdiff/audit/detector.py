@@ -23,7 +23,7 @@ class Detector:
     """A kind of damage: how it comes about, and which images show it.
 
     Attributes:
-        name: As ``--auto-without`` and findings name it: one word.
+        name: As ``auto_without`` and findings name it: one word.
         title: What images of this kind are, for people, after "12 images,".
         strengths: The weakest and the strongest that :meth:`simulate` is tried with; empty if it cannot be simulated.
         order: Kinds are asked for by increasing order, each of the images that the earlier ones left. Noise has 30:

@@ -32,18 +32,18 @@ def check_output(data: str, folder: str | Path, *, overwrite: bool = False) -> N
     """
     path, images = Path(folder).expanduser().absolute(), Path(data).expanduser()
     if data and images.is_dir() and images.resolve() in (path.resolve(), *path.resolve().parents):
-        raise DataError(f"--output {folder}: lies in {data}, whose images it would join; choose another folder")
+        raise DataError(f"`output` {folder}: lies in {data}, whose images it would join; choose another folder")
     if there := atomic_io.read_only(path.parent):  # where it is made ready
-        raise DataError(f"--output {folder}: {there} is read-only; choose another folder")
+        raise DataError(f"`output` {folder}: {there} is read-only; choose another folder")
     if not os.path.lexists(path):
         return
     if path.is_symlink() or not path.is_dir():
-        raise DataError(f"--output {folder}: exists and is not a folder; choose another")
+        raise DataError(f"`output` {folder}: exists and is not a folder; choose another")
     held = {entry.name for entry in path.iterdir()}
     if held and not overwrite:
-        raise DataError(f"--output {folder}: not empty; choose another folder, or replace an audit with --overwrite")
+        raise DataError(f"`output` {folder}: not empty; choose another folder, or replace an audit with `overwrite`")
     if not (held <= set(AUDIT_FILES) and (not held or _is_audit(path / "audit.json"))):
-        raise DataError(f"--output {folder}: not an audit, so --overwrite spares it; remove it yourself")
+        raise DataError(f"`output` {folder}: not an audit, so `overwrite` spares it; remove it yourself")
 
 
 def _is_audit(path: Path) -> bool:
@@ -101,7 +101,7 @@ def write_found(result: AuditResult, pixels: Callable[[Sequence[int]], Tensor], 
     """Write what was found into an existing folder.
 
     ``found.json`` (every image), ``clean.txt`` (names of those usable at every noise level), ``noise.csv``
-    (``NAME,SIGMA`` of the noisy ones, as ``train --noise-levels`` takes it) and the contact sheets.
+    (``NAME,SIGMA`` of the noisy ones, as ``noise_levels`` takes it) and the contact sheets.
 
     Args:
         result: What was found.

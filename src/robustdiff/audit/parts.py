@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 REGULARISER = "regulariser"
-"""What ``--auto`` does where no image can be trusted."""
+"""What ``auto`` does where no image can be trusted."""
 
 
 def parts() -> tuple[str, ...]:
-    """Names that ``--auto-without`` takes."""
+    """Names that ``auto_without`` takes."""
     from robustdiff.audit.detector import registered_detectors  # which import torch
 
     return (*(kind.name for kind in registered_detectors() if kind.acts), REGULARISER)

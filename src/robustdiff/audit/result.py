@@ -1,4 +1,4 @@
-"""What each image of a set can be trusted for: the plan behind ``train --auto``, and its file.
+"""What each image of a set can be trusted for: the plan behind ``auto``, and its file.
 
 Every image gets three numbers: the white noise it carries, the noise level from which on it is as good as a clean one,
 and a weight. Nothing is thrown away that is right somewhere: a noisy image trains above its noise, a blurred or
@@ -132,7 +132,7 @@ class AuditResult:
     # -- what people ask -----------------------------------------------------------------------------------
 
     def summary(self) -> str:
-        """What was found, and what ``train --auto`` would do about it, in a few lines."""
+        """What was found, and what ``auto`` would do about it, in a few lines."""
         return summary.text(self)
 
     def rows(self) -> dict[str, str]:

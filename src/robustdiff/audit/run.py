@@ -28,7 +28,7 @@ from robustdiff.utils.images import from_uint8
 EDGE = 0.75
 """Edge of the regulariser's gate over the noise of the images."""
 LARGEST = 16.0
-"""Pixels beyond this, in units of [-1, 1], are those of another scale: the strongest noise of --corrupt seldom is."""
+"""Pixels beyond this, in units of [-1, 1], are those of another scale: the strongest noise of `corrupt` seldom is."""
 
 
 class ImageSet(Protocol):

@@ -1,4 +1,4 @@
-"""Damage on purpose, for detectors: the dirt of ``--corrupt`` with draws of a generator."""
+"""Damage on purpose, for detectors: the dirt of ``corrupt`` with draws of a generator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def corrupted(image: Tensor, generator: torch.Generator, kind: str, **parameters
     Args:
         image: Shape (C, H, W), in [-1, 1].
         generator: Decides the draws.
-        kind: One that ``--corrupt`` knows.
+        kind: One that ``corrupt`` knows.
         parameters: Its settings, by name.
     """
     seed = int(torch.randint(2**31, (), generator=generator))

@@ -50,18 +50,18 @@ def plan_rows(result: AuditResult) -> dict[str, str]:
     rows["found clean"] = f"{int(result.clean.sum())} of {len(result)} images, trained at every noise level"
     used = result.lowest[result.weight > 0]
     if len(used) and (floor := float(used.min())) > 0:
-        rows["not trained"] = f"noise levels below {floor:.3g}: sample with --label-floor {floor:.3g}"
+        rows["not trained"] = f"noise levels below {floor:.3g}: sample with `label_floor` {floor:.3g}"
     return rows
 
 
 def text(result: AuditResult) -> str:
-    """The findings for a terminal, and what ``train --auto`` would do about them."""
+    """The findings for a terminal, and what ``auto`` would do about them."""
     rows = plan_rows(result)
     if result.trivial and result.regularise is None:
-        lines = ["damage: none stands apart; train --auto would train plainly"]
+        lines = ["damage: none stands apart; `auto` would train plainly"]
         del rows["found clean"]
     else:
-        lines = ["damage, and what train --auto would do about it"]
+        lines = ["damage, and what `auto` would do about it"]
     lines += [f"  {name}: {row}" for name, row in rows.items()]
     if (distance := result.signs.get("distance")) is not None:
         farthest = distance.argsort(descending=True)[:5].tolist()

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from robustdiff.commands.flags import Say
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.options import (
     OptionalInt,
@@ -48,14 +49,14 @@ class AuditConfig:
         """Check ranges.
 
         Raises:
-            UsageError: One line that names the flag and the remedy.
+            UsageError: One line that names the setting and the remedy.
         """
         check_given(self, "data", "output", "split", "dataset_config_name", "image_column", "extractor")
         check_resolution(self.resolution)
-        require(self.output is not None or not self.overwrite, "--overwrite does nothing without --output: add it")
+        require(self.output is not None or not self.overwrite, "`overwrite` does nothing without `output`: add it")
 
 
-def run(config: AuditConfig) -> int:
+def run(config: AuditConfig, say: Say) -> int:
     """Run the command; returns the exit status."""
     import torch
 
@@ -85,12 +86,12 @@ def run(config: AuditConfig) -> int:
     except UsageError as error:  # as load_images words it
         raise UsageError(f"{config.data}: {error}") from None
     statistics = image_statistics(source, data=config.data, resolution=config.resolution, memory=free_memory() // 2)
-    print(statistics.text(), flush=True)
+    say(statistics.text())
     write: Callable[[Path], object] | None = None
     if len({record.size for record in statistics.records}) > 1:
-        print("damage: not looked for, images differ in size: add --resolution N, the size you would train at")
+        say("damage: not looked for, images differ in size: add `resolution` N, the size you would train at")
     elif 0 < len(statistics.records) < FEWEST:
-        print("damage: not looked for, too few images to compare")
+        say("damage: not looked for, too few images to compare")
     elif statistics.records:
         images = statistics.images
         if images is None:
@@ -100,10 +101,10 @@ def run(config: AuditConfig) -> int:
             known = extract(extractor, images, cache=None)
             features = known.extractor.name, known.values
         found = audit(images, features=features)
-        print(found.summary())
+        say(found.summary())
         pixels = images.images
         write = partial(write_found, found, lambda places: torch.stack([pixels[place] for place in places]))
     if config.output is not None:
         write_audit(statistics, config.output, overwrite=config.overwrite, also=write)
-        print(f"{config.output}: {', '.join(sorted(path.name for path in Path(config.output).iterdir()))}")
+        say(f"{config.output}: {', '.join(sorted(path.name for path in Path(config.output).iterdir()))}")
     return 0

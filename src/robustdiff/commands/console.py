@@ -6,6 +6,7 @@ import sys
 import warnings
 from typing import Any
 
+from robustdiff.commands.flags import Speak
 from robustdiff.utils.errors import RobustdiffWarning
 from robustdiff.utils.resources import processes, rank
 
@@ -17,12 +18,18 @@ def fail(message: str, status: int) -> int:
     return status
 
 
-def show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:  # noqa: ANN401
+def show_warning(
+    speak: Speak,
+    message: Warning | str,
+    category: type[Warning],
+    *where: Any,  # noqa: ANN401
+    **more: Any,  # noqa: ANN401
+) -> None:
     """Our own warnings as one line, without the line of code that they come from; once for all processes."""
     if not issubclass(category, RobustdiffWarning):
         print(warnings.formatwarning(message, category, *where[:2]), end="", file=sys.stderr)
     elif rank() == 0:
-        print(f"robustdiff: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        print(f"robustdiff: warning: {' '.join(speak(str(message)).split())}", file=sys.stderr)
 
 
 def quiet_libraries() -> None:

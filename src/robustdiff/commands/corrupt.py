@@ -7,9 +7,10 @@ from typing import Any
 
 from robustdiff.attacks.config import CorruptConfig
 from robustdiff.commands.console import quiet_libraries
+from robustdiff.commands.flags import Say
 
 
-def run(config: CorruptConfig) -> int:
+def run(config: CorruptConfig, say: Say) -> int:
     """Run the command; returns the exit status."""
     from robustdiff.data.corruption import check_corruptions
     from robustdiff.data.dataset import load_images
@@ -34,5 +35,5 @@ def run(config: CorruptConfig) -> int:
     corruptions, target = check_corruptions(config.corrupt), Path(config.destination)
     manifest = write_dirty_copy(images, target, corruptions, config.seed, overwrite=config.overwrite, poison=poison)
     hit = sum(bool(image["corruptions"] or image.get("poison")) for image in manifest["images"])
-    print(f"{config.destination}: {len(images)} images, {hit} of them dirty (see manifest.json)")
+    say(f"{config.destination}: {len(images)} images, {hit} of them dirty (see manifest.json)")
     return 0

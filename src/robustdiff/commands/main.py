@@ -16,6 +16,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
+from functools import partial
 from typing import Any
 
 import tyro
@@ -25,13 +27,15 @@ from robustdiff.attacks.config import AttackConfig, CorruptConfig, PurifyConfig
 from robustdiff.commands import attack, audit, corrupt, evaluate, purify, report, sample, train
 from robustdiff.commands.audit import AuditConfig
 from robustdiff.commands.console import fail, show_warning
+from robustdiff.commands.flags import Say, Speak, speak
 from robustdiff.commands.report import ReportConfig
 from robustdiff.data.corruption import help_text
 from robustdiff.diffusion.config import SampleConfig
 from robustdiff.evaluation.config import EvaluateConfig
 from robustdiff.training.config import TrainConfig
-from robustdiff.utils.errors import UsageError
+from robustdiff.utils.errors import TrainingError, UsageError
 from robustdiff.utils.resources import is_out_of_memory, processes
+from robustdiff.utils.signals import Interrupted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +44,17 @@ class Command:
 
     Attributes:
         config: Dataclass of the settings, with ``validate()``.
-        run: Takes the settings, returns the exit status.
+        run: Takes the settings, and what prints a text; returns the exit status.
         memory_remedy: What to do when memory runs out.
         goes_on: How to go on when the disk was full.
+        aliases: Settings by the names that the library gives them, where those differ.
     """
 
     config: type
-    run: Callable[[Any], int]
+    run: Callable[[Any, Say], int]
     memory_remedy: str
     goes_on: str = "a training run goes on with --resume, or begins anew with --overwrite if it has no checkpoint yet"
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 COMMANDS: dict[str, Command] = {
@@ -57,6 +63,7 @@ COMMANDS: dict[str, Command] = {
         train.run,
         "lower --train-batch-size (--gradient-accumulation-steps makes up for it), or take a smaller --network or "
         "--resolution; with worker processes, fewer --dataloader-num-workers",
+        aliases={"extractor": "evaluate_extractor", "batch_size": "eval_batch_size"},
     ),
     "sample": Command(SampleConfig, sample.run, "lower --batch-size"),
     "evaluate": Command(EvaluateConfig, evaluate.run, "lower --batch-size, or -n"),
@@ -68,7 +75,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "report": Command(ReportConfig, report.run, "take fewer runs"),
     "audit": Command(AuditConfig, audit.run, "close other programs, or take a smaller part of the data"),
-    "corrupt": Command(CorruptConfig, corrupt.run, "lower --resolution, or with --poison --batch-size"),
+    "corrupt": Command(
+        CorruptConfig, corrupt.run, "lower --resolution, or with --poison --batch-size", aliases={"model": "poison"}
+    ),
     "purify": Command(PurifyConfig, purify.run, "lower --batch-size"),
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -99,9 +108,11 @@ def main(
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does: names of files may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
+    arguments = arguments if len(commands) > 1 else [*commands, *arguments]
+    speak = _speech(arguments, commands)
     with warnings.catch_warnings():
-        warnings.showwarning = show_warning
-        status = _guarded(arguments if len(commands) > 1 else [*commands, *arguments], commands, prog)
+        warnings.showwarning = partial(show_warning, speak)
+        status = _guarded(arguments, commands, prog, speak)
     if status and processes() > 1:  # the interpreter's end would wait for processes that wait for this one
         sys.stdout.flush()
         sys.stderr.flush()
@@ -109,13 +120,28 @@ def main(
     return status
 
 
-def _guarded(arguments: list[str], commands: Mapping[str, Command], prog: str) -> int:
+def _speech(arguments: list[str], commands: Mapping[str, Command]) -> Speak:
+    """What turns parameters into flags of the command at hand; if there is none, names stay as they are."""
+    command = commands.get(arguments[0]) if arguments else None
+    if command is None:
+        return str
+    return speak(command.config, command.aliases, (other.config for other in commands.values()))
+
+
+def _guarded(arguments: list[str], commands: Mapping[str, Command], prog: str, speak: Speak) -> int:
+    def say(text: str) -> None:
+        print(speak(text), flush=True)
+
     try:
-        status = _main(arguments, commands, prog)
+        status = _main(arguments, commands, prog, say)
         sys.stdout.flush()  # a reader that has gone is noticed here, not at the interpreter's end
         return status
     except UsageError as error:
-        return fail(str(error), 2)
+        return fail(speak(str(error)), 2)
+    except TrainingError as error:
+        return fail(speak(str(error)), 1)
+    except Interrupted as stop:
+        return fail(speak(str(stop)), stop.status)
     except KeyboardInterrupt:
         lost = "; nothing since the last checkpoint was saved" if arguments[:1] == ["train"] else ""
         return fail(f"stopped at once{lost}", 130)
@@ -138,7 +164,7 @@ def _guarded(arguments: list[str], commands: Mapping[str, Command], prog: str) -
         raise
 
 
-def _main(arguments: list[str], commands: Mapping[str, Command], prog: str) -> int:
+def _main(arguments: list[str], commands: Mapping[str, Command], prog: str, say: Say) -> int:
     if arguments in (["--version"], ["-V"]):
         print(f"robustdiff {__version__}")
         return 0
@@ -146,7 +172,7 @@ def _main(arguments: list[str], commands: Mapping[str, Command], prog: str) -> i
     if config is None:
         return 0
     config.validate()
-    return commands[arguments[0]].run(config)
+    return commands[arguments[0]].run(config, say)
 
 
 # -- flags -------------------------------------------------------------------------------------------
@@ -190,9 +216,9 @@ def _positional_data(arguments: list[str]) -> list[str]:
 def known_flags(command: type) -> list[str]:
     """Every flag of a command, as typed."""
     flags = []
-    for field in dataclasses.fields(command):
-        flags.append("--" + field.name.replace("_", "-"))
-        flags += re.findall(r"['\"](--?[a-z][\w-]*)['\"]", str(field.type))
+    for one in dataclasses.fields(command):
+        flags.append("--" + one.name.replace("_", "-"))
+        flags += re.findall(r"['\"](--?[a-z][\w-]*)['\"]", str(one.type))
     return flags
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from robustdiff.commands.flags import Say
 from robustdiff.utils.options import OptionalText, require
 
 
@@ -25,16 +26,16 @@ class ReportConfig:
         """Check that something is named.
 
         Raises:
-            UsageError: One line that names the flag and the remedy.
+            UsageError: One line that names the setting and the remedy.
         """
         require(bool(self.runs) and "" not in self.runs, "report needs at least one RUN: name a run folder")
-        require(self.output != "", "--output is empty: name a file, such as report.html")
-        require(self.title != "", "--title is empty: give a text, or leave the flag out")
+        require(self.output != "", "`output` is empty: name a file, such as report.html")
+        require(self.title != "", "`title` is empty: give a text, or leave the flag out")
 
 
-def run(config: ReportConfig) -> int:
+def run(config: ReportConfig, say: Say) -> int:
     """Run the command; returns the exit status."""
     from robustdiff.report import report
 
-    print(report(config.runs, config.output, config.title))
+    say(str(report(config.runs, config.output, config.title)))
     return 0

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from robustdiff.commands.console import fail, quiet_libraries
+from robustdiff.commands.console import quiet_libraries
+from robustdiff.commands.flags import Say
 from robustdiff.training.config import TrainConfig
 
 
-def run(config: TrainConfig) -> int:
+def run(config: TrainConfig, say: Say) -> int:
     """Run the command; returns the exit status."""
-    from robustdiff.training.trainer import Interrupted, TrainingError, train
+    from robustdiff.training.trainer import train
 
     quiet_libraries()
-    try:
-        train(config)
-    except Interrupted as stop:
-        return fail(str(stop), stop.status)
-    except TrainingError as error:
-        return fail(str(error), 1)
+    train(config, say)
     return 0

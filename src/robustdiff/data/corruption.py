@@ -313,7 +313,7 @@ def _did_you_mean(word: str, names: Sequence[str] | Mapping[str, object]) -> str
 
 
 def check_corruptions(specs: tuple[str, ...]) -> tuple[Corruption, ...]:
-    """The parsed ``--corrupt`` specs.
+    """The parsed ``corrupt`` specs.
 
     Raises:
         UsageError: With the flag's name, if one cannot be parsed.
@@ -321,4 +321,4 @@ def check_corruptions(specs: tuple[str, ...]) -> tuple[Corruption, ...]:
     try:
         return tuple(Corruption.parse(spec) for spec in specs)
     except ValueError as error:
-        raise UsageError(f"--corrupt {error}") from None
+        raise UsageError(f"`corrupt` {error}") from None

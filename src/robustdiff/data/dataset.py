@@ -88,7 +88,7 @@ class StreamedImages:
             reason = "other pixels"
         if decoded is None or reason:
             raise DataError(
-                f"{self.source.names[place]} changed since the run began: {reason}; restore it and go on with --resume"
+                f"{self.source.names[place]} changed since the run began: {reason}; restore it and go on with `resume`"
             )
         return np.ascontiguousarray(decoded[0])
 
@@ -202,11 +202,11 @@ def load_images(
         DataError: In one line, if the source or an option cannot be used.
     """
     if resolution is not None and resolution < 1:
-        raise DataError(f"--resolution must be at least 1, got {resolution}")
+        raise DataError(f"`resolution` must be at least 1, got {resolution}")
     if channels not in (None, 1, 3):
-        raise DataError(f"--channels must be 1 (grey) or 3 (RGB), got {channels}")
+        raise DataError(f"`channels` must be 1 (grey) or 3 (RGB), got {channels}")
     if not 0 <= max_bad_fraction <= 1:
-        raise DataError(f"--max-bad-fraction must be in [0, 1], got {max_bad_fraction}")
+        raise DataError(f"`max_bad_fraction` must be in [0, 1], got {max_bad_fraction}")
     try:
         opened = open_source(source, **options)
         if max_memory is None:  # asked now: an archive is in memory already
@@ -218,8 +218,8 @@ def load_images(
         raise DataError(f"{source}: no permission to read it") from None
     except MemoryError:
         raise DataError(
-            f"{source}: the images do not fit in memory; make them smaller with --resolution N, or stream them with "
-            "--max-memory-gib 0"
+            f"{source}: the images do not fit in memory; make them smaller with `resolution` N, or stream them with "
+            "`max_memory` 0"
         ) from None
 
 
@@ -334,7 +334,7 @@ def _check_bad(bad: Sequence[tuple[str, str]], total: int, max_bad_fraction: flo
         example = f"{bad[0][0]} ({bad[0][1]})"
         raise DataError(
             f"at least {len(bad)} of {total} images cannot be read, for example {example}; see them all with "
-            f"`robustdiff audit` and remove them, or raise --max-bad-fraction (now {max_bad_fraction:g})"
+            f"`robustdiff audit` and remove them, or raise `max_bad_fraction` (now {max_bad_fraction:g})"
         )
     return limit
 
@@ -343,7 +343,7 @@ def _mixed_sizes(sizes: Counter[tuple[int, ...]]) -> DataError:
     (width, height), count = sizes.most_common(1)[0]
     return DataError(
         f"images of {len(sizes)} different sizes (the commonest: {width} x {height}, {count} times); use "
-        "--resolution N (the shorter side is resized to N, the centre is cropped)"
+        "`resolution` N (the shorter side is resized to N, the centre is cropped)"
     )
 
 

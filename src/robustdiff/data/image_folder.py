@@ -163,13 +163,13 @@ def check_destination(
         raise DataError(f"{destination}: exists and is not a folder; choose another destination")
     if any(folder.iterdir()):
         if not overwrite:
-            raise DataError(f"{destination}: not empty; choose another, or replace {what} with --overwrite")
+            raise DataError(f"{destination}: not empty; choose another, or replace {what} with `overwrite`")
         try:
             ours = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["format"] == written
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             ours = False
         if not ours:  # never delete somebody's photographs
-            raise DataError(f"{destination}: not {what}, so --overwrite spares it; remove it yourself")
+            raise DataError(f"{destination}: not {what}, so `overwrite` spares it; remove it yourself")
     return folder
 
 

@@ -31,7 +31,7 @@ def load_fitting(data: str, pipeline: Any, model: str, resolution: int | None = 
     if channels not in (1, 3):
         raise UsageError(f"{model} takes images of {channels} channels: only grey or RGB can be read")
     if resolution is not None and (resolution, resolution) != (height, width):
-        raise UsageError(f"--resolution {resolution}: {model} takes {width} x {height}; {_remedy(height, width)}")
+        raise UsageError(f"`resolution` {resolution}: {model} takes {width} x {height}; {_remedy(height, width)}")
     images = load_images(data, resolution=resolution, channels=channels, **settings)
     if images.size != (height, width):
         found = f"{images.size[1]} x {images.size[0]}"
@@ -40,7 +40,7 @@ def load_fitting(data: str, pipeline: Any, model: str, resolution: int | None = 
 
 
 def _remedy(height: int, width: int) -> str:
-    return f"use --resolution {height}" if height == width else f"give images of {width} x {height}"
+    return f"use `resolution` {height}" if height == width else f"give images of {width} x {height}"
 
 
 def labels_for(images: ImageDataset, pipeline: Any, model: str) -> Tensor | None:  # noqa: ANN401

@@ -42,15 +42,15 @@ class SampleConfig:
         """Check ranges.
 
         Raises:
-            UsageError: One line that names the flag and the remedy.
+            UsageError: One line that names the setting and the remedy.
         """
-        require(self.run != "", "RUN is empty: name a pipeline folder or a hub id")
-        require(self.output != "", "--output is empty: name a folder, or a file ending in .npz")
-        require(self.class_label != "", "--class-label is empty: name a class, or its number")
-        require(self.n >= 1, f"-n {self.n} must be at least 1")
-        require(self.steps >= 1, f"--steps {self.steps} must be at least 1")
-        require(self.batch_size >= 1, f"--batch-size {self.batch_size} must be at least 1")
-        require(0 <= self.seed <= MAX_SEED, f"--seed must be in 0 .. {MAX_SEED}")
-        require(math.isfinite(self.relabel) and self.relabel >= 1, f"--relabel {self.relabel} must be 1 or more")
+        require(self.run != "", "`run` is empty: name a pipeline folder or a hub id")
+        require(self.output != "", "`output` is empty: name a folder, or a file ending in .npz")
+        require(self.class_label != "", "`class_label` is empty: name a class, or its number")
+        require(self.n >= 1, f"`n` {self.n} must be at least 1")
+        require(self.steps >= 1, f"`steps` {self.steps} must be at least 1")
+        require(self.batch_size >= 1, f"`batch_size` {self.batch_size} must be at least 1")
+        require(0 <= self.seed <= MAX_SEED, f"`seed` must be in 0 .. {MAX_SEED}")
+        require(math.isfinite(self.relabel) and self.relabel >= 1, f"`relabel` {self.relabel} must be 1 or more")
         floor = self.label_floor
-        require(math.isfinite(floor) and floor >= 0, f"--label-floor {floor} must be 0 or more")
+        require(math.isfinite(floor) and floor >= 0, f"`label_floor` {floor} must be 0 or more")

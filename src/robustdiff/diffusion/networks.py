@@ -89,7 +89,7 @@ def check_size(size: tuple[int, int], multiple: int, network: str) -> None:
     """Refuse image sizes that the network cannot halve and double back.
 
     Raises:
-        UsageError: Naming ``--resolution`` and the nearest sizes that work.
+        UsageError: Naming ``resolution`` and the nearest sizes that work.
     """
     if size[0] % multiple or size[1] % multiple:
         side = min(size)
@@ -97,7 +97,7 @@ def check_size(size: tuple[int, int], multiple: int, network: str) -> None:
         choices = " or ".join(str(n) for n in (below, below + multiple) if n)
         raise UsageError(
             f"images of {size[1]} x {size[0]} do not fit network {network!r}, which needs multiples of {multiple}: "
-            f"use --resolution {choices}, or another --network"
+            f"use `resolution` {choices}, or another `network`"
         )
 
 

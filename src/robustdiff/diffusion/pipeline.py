@@ -145,12 +145,12 @@ def make_scheduler(name: str, like: Any, steps: int) -> Any:  # noqa: ANN401 - s
             stride, which is wrong unless ``steps`` divides the number of noise levels.
     """
     if name not in SCHEDULERS:
-        raise UsageError(f"--scheduler {name!r} is not one of {', '.join(SCHEDULERS)}")
+        raise UsageError(f"`scheduler` {name!r} is not one of {', '.join(SCHEDULERS)}")
     total = like.config.num_train_timesteps
     if steps > total or (name in ("ddim", "ddpm") and total % steps):
         divisors = [d for d in range(1, total + 1) if total % d == 0]
         nearest = min(divisors, key=lambda d: abs(d - steps))
-        raise UsageError(f"--steps {steps} does not divide the {total} noise levels of {name}: use --steps {nearest}")
+        raise UsageError(f"`steps` {steps} does not divide the {total} noise levels of {name}: use `steps` {nearest}")
     scheduler = SCHEDULERS[name].from_config(like.config, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     return scheduler
@@ -174,14 +174,14 @@ def trajectory_of(
         UsageError: If there is no such trajectory of this pipeline.
     """
     if scheduler not in ("ddim", "ddpm"):
-        raise UsageError(f"--scheduler {scheduler!r} cannot be attacked: use ddim or ddpm")
+        raise UsageError(f"`scheduler` {scheduler!r} cannot be attacked: use ddim or ddpm")
     stock = make_scheduler(scheduler, pipeline.scheduler, steps if timesteps is None else 1)
     config = stock.config
     if config.get("thresholding"):
         raise UsageError("the scheduler thresholds dynamically, which is not supported here: set thresholding to false")
     variance = config.get("variance_type", "fixed_small") if scheduler == "ddpm" else "fixed_small"
     if variance not in ("fixed_small", "fixed_large"):
-        raise UsageError(f"the scheduler's variance_type {variance!r} is not supported here: use --scheduler ddim")
+        raise UsageError(f"the scheduler's variance_type {variance!r} is not supported here: use `scheduler` ddim")
     return DifferentiableSampler.of(
         pipeline.unet,
         NoiseSchedule.from_scheduler(pipeline.scheduler),

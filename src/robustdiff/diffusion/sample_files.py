@@ -106,7 +106,7 @@ def draw(config: SampleConfig, pipeline: DiffusionPipeline, labels: Sequence[int
 
 
 _SAMPLE = re.compile(r"\d{6,}\.png|grid\.png")
-"""What ``sample`` writes into a folder, and all that ``--overwrite`` may delete."""
+"""What ``sample`` writes into a folder, and all that ``overwrite`` may delete."""
 
 
 def _output_path(config: SampleConfig) -> Path:
@@ -123,13 +123,13 @@ def _output_path(config: SampleConfig) -> Path:
     else:
         occupied = output.is_file() or (output.is_dir() and any(output.iterdir()))
     if occupied and not config.overwrite:
-        raise UsageError(f"--output {output} exists: name another, or add --overwrite")
+        raise UsageError(f"`output` {output} exists: name another, or add `overwrite`")
     if there := atomic_io.read_only(output.parent):  # where it is made ready
-        raise UsageError(f"--output {output}: {there} is read-only: name another place")
+        raise UsageError(f"`output` {output}: {there} is read-only: name another place")
     if output.is_dir() and os.path.ismount(output):
-        raise UsageError(f"--output {output} is where a disk is mounted: name a folder in it")
+        raise UsageError(f"`output` {output} is where a disk is mounted: name a folder in it")
     if occupied and output.is_dir() and not all(_SAMPLE.fullmatch(path.name) for path in output.iterdir()):
-        raise UsageError(f"--output {output} holds other files than samples: name another folder")
+        raise UsageError(f"`output` {output} holds other files than samples: name another folder")
     return output
 
 
@@ -137,7 +137,7 @@ def class_labels(config: SampleConfig, classes: int | None) -> list[int] | None:
     """The class of each image; None for an unconditional pipeline."""
     if classes is None:
         if config.class_label is not None:
-            raise UsageError(f"--class-label: {config.run} is not class-conditional")
+            raise UsageError(f"`class_label`: {config.run} is not class-conditional")
         return None
     if config.class_label is None:
         return [i % classes for i in range(config.n)]
@@ -150,7 +150,7 @@ def class_labels(config: SampleConfig, classes: int | None) -> list[int] | None:
         known = [f"one of {', '.join(names[:20])}"] if names else []
         if not any(name.isdecimal() for name in names):  # such names are no numbers of classes
             known.insert(0, f"in 0 .. {classes - 1}")
-        raise UsageError(f"--class-label {config.class_label} is not {', nor '.join(known)}")
+        raise UsageError(f"`class_label` {config.class_label} is not {', nor '.join(known)}")
     return [number] * config.n
 
 

@@ -86,35 +86,36 @@ class EvaluateConfig:
         """Check ranges, and refuse flags that would do nothing.
 
         Raises:
-            UsageError: One line that names the flag and the remedy.
+            UsageError: One line that names the setting and the remedy.
         """
         texts = ("run", "reference", "training", "held_out", "split", "training_split", "held_out_split", "title")
         check_given(self, *texts, "dataset_config_name", "image_column", "few_step", "output", "told", "cache")
         require(
             self.reference is not None,
-            "--reference is missing: name clean real images to compare with (a folder, a parquet file ...)",
+            "`reference` is missing: name clean real images to compare with (a folder, a parquet file ...)",
         )
         check_extractors(self.extractor)
         for owner in ("training", "held_out"):
             idle = getattr(self, owner) in (None, "none") and getattr(self, f"{owner}_split") is not None
-            flag = "--" + owner.replace("_", "-")
-            require(not idle, f"{flag}-split needs {flag}: add it, or leave this one out")
-        require(self.n is None or self.n >= 14, f"-n {self.n} must be at least 14: neighbours are looked for in halves")
-        require(self.steps >= 1, f"--steps {self.steps} must be at least 1")
-        require(self.batch_size >= 1, f"--batch-size {self.batch_size} must be at least 1")
-        require(0 <= self.seed <= MAX_SEED, f"--seed must be in 0 .. {MAX_SEED}")
-        require(math.isfinite(self.relabel) and self.relabel >= 1, f"--relabel {self.relabel} must be 1 or more")
+            require(not idle, f"`{owner}_split` needs `{owner}`: add it, or leave this one out")
+        require(
+            self.n is None or self.n >= 14, f"`n` {self.n} must be at least 14: neighbours are looked for in halves"
+        )
+        require(self.steps >= 1, f"`steps` {self.steps} must be at least 1")
+        require(self.batch_size >= 1, f"`batch_size` {self.batch_size} must be at least 1")
+        require(0 <= self.seed <= MAX_SEED, f"`seed` must be in 0 .. {MAX_SEED}")
+        require(math.isfinite(self.relabel) and self.relabel >= 1, f"`relabel` {self.relabel} must be 1 or more")
         floor = self.label_floor
-        require(math.isfinite(floor) and floor >= 0, f"--label-floor {floor} must be 0 or more")
+        require(math.isfinite(floor) and floor >= 0, f"`label_floor` {floor} must be 0 or more")
         check_resolution(self.resolution)
         check_bad_fraction(self.max_bad_fraction)
         idle = self.few_step_schedulers is not None and self.few_step is None
-        require(not idle, "--few-step-schedulers needs --few-step: name numbers of steps, such as 5,10,20")
+        require(not idle, "`few_step_schedulers` needs `few_step`: name numbers of steps, such as 5,10,20")
         self.few_step_counts()
         self.few_step_samplers()
 
     def few_step_counts(self) -> tuple[int, ...]:
-        """``--few-step`` as numbers, ascending.
+        """``few_step`` as numbers, ascending.
 
         Raises:
             UsageError: If they are no whole numbers, or fewer than one.
@@ -123,11 +124,11 @@ class EvaluateConfig:
             counts = sorted({int(text) for text in (self.few_step or "").split(",") if self.few_step})
         except ValueError:
             counts = [0]
-        require(not counts or counts[0] >= 1, f"--few-step {self.few_step} is no list such as 5,10,20,50")
+        require(not counts or counts[0] >= 1, f"`few_step` {self.few_step} is no list such as 5,10,20,50")
         return tuple(counts)
 
     def few_step_samplers(self) -> tuple[str, ...]:
-        """``--few-step-schedulers``, in the order given.
+        """``few_step_schedulers``, in the order given.
 
         Raises:
             UsageError: If one is unknown.
@@ -135,5 +136,5 @@ class EvaluateConfig:
         known = ("ddim", "ddpm", "dpm", "unipc", "euler")
         names = tuple(dict.fromkeys((self.few_step_schedulers or "ddim").split(",")))
         for name in names:
-            require(name in known, f"--few-step-schedulers {name!r} is not one of {', '.join(known)}")
+            require(name in known, f"`few_step_schedulers` {name!r} is not one of {', '.join(known)}")
         return names

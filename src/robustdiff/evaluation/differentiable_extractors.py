@@ -56,5 +56,5 @@ def differentiable(extractor: Extractor, probe: Tensor) -> Callable[[Tensor], Te
             return run
     told = "; ".join(f"in 0 to {2 * scale:g}: {why}" for scale, why in zip(SCALES, reasons, strict=True))
     raise UsageError(
-        f"--extractor {extractor.name} is not differentiable ({told}): name pixels first, or a module that is"
+        f"`extractor` {extractor.name} is not differentiable ({told}): name pixels first, or a module that is"
     )

@@ -64,7 +64,7 @@ def extract_together(
     Args:
         extractor: On this process's device.
         images: All of them, on every process.
-        what: What errors call the images, such as ``--reference``.
+        what: What errors call the images, such as ``reference``.
         batch_size: Images at a time, on each process.
         cache: Folder of the cache, or None.
         progress: Told of finished images, those of the other processes guessed from this one's.
@@ -81,7 +81,7 @@ def extract_together(
     shelf = shelf_of(extractor, images, batch_size=batch_size, cache=cache)
     if len(set(gather_object([shelf.key]))) > 1:
         raise UsageError(
-            f"{what} or --extractor {extractor.name}: not all processes read the same images and weights: make them "
+            f"{what} or `extractor` {extractor.name}: not all processes read the same images and weights: make them "
             "the same on all machines"
         )
     values = shelf.fetch() if state.is_main_process else None
@@ -130,5 +130,5 @@ def _joined(extractor: Extractor, parts: Sequence[Tensor]) -> Tensor:
     parts = [part for part in parts if len(part)]  # with fewer batches than processes some have none
     widths = {part.shape[1] for part in parts}
     if len(widths) > 1:
-        raise UsageError(f"--extractor {extractor.name} gives different numbers of features: {sorted(widths)}")
+        raise UsageError(f"`extractor` {extractor.name} gives different numbers of features: {sorted(widths)}")
     return torch.cat(parts)

@@ -118,10 +118,10 @@ class _Evaluation:
                 size = self.config.batch_size
                 return extract_together(extractor, images, what, batch_size=size, cache=cache, progress=tell)
 
-        fake, real = features(self.generated.images, "RUN"), features(self.real, "--reference")
-        held_out = None if self.held_out is None else features(self.held_out, "--held-out")
-        training = None if self.training is None else features(self.training, "--training")
-        drawn = {key: features(images, "--few-step") for key, images in self.generated.few_step.items()}
+        fake, real = features(self.generated.images, "`run`"), features(self.real, "`reference`")
+        held_out = None if self.held_out is None else features(self.held_out, "`held_out`")
+        training = None if self.training is None else features(self.training, "`training`")
+        drawn = {key: features(images, "`few_step`") for key, images in self.generated.few_step.items()}
         few = {key: found for key, found in drawn.items() if found is not None}
         if fake is None or real is None:
             return None
@@ -157,7 +157,7 @@ class _Evaluation:
         """What was left out, and what was done to real images to bring them to the size of the generated ones."""
         height, width = self.generated.images.shape[2:]
         told = list(self.generated.remarks)
-        for flag, images in (("--reference", self.real), ("--held-out", self.held_out), ("--training", self.training)):
+        for flag, images in (("`reference`", self.real), ("`held_out`", self.held_out), ("`training`", self.training)):
             told += left_out(flag, images) if images else []
             done = {note: images.notes[note] for note in RESHAPED if note in images.notes} if images else {}
             if done:
@@ -177,7 +177,7 @@ class _Evaluation:
         if same:
             warnings.append(
                 "the reference is the training set: without held-out real images near-copies have no null to be read "
-                "against; name others with --reference"
+                "against; name others with `reference`"
             )
         features = (fake.values, training.values, null_features)
         with bar("copies", 2 * (len(fake.values) + (0 if null is None else len(null))), "row") as tell:

@@ -65,7 +65,7 @@ class Extractor:
 
 
 def open_extractor(spec: str, device: torch.device | str = "cpu") -> Extractor:
-    """What ``--extractor`` names.
+    """What ``extractor`` names.
 
     Nothing is downloaded, and no pickle is read. A TorchScript file is a program, though: run only files you trust.
 
@@ -97,7 +97,7 @@ def open_extractor(spec: str, device: torch.device | str = "cpu") -> Extractor:
     if path.is_dir():
         return _transformers(spec, path, where)
     raise UsageError(
-        f"--extractor {spec!r} is none of: pixels, inception, inception:WEIGHTS.pth, a TorchScript file "
+        f"`extractor` {spec!r} is none of: pixels, inception, inception:WEIGHTS.pth, a TorchScript file "
         f"({', '.join(TORCHSCRIPT)}), the folder of a transformers model (`hf download ID --local-dir FOLDER`)"
     )
 
@@ -115,7 +115,7 @@ def _read(spec: str, path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         reason = atomic_io.one_line(error)
-        raise UsageError(f"--extractor {spec}: cannot read {path}: {reason}; name the file of an extractor") from None
+        raise UsageError(f"`extractor` {spec}: cannot read {path}: {reason}; name the file of an extractor") from None
 
 
 def reason_of(error: BaseException) -> str:
@@ -139,7 +139,7 @@ def _torchscript(spec: str, path: Path, device: torch.device) -> Extractor:
             warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # such files will be around for long
             network = torch.jit.load(io.BytesIO(content), map_location=device)  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f"--extractor {spec} is no TorchScript file (torch.jit.save): {reason_of(error)}") from None
+        raise UsageError(f"`extractor` {spec} is no TorchScript file (torch.jit.save): {reason_of(error)}") from None
     network.eval()
     return Extractor(
         path.stem,
@@ -158,23 +158,23 @@ def _inception(spec: str, device: torch.device) -> Extractor:
     path = Path(asked).expanduser() if asked else next((place for place in places if place.is_file()), places[0])
     if not path.is_file():
         raise UsageError(
-            f"--extractor {spec} needs the weights {INCEPTION_FILES[0]} (sha256 {INCEPTION}...) and finds no {path}: "
+            f"`extractor` {spec} needs the weights {INCEPTION_FILES[0]} (sha256 {INCEPTION}...) and finds no {path}: "
             "get them from the releases of github.com/mseitzer/pytorch-fid or github.com/toshas/torch-fidelity "
-            f"({INCEPTION_FILES[1]}), and give --extractor inception:PATH"
+            f"({INCEPTION_FILES[1]}), and give `extractor` inception:PATH"
         )
     content = _read(spec, path)
     digest = hashlib.sha256(content).hexdigest()
     if path.name in INCEPTION_FILES and not digest.startswith(INCEPTION):
-        raise UsageError(f"--extractor {spec}: {path} is damaged (sha256 {digest[:8]}...): fetch it again")
+        raise UsageError(f"`extractor` {spec}: {path} is damaged (sha256 {digest[:8]}...): fetch it again")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file may raise anything
-        raise UsageError(f"--extractor {spec}: {path} holds no weights: {reason_of(error)}") from None
+        raise UsageError(f"`extractor` {spec}: {path} holds no weights: {reason_of(error)}") from None
     try:
         library = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision made for another torch
         raise UsageError(
-            f"--extractor {spec} needs torch-fidelity, and the torchvision that belongs to torch {torch.__version__}: "
+            f"`extractor` {spec} needs torch-fidelity, and the torchvision that belongs to torch {torch.__version__}: "
             f"`pip install torch-fidelity torchvision` ({reason_of(error)})"
         ) from None
     # torch-fidelity unpickles whatever file it is given, or downloads one: it gets what has passed weights_only.
@@ -186,7 +186,7 @@ def _inception(spec: str, device: torch.device) -> Extractor:
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = atomic_io.one_line(error)
         raise UsageError(
-            f"--extractor {spec}: {path} is not the weights of torch-fidelity's Inception-v3: {reason}"
+            f"`extractor` {spec}: {path} is not the weights of torch-fidelity's Inception-v3: {reason}"
         ) from None
     network = network.to(device).eval()
     return Extractor(
@@ -210,13 +210,13 @@ def _in_parts(network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 def _transformers(spec: str, folder: Path, device: torch.device) -> Extractor:
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         if not (folder / name).is_file():
-            raise UsageError(f"--extractor {spec}: a folder must hold a transformers model, and this has no {name}")
+            raise UsageError(f"`extractor` {spec}: a folder must hold a transformers model, and this has no {name}")
     settings = _preprocessing(spec, folder / "preprocessor_config.json")
     try:
         library = importlib.import_module("transformers")
     except (ImportError, RuntimeError) as error:
         raise UsageError(
-            f'--extractor {spec} needs transformers: `pip install "robustdiff[vision]"` ({reason_of(error)})'
+            f'`extractor` {spec} needs transformers: `pip install "robustdiff[vision]"` ({reason_of(error)})'
         ) from None
     try:
         with _silent(importlib.import_module("transformers.utils.logging")):
@@ -228,11 +228,11 @@ def _transformers(spec: str, folder: Path, device: torch.device) -> Extractor:
                 output_loading_info=True,
             )
     except Exception as error:  # as many kinds as there are architectures
-        raise UsageError(f"--extractor {spec} cannot be loaded: {atomic_io.one_line(error)}") from None
+        raise UsageError(f"`extractor` {spec} cannot be loaded: {atomic_io.one_line(error)}") from None
     # Missing weights are drawn at random: a classifier's file has no pooler; anything else missing is a broken file.
     missing = sorted(about["missing_keys"])
     if strange := [key for key in missing if "pooler" not in key]:
-        raise UsageError(f"--extractor {spec}: model.safetensors lacks {len(strange)} weights, such as {strange[0]}")
+        raise UsageError(f"`extractor` {spec}: model.safetensors lacks {len(strange)} weights, such as {strange[0]}")
     network = getattr(loaded, "vision_model", loaded).float().to(device).eval()  # of CLIP and its like, half
     height, width = settings["size"]
     mean, std = (torch.tensor(settings[key], device=device).reshape(1, 3, 1, 1) for key in ("mean", "std"))
@@ -248,7 +248,7 @@ def _transformers(spec: str, folder: Path, device: torch.device) -> Extractor:
             probe = run(torch.zeros(1, 3, height, width, dtype=torch.uint8, device=device))
         tokens = probe.last_hidden_state
     except Exception as error:  # it may want text, or sound
-        raise UsageError(f"--extractor {spec} gives no features of images: {reason_of(error)}") from None
+        raise UsageError(f"`extractor` {spec} gives no features of images: {reason_of(error)}") from None
     pooled = not missing and getattr(probe, "pooler_output", None) is not None
     patches = _patches(network, height, width)
     skip = max(0, tokens.shape[1] - patches) if patches and tokens.ndim == 3 else 0
@@ -300,7 +300,7 @@ def _preprocessing(spec: str, path: Path) -> dict[str, Any]:
             raise ValueError(f"size {size}, mean {mean}, std {std}, scale {scale}")
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else atomic_io.one_line(error)
-        raise UsageError(f"--extractor {spec}: cannot use {path.name}: {reason}") from None
+        raise UsageError(f"`extractor` {spec}: cannot use {path.name}: {reason}") from None
     return {"size": [int(height), int(width)], "mean": mean, "std": std, "rescale": scale}
 
 

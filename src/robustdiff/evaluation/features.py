@@ -175,7 +175,7 @@ def compute(
             values = _room(extractor, count, features.shape[1])
         elif features.shape[1] != values.shape[1]:
             raise UsageError(
-                f"--extractor {extractor.name} gives {features.shape[1]} features after {values.shape[1]} before"
+                f"`extractor` {extractor.name} gives {features.shape[1]} features after {values.shape[1]} before"
             )
         values[done : done + len(batch)] = features
         done += len(batch)
@@ -186,7 +186,7 @@ def compute(
 
 def _run(extractor: Extractor, batch: Tensor, start: int = 0) -> Tensor:
     """Checked features of one batch, float32 on the CPU."""
-    asked = f"--extractor {extractor.name}"
+    asked = f"`extractor` {extractor.name}"
     device = extractor.device
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False), _full_precision(device):
@@ -195,7 +195,7 @@ def _run(extractor: Extractor, batch: Tensor, start: int = 0) -> Tensor:
             features = given.float().cpu() if good else torch.empty(0)
     except Exception as error:  # whatever the file of a stranger raises
         if is_out_of_memory(error):
-            raise UsageError(f"{asked}: out of memory with {len(batch)} images; use a smaller --batch-size") from None
+            raise UsageError(f"{asked}: out of memory with {len(batch)} images; use a smaller `batch_size`") from None
         raise UsageError(f"{asked} fails on images of shape {tuple(batch.shape)}: {reason_of(error)}") from None
     if not good or features.ndim != 2 or len(features) != len(batch) or not features.shape[1]:
         what = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
@@ -211,7 +211,7 @@ def _check_steady(extractor: Extractor, batch: Tensor, features: Tensor) -> None
     again = _run(extractor, batch[: len(few)])
     if again.shape != few.shape or not (again - few).norm() <= STEADY * few.norm():
         raise UsageError(
-            f"--extractor {extractor.name} gives other features for the same images in another batch: it must be saved "
+            f"`extractor` {extractor.name} gives other features for the same images in another batch: it must be saved "
             "in evaluation mode and draw nothing at random"
         )
 
@@ -220,7 +220,7 @@ def _room(extractor: Extractor, count: int, size: int) -> Tensor:
     needed, free = count * size * 4, free_memory()
     if needed > free:
         raise UsageError(
-            f"--extractor {extractor.name}: {count} x {size} features take {needed / 2**30:.1f} GiB and "
+            f"`extractor` {extractor.name}: {count} x {size} features take {needed / 2**30:.1f} GiB and "
             f"{free / 2**30:.1f} GiB are free; use an extractor with fewer features, or fewer images"
         )
     return torch.empty(count, size)
@@ -300,7 +300,7 @@ def shelf_of(
     """
     rows = rows_of(images)
     if batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1, got {batch_size}")
+        raise UsageError(f"`batch_size` must be at least 1, got {batch_size}")
     if len(rows.shape) != 4 or rows.shape[1] not in (1, 3) or not len(rows):
         raise ValueError(f"images must have shape (N, C, H, W) with N >= 1 and C = 1 or 3, got {tuple(rows.shape)}")
     digest = images_sha256(images, batch_size)
@@ -356,7 +356,7 @@ def _keep(path: Path, key: str, values: Tensor) -> None:
             aside.unlink()
         _warn(
             f"features are not cached in {path.parent} ({atomic_io.one_line(error)}); "
-            "--cache FOLDER puts them elsewhere"
+            "`cache` FOLDER puts them elsewhere"
         )
 
 

@@ -48,7 +48,7 @@ class Generated:
         images: uint8 (n, C, H, W).
         about: ``generated`` of the protocol.
         sampler: ``sampler`` of the protocol; None for images as given.
-        few_step: uint8 images from the same seeds by (scheduler, steps), for --few-step.
+        few_step: uint8 images from the same seeds by (scheduler, steps), for `few_step`.
         pipeline: None for images as given.
         remarks: What a reader must know of them.
     """
@@ -81,32 +81,30 @@ def open_generated(config: EvaluateConfig) -> Source:
     """The images to judge, not yet drawn.
 
     Raises:
-        UsageError: If RUN is neither a pipeline nor images, or a flag does not fit it.
+        UsageError: If ``run`` is neither a pipeline nor images, or a flag does not fit it.
     """
     if not _is_pipeline(config.run):
         given = ("steps", "scheduler", "relabel", "label_floor", "few_step")
         defaults = {field.name: field.default for field in dataclasses.fields(EvaluateConfig)}
         for name in given:
             if getattr(config, name) != defaults[name]:
-                raise UsageError(
-                    f"--{name.replace('_', '-')} needs a pipeline: {config.run} holds images, leave it out"
-                )
-        images = _load(config.run, "RUN", config.max_bad_fraction, resolution=config.resolution)
+                raise UsageError(f"`{name}` needs a pipeline: {config.run} holds images, leave it out")
+        images = _load(config.run, "`run`", config.max_bad_fraction, resolution=config.resolution)
         count = config.n or len(images)
         if count > len(images):
-            raise UsageError(f"-n {count}: {config.run} has {len(images)} images; lower it")
-        check_enough("RUN", count)
+            raise UsageError(f"`n` {count}: {config.run} has {len(images)} images; lower it")
+        check_enough("`run`", count)
         judged = images.images[:count]
         about = {"source": name_of(images.source), "sha256": _sha256(judged), "skipped": len(images.skipped)}
         given_as = Generated(
-            judged, {**about, "conversions": dict(images.notes)}, None, remarks=left_out("RUN", images)
+            judged, {**about, "conversions": dict(images.notes)}, None, remarks=left_out("`run`", images)
         )
         return Source(images.size, images.channels, lambda: given_as)
     pipeline = load_pipeline(config.run)
     denoiser = Denoiser.of(pipeline)
     size, channels = denoiser.size, denoiser.channels
     if config.resolution not in (None, size[0]) or (config.resolution and len(set(size)) > 1):
-        raise UsageError(f"--resolution {config.resolution}: the pipeline draws {size[1]} x {size[0]}; leave it out")
+        raise UsageError(f"`resolution` {config.resolution}: the pipeline draws {size[1]} x {size[0]}; leave it out")
     if channels not in (1, 3):
         raise UsageError(f"{config.run} draws {channels} channels: only grey or RGB can be judged")
     for steps in config.few_step_counts():
@@ -204,7 +202,7 @@ def load_real(
     config: EvaluateConfig, name: str, resolution: int | None, channels: int, size: tuple[int, int]
 ) -> ImageDataset:
     """The reference or the held-out images, brought to the size and the channels of the generated ones."""
-    flag = "--" + name.replace("_", "-")
+    flag = f"`{name}`"
     own = {"config": config.dataset_config_name, "image_column": config.image_column}
     options = {"split": config.split, **own} if name == "reference" else {"split": getattr(config, f"{name}_split")}
     shape = {"resolution": resolution, "channels": channels}
@@ -218,7 +216,7 @@ def _same_size(images: ImageDataset, flag: str, size: tuple[int, int]) -> None:
     if images.size != size:
         raise UsageError(
             f"{flag}: its images are {images.size[1]} x {images.size[0]}, the generated ones {size[1]} x {size[0]}, "
-            f"which is no square: bring them to one size, or give --resolution N"
+            f"which is no square: bring them to one size, or give `resolution` N"
         )
 
 
@@ -230,14 +228,14 @@ def load_training(
         return None, None
     if config.training is not None:
         options = {"split": config.training_split, "resolution": resolution, "channels": channels}
-        images = _load(config.training, "--training", config.max_bad_fraction, **options)
-        _same_size(images, "--training", size)
+        images = _load(config.training, "`training`", config.max_bad_fraction, **options)
+        _same_size(images, "`training`", size)
         return images, None
     try:
         images = trained_on(config.run, resolution, channels, size)
     except TrainingUnread as error:
-        return None, f"copying was not looked for, as the training images cannot be read ({error}): give --training"
-    return images, None if images else "copying was not looked for: name the training images with --training"
+        return None, f"copying was not looked for, as the training images cannot be read ({error}): give `training`"
+    return images, None if images else "copying was not looked for: name the training images with `training`"
 
 
 class TrainingUnread(UsageError):
@@ -295,9 +293,9 @@ def output_folder(config: EvaluateConfig) -> Path:
     else:
         folder = Path("evaluation") / (name_of(config.run).replace("/", "--") or "images") / "evaluation"
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output {folder} is a file: name a folder")
+        raise UsageError(f"`output` {folder} is a file: name a folder")
     if there := atomic_io.read_only(folder):
-        raise UsageError(f"--output {folder}: {there} is read-only: name another place")
+        raise UsageError(f"`output` {folder}: {there} is read-only: name another place")
     return folder
 
 

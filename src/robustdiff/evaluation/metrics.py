@@ -86,7 +86,7 @@ def judge(
     Raises:
         UsageError: If there are too few images.
     """
-    for name, features in (("RUN", generated), ("--reference", reference), ("--held-out", held_out)):
+    for name, features in (("`run`", generated), ("`reference`", reference), ("`held_out`", held_out)):
         if features is not None:
             check_enough(name, len(features.values))
     fake, real = generated.values, reference.values
@@ -105,7 +105,7 @@ def judge(
         if len(base) < 0.9 * n or len(other) < 0.9 * m:
             warnings.append(
                 f"the floor is of {len(base)} against {len(other)} real images, the values of {n} against {m}: the "
-                f"floor of {generated.extractor.metric} is too high for them; name more real images with --held-out"
+                f"floor of {generated.extractor.metric} is too high for them; name more real images with `held_out`"
             )
     if min(n, m) < 2 * d:
         warnings.append(

@@ -1,4 +1,4 @@
-"""``robustdiff report RUN ... -o report.html``: runs side by side on one page that needs nothing else.
+"""Runs side by side on one page that needs nothing else.
 
 Reading order: ``collecting`` (what lies in the run folders), ``comparing`` (what may stand in one column, what is best,
 what is a tie), ``charts`` (inline SVG), ``page``.
@@ -33,7 +33,7 @@ def report(folders: Iterable[str | Path], output: str | Path = "report.html", ti
     """
     output = Path(output)
     if output.is_dir():
-        raise UsageError(f"--output {output} is a folder: name a file, as in --output {output / 'report.html'}")
+        raise UsageError(f"`output` {output} is a folder: name a file, as in `output` {output / 'report.html'}")
     text = render(collect(folders), title, beside=output.parent)
     output.parent.mkdir(parents=True, exist_ok=True)
     atomic_io.write_text(output, text)

@@ -96,7 +96,7 @@ class Run:
         during: Lines of ``evaluation/during.jsonl``.
         samples: Preview grids by step, at most :data:`STAGES`, the last one last.
         training: ``evaluation/training.png``.
-        found: What ``--auto`` or ``robustdiff audit`` found, empty without; found_sheets: its contact sheets, by kind.
+        found: What ``auto`` or ``robustdiff audit`` found, empty without; found_sheets: its contact sheets, by kind.
         evaluations: Of the kinds in :data:`KINDS`, by file name.
         not_shown: In words, what lies there and is not on the page.
     """
@@ -132,7 +132,7 @@ def collect(folders: Iterable[str | Path]) -> list[Run]:
     for folder in folders:
         paths.setdefault(Path(folder).resolve(), Path(folder))
     if not paths:
-        raise UsageError("report needs at least one run folder: robustdiff report RUN ... -o report.html")
+        raise UsageError("`folders` is empty: name at least one run folder")
     runs = [_read(folder) for folder in paths.values()]
     titles = _titles(runs)
     return [Run(**{**vars(run), "title": title}) for run, title in zip(runs, titles, strict=True)]
@@ -153,7 +153,7 @@ def _titles(runs: Sequence[Run]) -> list[str]:
 
 def _read(folder: Path) -> Run:
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder: name run folders, as `robustdiff train --output-dir` makes them")
+        raise UsageError(f"{folder} is not a folder: name run folders, as `robustdiff train` makes them")
     config, data = (_json(folder / name) for name in ("config.json", "data.json"))
     metrics = _lines(folder / "metrics.jsonl", _wrong_metrics)
     during = _lines(folder / "evaluation" / "during.jsonl", _wrong_during)

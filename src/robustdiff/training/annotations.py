@@ -1,4 +1,4 @@
-"""What a run is told of its images: how noisy each is (``--noise-levels``), which are clean (``--clean-subset``)."""
+"""What a run is told of its images: how noisy each is (``noise_levels``), which are clean (``clean_subset``)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class NoiseLevels:
         }
         if floor := about["untrained_below"]:
             rows["not trained"] = (
-                f"noise levels below sigma/alpha {floor:.3g}: every image has more noise; sample with --label-floor "
+                f"noise levels below sigma/alpha {floor:.3g}: every image has more noise; sample with `label_floor` "
                 f"{floor:.3g}"
             )
         return rows
@@ -111,7 +111,7 @@ def told_levels(
     Raises:
         UsageError: If the file cannot be used, a name is unknown, a level has no meaning, or all are 0.
     """
-    flag = f"--noise-levels {source}"
+    flag = f"`noise_levels` {source}"
     sigma = torch.zeros(len(data), dtype=torch.float64)
     if source == FROM_CORRUPT:
         for index in range(len(data)):
@@ -127,7 +127,7 @@ def told_levels(
                 sigma[places[name]] = value
             elif name not in skipped:
                 raise UsageError(
-                    f"{flag}{where}: DATA {data.source} has no image {name!r}; its names are like {data.names[0]!r}"
+                    f"{flag}{where}: `data` {data.source} has no image {name!r}; its names are like {data.names[0]!r}"
                 )
     if not bool((sigma[trained] > 0).any()):
         raise UsageError(f"{flag}: no image that is trained on has a level above 0: leave the flag out")
@@ -162,7 +162,7 @@ def trained_images(data: ImageDataset, corruptions: Sequence[Corruption], seed: 
     dirt = tuple(enumerate(corruptions))
     clean = [index for index in range(len(data)) if not any(c.hits(seed, index, place) for place, c in dirt)]
     if not clean:
-        raise UsageError("--clean-subset: --corrupt hits every image: lower its fraction")
+        raise UsageError("`clean_subset`: `corrupt` hits every image: lower its fraction")
     return torch.tensor(clean)
 
 
@@ -183,7 +183,7 @@ def read_levels(path: Path, data: ImageDataset) -> Iterator[Entry]:
     Raises:
         UsageError: In one line, naming the file and the line or entry.
     """
-    flag = f"--noise-levels {path}"
+    flag = f"`noise_levels` {path}"
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except FileNotFoundError:
@@ -262,9 +262,9 @@ def _from_manifest(manifest: dict[str, Any], flag: str, data: ImageDataset) -> I
     if (height, width, channels) != (*data.size, data.channels):
         raise UsageError(
             f"{flag}: made for {width} x {height} images of {channels} channels, and resizing changes noise: leave out "
-            "--resolution and --channels"
+            "`resolution` and `channels`"
         )
     if digest == data.sha256:
-        raise UsageError(f"{flag}: DATA {data.source} is what that copy was made from: train on the copy")
+        raise UsageError(f"{flag}: `data` {data.source} is what that copy was made from: train on the copy")
     for file, hits in images:
         yield file, math.hypot(*(float(c.parameters["sigma"]) for c in hits)), f", {file!r:.80}"

@@ -29,7 +29,7 @@ BEST = "best"
 class EvaluationCallback:
     """Draws images from the same seeds every so many steps, and judges them as ``robustdiff evaluate`` does.
 
-    Writes ``evaluation/during.jsonl``, and, whenever ``--evaluate-metric`` is better than ever before, the pipeline
+    Writes ``evaluation/during.jsonl``, and, whenever ``evaluate_metric`` is better than ever before, the pipeline
     into ``best/`` and its step into ``evaluation/best.json``.
     """
 
@@ -49,12 +49,9 @@ class EvaluationCallback:
         assert config.evaluate_every is not None
         assert config.evaluate_reference is not None
         self.config, self.batch, self.sampler_steps, self.total = config, plan.batch, steps, plan.steps
-        self.every = max(1, round(parse_count(config.evaluate_every, "--evaluate-every") / plan.batch))
+        self.every = max(1, round(parse_count(config.evaluate_every, "evaluate_every") / plan.batch))
         height, width = data.size
-        try:
-            self.extractor = open_extractor(config.evaluate_extractor, device)
-        except UsageError as error:
-            raise UsageError(str(error).replace("--extractor", "--evaluate-extractor", 1)) from None
+        self.extractor = open_extractor(config.evaluate_extractor, device)
         try:
             reference = load_images(
                 config.evaluate_reference,
@@ -63,15 +60,15 @@ class EvaluationCallback:
                 split=config.evaluate_split,
             )
         except DataError as error:
-            raise UsageError(f"--evaluate-reference {error}") from None
+            raise UsageError(f"`evaluate_reference` {error}") from None
         if reference.size != data.size:
             raise UsageError(
-                f"--evaluate-reference: its images are {reference.size[1]} x {reference.size[0]}, those trained on "
+                f"`evaluate_reference`: its images are {reference.size[1]} x {reference.size[0]}, those trained on "
                 f"{width} x {height}: bring them to one size"
             )
         if len(reference) < LEAST:
             raise UsageError(
-                f"--evaluate-reference has {len(reference)} images; at least {LEAST} are needed: give more"
+                f"`evaluate_reference` has {len(reference)} images; at least {LEAST} are needed: give more"
             )
         self.reference = self._features(reference)
         kernel = "KID" if self.extractor.metric == "FID" else f"KID-{self.extractor.name}"

@@ -259,14 +259,14 @@ def find_checkpoint(folder: Path, name: str = "latest", damaged: list[tuple[Path
     found = _candidates(folder)
     if name == "latest":
         if not found:
-            raise UsageError(f"--resume: no complete checkpoint in {folder}; start anew with --overwrite")
+            raise UsageError(f"`resume`: no complete checkpoint in {folder}; start anew with `overwrite`")
         chosen = found
     else:
         asked = _ASKED.fullmatch(Path(name).name)
         chosen = [item for item in found if asked and item[0] == int(asked[1])]
         if not chosen:
             there = ", ".join(path.name for path in list_checkpoints(folder)) or "none"
-            raise UsageError(f"--resume-from-checkpoint {name!r}: not in {folder} (there: {there})")
+            raise UsageError(f"`resume_from_checkpoint` {name!r}: not in {folder} (there: {there})")
     bad: list[tuple[Path, str]] = []
     for _, _, path in reversed(chosen):
         reason = verify(path)
@@ -278,12 +278,12 @@ def find_checkpoint(folder: Path, name: str = "latest", damaged: list[tuple[Path
     reasons = "; ".join(f"{path.name}: {reason}" for path, reason in bad)
     if name == "latest":
         raise UsageError(
-            f"--resume: no checkpoint in {folder} is undamaged ({reasons}): bring one back from a backup, "
-            "or start anew with --overwrite"
+            f"`resume`: no checkpoint in {folder} is undamaged ({reasons}): bring one back from a backup, "
+            "or start anew with `overwrite`"
         )
     good = next((path.name for step, _, path in reversed(found) if step != chosen[0][0] and not verify(path)), None)
-    remedy = f"the newest good one is {good}" if good else "no other is good: start anew with --overwrite"
-    raise UsageError(f"--resume-from-checkpoint {name!r}: damaged ({reasons}); {remedy}")
+    remedy = f"the newest good one is {good}" if good else "no other is good: start anew with `overwrite`"
+    raise UsageError(f"`resume_from_checkpoint` {name!r}: damaged ({reasons}); {remedy}")
 
 
 def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
@@ -300,7 +300,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
         average: Any = record.get("ema")
         weights, tensors = load_file(path / _FILES[0]), load_file(path / _FILES[1])
         if (average is None) != (state.ema is None):
-            raise UsageError(f"{path} and --use-ema disagree: resume with the flags the run was started with")
+            raise UsageError(f"{path} and `use_ema` disagree: resume with the flags the run was started with")
         if misfit := _misfit(state.model.state_dict(), weights):
             raise UsageError(f"{path} was made with another network: {misfit}")
         _check_record(record, state)
@@ -313,7 +313,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
         raise
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         reason = atomic_io.one_line(error)
-        raise UsageError(f"{path} is damaged ({reason}): name another with --resume-from-checkpoint") from None
+        raise UsageError(f"{path} is damaged ({reason}): name another with `resume_from_checkpoint`") from None
 
     state.model.load_state_dict(weights)
     for name, value in averages.items():

@@ -26,13 +26,13 @@ from robustdiff.utils.options import (
     OptionalInt,
     OptionalText,
     check_memory,
-    flags_of,
+    listed,
     parse_count,
     require,
 )
 
 FROM_CORRUPT = "corrupt"
-"""``--noise-levels``: not a file, but the dirt that the run itself adds."""
+"""``noise_levels``: not a file, but the dirt that the run itself adds."""
 
 
 def parse_gate(text: str) -> tuple[float, float]:
@@ -46,7 +46,7 @@ def parse_gate(text: str) -> tuple[float, float]:
     except ValueError:
         low, high = 1.0, 0.0
     if not 0 <= low <= high:
-        raise UsageError(f"--gate {text!r} is not LOW:HIGH with 0 <= LOW <= HIGH, for example --gate 0:0.3")
+        raise UsageError(f"`gate` {text!r} is not LOW:HIGH with 0 <= LOW <= HIGH, for example `gate` 0:0.3")
     return low, high
 
 
@@ -228,7 +228,7 @@ class TrainConfig:
         """Check everything that can be checked without looking at the data.
 
         Raises:
-            UsageError: One line that names the flag and the remedy.
+            UsageError: One line that names the setting and the remedy.
         """
         for name in (
             "data",
@@ -243,47 +243,46 @@ class TrainConfig:
             "label_column",
             "noise_levels",
         ):
-            flag = "DATA" if name == "data" else "--" + name.replace("_", "-")
-            require(getattr(self, name) != "", f"{flag} is empty: name a file or folder, or leave the flag out")
-        parse_count(self.images, "--images")
+            require(getattr(self, name) != "", f"`{name}` is empty: name a file or folder, or leave the flag out")
+        parse_count(self.images, "images")
         idle = self.num_epochs is not None and self.images != "500k"
-        require(not idle, "--num-epochs and --images exclude each other: give one")
+        require(not idle, "`num_epochs` and `images` exclude each other: give one")
         idle = not self.use_ema and self.ema_max_decay != 0.9999
-        require(not idle, "--ema-max-decay does nothing with --no-use-ema: leave one out")
+        require(not idle, "`ema_max_decay` does nothing with `use_ema=False`: leave one out")
         idle = self.lr_scheduler == "constant" and bool(self.lr_warmup_steps)
-        require(not idle, "--lr-warmup-steps does nothing with --lr-scheduler constant: use constant_with_warmup")
+        require(not idle, "`lr_warmup_steps` does nothing with `lr_scheduler` constant: use constant_with_warmup")
         check_corruptions(self.corrupt)
         check_memory(self.max_memory_gib)
         workers = self.dataloader_num_workers
         good = workers is None or 0 <= workers <= MAX_WORKERS
-        require(good, f"--dataloader-num-workers {workers} must be in 0 .. {MAX_WORKERS}")
+        require(good, f"`dataloader_num_workers` {workers} must be in 0 .. {MAX_WORKERS}")
         counts = ("num_epochs", "resolution", "attack_steps", "ddpm_num_steps", "checkpointing_steps")
         for name in (*counts, "ddpm_num_inference_steps"):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
-        require((self.resolution or 1) <= MAX_SIDE, f"--resolution must be at most {MAX_SIDE} pixels")
-        require(self.train_batch_size <= MAX_BATCH, f"--train-batch-size must be at most {MAX_BATCH}")
+            require(value is None or value >= 1, f"`{name}` {value} must be at least 1")
+        require((self.resolution or 1) <= MAX_SIDE, f"`resolution` must be at most {MAX_SIDE} pixels")
+        require(self.train_batch_size <= MAX_BATCH, f"`train_batch_size` must be at most {MAX_BATCH}")
         for name in ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_batch_size"):
-            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+            require(getattr(self, name) >= 1, f"`{name}` {getattr(self, name)} must be at least 1")
         for name in ("strength", "radius_scale", "radius_floor", "lr_warmup_steps", "adam_weight_decay"):
             value = getattr(self, name)
             good = value is None or (math.isfinite(value) and value >= 0)
-            require(good, f"--{name.replace('_', '-')} {value} must be a finite number, 0 or more")
+            require(good, f"`{name}` {value} must be a finite number, 0 or more")
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "attack_step_size"):
             value = getattr(self, name)
             good = value is None or (math.isfinite(value) and value > 0)
-            require(good, f"--{name.replace('_', '-')} {value} must be a finite number above 0")
+            require(good, f"`{name}` {value} must be a finite number above 0")
         exponent = self.radius_exponent
         good = exponent is None or (math.isfinite(exponent) and exponent >= 0)
-        require(good, f"--radius-exponent {exponent} must be a finite number, 0 or more")
+        require(good, f"`radius_exponent` {exponent} must be a finite number, 0 or more")
         for name in ("adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, name) < 1, f"--{name.replace('_', '-')} must be at least 0 and below 1")
+            require(0 <= getattr(self, name) < 1, f"`{name}` must be at least 0 and below 1")
         for name in ("ema_max_decay", "max_bad_fraction"):
-            require(0 <= getattr(self, name) <= 1, f"--{name.replace('_', '-')} must be between 0 and 1")
-        require(self.checkpoints_total_limit >= 1, "--checkpoints-total-limit must be at least 1")
-        require(self.preview_images >= 0, "--preview-images must be 0 or more")
-        require(0 <= self.seed <= MAX_SEED, f"--seed must be in 0 .. {MAX_SEED}")
-        require(not (self.overwrite and self.resuming), "--overwrite and --resume exclude each other: give one")
+            require(0 <= getattr(self, name) <= 1, f"`{name}` must be between 0 and 1")
+        require(self.checkpoints_total_limit >= 1, "`checkpoints_total_limit` must be at least 1")
+        require(self.preview_images >= 0, "`preview_images` must be 0 or more")
+        require(0 <= self.seed <= MAX_SEED, f"`seed` must be in 0 .. {MAX_SEED}")
+        require(not (self.overwrite and self.resuming), "`overwrite` and `resume` exclude each other: give one")
         self._validate_objective()
         self._validate_told()
         self._validate_evaluation()
@@ -291,59 +290,59 @@ class TrainConfig:
             fixed = ("network", "model_config_name_or_path", "prediction_type", "ddpm_num_steps", "ddpm_beta_schedule")
             for name in (*fixed, "rescale_betas_zero_snr"):
                 given = getattr(self, name) not in (None, False)
-                require(not given, f"--{name.replace('_', '-')} is fixed by --init-from: leave it out")
+                require(not given, f"`{name}` is fixed by `init_from`: leave it out")
         require(
             not (self.network and self.model_config_name_or_path),
-            "--network and --model-config-name-or-path exclude each other: give one",
+            "`network` and `model_config_name_or_path` exclude each other: give one",
         )
         zero_snr_epsilon = self.rescale_betas_zero_snr and self.prediction_type in (None, "epsilon")
         require(
             not zero_snr_epsilon,
-            "--rescale-betas-zero-snr needs --prediction-type v_prediction or sample: "
+            "`rescale_betas_zero_snr` needs `prediction_type` v_prediction or sample: "
             "epsilon says nothing about the image at pure noise",
         )
 
     def _validate_evaluation(self) -> None:
         """Refuse flags of the evaluation that are wrong or would do nothing."""
         for name in ("evaluate_every", "evaluate_reference", "evaluate_split", "evaluate_extractor"):
-            flag = "--" + name.replace("_", "-")
+            flag = f"`{name}`"
             require(getattr(self, name) != "", f"{flag} is empty: give a value, or leave the flag out")
         if self.evaluate_every is None:
             defaults = {"evaluate_extractor": "pixels", "evaluate_n": 500, "evaluate_metric": "fd"}
             names = ("evaluate_reference", "evaluate_split", *defaults)
             given = [name for name in names if getattr(self, name) != defaults.get(name)]
-            require(not given, f"{flags_of(given)} needs --evaluate-every: say after how many images, such as 50k")
+            require(not given, f"{listed(given)} needs `evaluate_every`: say after how many images, such as 50k")
             return
-        parse_count(self.evaluate_every, "--evaluate-every")
-        missing = "--evaluate-every needs --evaluate-reference: name clean real images"
+        parse_count(self.evaluate_every, "evaluate_every")
+        missing = "`evaluate_every` needs `evaluate_reference`: name clean real images"
         require(self.evaluate_reference is not None, missing)
         n = self.evaluate_n
-        require(n >= 14, f"--evaluate-n {n} must be at least 14: neighbours are looked for in halves")
+        require(n >= 14, f"`evaluate_n` {n} must be at least 14: neighbours are looked for in halves")
 
     def _validate_told(self) -> None:
         """Refuse knowledge of the images that nobody has, or nobody uses."""
-        require(not self.clean_subset or bool(self.corrupt), "--clean-subset needs --corrupt: add it, or leave it out")
-        require(self.auto or not self.auto_without, "--auto-without needs --auto: add it, or leave it out")
+        require(not self.clean_subset or bool(self.corrupt), "`clean_subset` needs `corrupt`: add it, or leave it out")
+        require(self.auto or not self.auto_without, "`auto_without` needs `auto`: add it, or leave it out")
         try:
             check_parts(self.auto_without)
         except ValueError as error:
-            raise UsageError(f"--auto-without {error}") from None
+            raise UsageError(f"`auto_without` {error}") from None
         if self.auto:
-            told = "--noise-levels" if self.noise_levels is not None else "--clean-subset" if self.clean_subset else ""
-            require(not told, f"--auto finds out what {told} says: give one")
+            told = "`noise_levels`" if self.noise_levels is not None else "`clean_subset`" if self.clean_subset else ""
+            require(not told, f"`auto` finds out what {told} says: give one")
             unfit = self.objective == "pseudo-huber"
-            require(not unfit, "--auto has no clean optimum with --objective pseudo-huber: use another objective")
+            require(not unfit, "`auto` has no clean optimum with `objective` pseudo-huber: use another objective")
         if self.noise_levels is None:
             return
         unfit = self.objective == "pseudo-huber"
-        require(not unfit, "--noise-levels has no clean optimum with --objective pseudo-huber: use another objective")
+        require(not unfit, "`noise_levels` has no clean optimum with `objective` pseudo-huber: use another objective")
         if self.noise_levels == FROM_CORRUPT:
-            flag, kinds = f"--noise-levels {FROM_CORRUPT}", [c.kind for c in check_corruptions(self.corrupt)]
-            require(bool(kinds), f"{flag} needs --corrupt gaussian:sigma=...: add it, or name a file")
+            flag, kinds = f"`noise_levels` {FROM_CORRUPT}", [c.kind for c in check_corruptions(self.corrupt)]
+            require(bool(kinds), f"{flag} needs `corrupt` gaussian:sigma=...: add it, or name a file")
             other = next((kind for kind in kinds if kind != "gaussian"), None)
-            message = f"{flag}: an image hit by {other} has no noise level: use --corrupt gaussian only, or name a file"
+            message = f"{flag}: an image hit by {other} has no noise level: use `corrupt` gaussian only, or name a file"
             require(other is None, message)
-            require(not self.clean_subset, f"{flag} does nothing with --clean-subset: give one")
+            require(not self.clean_subset, f"{flag} does nothing with `clean_subset`: give one")
 
     def _validate_objective(self) -> None:
         """Refuse flags of the objective that would do nothing."""
@@ -355,21 +354,21 @@ class TrainConfig:
         given = [name for name in (*regulariser, *attack, "perturbation") if getattr(self, name) is not None]
         if self.objective in ("input-perturbation", "pseudo-huber"):
             given += [] if self.preset is None else ["preset"]
-            require(not given, f"--objective {self.objective} has no perturbation: leave out {flags_of(given)}")
+            require(not given, f"`objective` {self.objective} has no perturbation: leave out {listed(given)}")
         usual = {"paper": "adversarial", "gated": "random", "plain": "none"}[self.start]
         perturbation = self.perturbation or usual
         if perturbation == "none" and self.objective in ("robust", "invariance"):
             idle = [name for name in given if name != "perturbation"]
-            require(not idle, f"without a perturbation {flags_of(idle)} would do nothing: add --perturbation random")
-            require(self.objective == "robust", "--objective invariance needs --perturbation random or adversarial")
+            require(not idle, f"without a perturbation {listed(idle)} would do nothing: add `perturbation` random")
+            require(self.objective == "robust", "`objective` invariance needs `perturbation` random or adversarial")
         unmatched = self.objective == "invariance" and self.inner == "residual"
-        require(not unmatched, "--inner residual is not what --objective invariance penalises: use shift")
+        require(not unmatched, "`inner` residual is not what `objective` invariance penalises: use shift")
         powerless = self.start == "plain" and perturbation != "none" and self.strength is None
-        what = "--preset plain" if self.preset else "--auto"
-        require(not powerless, f"{what} has no strength for --perturbation {perturbation}: add --strength")
+        what = "`preset` plain" if self.preset else "`auto`"
+        require(not powerless, f"{what} has no strength for `perturbation` {perturbation}: add `strength`")
         if perturbation != "adversarial":
             idle = [name for name in attack if getattr(self, name) is not None]
-            require(not idle, f"{flags_of(idle)} needs --perturbation adversarial")
+            require(not idle, f"{listed(idle)} needs `perturbation` adversarial")
 
     @property
     def start(self) -> Literal["paper", "gated", "plain"]:

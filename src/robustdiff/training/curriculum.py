@@ -113,7 +113,7 @@ def visits_of(trust: AuditResult, schedule: NoiseSchedule) -> LevelBalancedSampl
     lowest = trust.lowest
     inside = lowest < largest
     if not bool((inside & (trust.weight > 0)).any()):
-        raise UsageError("--auto found no image that can be trained on: look at them with robustdiff audit")
+        raise UsageError("`auto` found no image that can be trained on: look at them with robustdiff audit")
     first = schedule.first_timesteps(torch.where(inside, lowest, torch.zeros_like(lowest)))
     return LevelBalancedSampler(
         first, torch.where(inside, trust.weight, torch.zeros_like(trust.weight)), schedule.num_timesteps

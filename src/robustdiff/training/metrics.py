@@ -24,10 +24,6 @@ from robustdiff.utils import atomic_io
 from robustdiff.utils.errors import RobustdiffWarning, UsageError
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where it stopped and what is safe."""
-
-
 class NonFinite(Exception):
     """A step whose loss or gradient is not finite.
 
@@ -126,7 +122,7 @@ class Metrics:
         good = isinstance(rows, list) and all(isinstance(row, list) and len(row) == 6 for row in rows)
         good = good and all(isinstance(value, int | float | None) for row in rows for value in row)
         if not good or not all(isinstance(saved.get(name, 0), int) for name in ("skipped", "streak")):
-            raise UsageError("--resume: damaged metrics in the checkpoint: name another with --resume-from-checkpoint")
+            raise UsageError("`resume`: damaged metrics in the checkpoint: name another with `resume_from_checkpoint`")
         self._accelerator, self._skip = accelerator, skip
         self._waiting: list[tuple[int, Tensor, list[tuple[Tensor, Tensor]]]] = []
         rows = saved.get("rows", [])
@@ -233,7 +229,7 @@ class Tracker:
         except Exception as error:  # trackers are other people's services: anything may come
             reason = " ".join(str(error).split()) or type(error).__name__
             warnings.warn(
-                f"--logger {self._name} failed ({reason}): training goes on without it, metrics.jsonl has everything",
+                f"`logger` {self._name} failed ({reason}): training goes on without it, metrics.jsonl has everything",
                 RobustdiffWarning,
                 stacklevel=3,
             )

@@ -60,20 +60,20 @@ class Plan:
 
         ``trained`` is how many of the images are trained on.
         """
-        total = parse_count(config.images, "--images")
+        total = parse_count(config.images, "images")
         total = total if config.num_epochs is None else config.num_epochs * trained
         batch = config.train_batch_size * config.gradient_accumulation_steps * processes
         if config.clean_subset and trained < batch:
             raise UsageError(
-                f"--clean-subset: --corrupt spares {trained} of {len(data)} images, a step takes {batch}: lower its "
-                "fraction, or --train-batch-size"
+                f"`clean_subset`: `corrupt` spares {trained} of {len(data)} images, a step takes {batch}: lower its "
+                "fraction, or `train_batch_size`"
             )
         steps = max(1, round(total / batch))
         warmup = min(500, steps // 20) if config.lr_warmup_steps is None else config.lr_warmup_steps
         warmup = 0 if config.lr_scheduler == "constant" else warmup
         if warmup > steps:
             raise UsageError(
-                f"--lr-warmup-steps {warmup} is longer than the run of {steps} steps: make one fit the other"
+                f"`lr_warmup_steps` {warmup} is longer than the run of {steps} steps: make one fit the other"
             )
         rate = config.learning_rate
         if rate is None and (config.init_from or config.model_config_name_or_path):

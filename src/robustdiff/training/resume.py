@@ -17,7 +17,7 @@ from robustdiff.utils.errors import RobustdiffWarning, UsageError
 
 
 def is_run(folder: Path) -> bool:
-    """Whether ``folder`` holds a run of ours: only such a folder is ever deleted by ``--overwrite``."""
+    """Whether ``folder`` holds a run of ours: only such a folder is ever deleted by ``overwrite``."""
     try:
         saved = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, RecursionError):
@@ -35,9 +35,9 @@ def claim_output(config: TrainConfig, folder: Path) -> Path | None:
         UsageError: If it cannot be written, holds a run or other files, or has nothing to resume.
     """
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output-dir {folder} is a file: name a folder")
+        raise UsageError(f"`output_dir` {folder} is a file: name a folder")
     if not config.dry_run and (there := atomic_io.read_only(folder)):
-        raise UsageError(f"--output-dir {folder}: {there} is read-only: name another folder")
+        raise UsageError(f"`output_dir` {folder}: {there} is read-only: name another folder")
     if config.resuming:
         damaged: list[tuple[Path, str]] = []
         found = find_checkpoint(folder / "checkpoints", config.resume_from_checkpoint or "latest", damaged)
@@ -46,18 +46,18 @@ def claim_output(config: TrainConfig, folder: Path) -> Path | None:
         return found
     here, data = folder.resolve(), Path(config.data).resolve()
     if data.exists() and (here == data or data in here.parents or here in data.parents):
-        raise UsageError(f"--output-dir {folder} and DATA {config.data} lie inside one another: name another folder")
-    sources = {"--init-from": config.init_from, "--model-config-name-or-path": config.model_config_name_or_path}
+        raise UsageError(f"`output_dir` {folder} and `data` {config.data} lie inside one another: name another folder")
+    sources = {"`init_from`": config.init_from, "`model_config_name_or_path`": config.model_config_name_or_path}
     for flag, value in sources.items():
         place = Path(value).resolve() if value else None
         if place is not None and place.exists() and (here == place or here in place.parents):
-            raise UsageError(f"{flag} {value} lies in --output-dir {folder}: name another output folder")
+            raise UsageError(f"{flag} {value} lies in `output_dir` {folder}: name another output folder")
     if not folder.exists() or all(path.name == ".config.json.tmp" for path in folder.iterdir()):  # killed at once
         return None
     if not is_run(folder):
-        raise UsageError(f"--output-dir {folder} is not empty and holds no run of robustdiff: name another folder")
+        raise UsageError(f"`output_dir` {folder} is not empty and holds no run of robustdiff: name another folder")
     if not config.overwrite:
-        raise UsageError(f"--output-dir {folder} holds a run already: add --resume to go on, or --overwrite")
+        raise UsageError(f"`output_dir` {folder} holds a run already: add `resume` to go on, or `overwrite`")
     return None
 
 
@@ -84,7 +84,7 @@ def check_resumable(
 ) -> None:
     """Refuse to go on with other settings, other data or other noise levels than the run was started with.
 
-    ``trust`` is the digest of what ``--auto`` found.
+    ``trust`` is the digest of what ``auto`` found.
 
     Raises:
         UsageError: Naming the flags that differ.
@@ -97,7 +97,7 @@ def check_resumable(
         trusted = account["auto"]["sha256"] if account.get("auto") else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = atomic_io.one_line(error)
-        raise UsageError(f"--resume: {folder} has no readable config.json and data.json ({reason})") from None
+        raise UsageError(f"`resume`: {folder} has no readable config.json and data.json ({reason})") from None
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     earlier = {
         "clean_subset": False,
@@ -108,18 +108,18 @@ def check_resumable(
         earlier["preset"], now["preset"] = earlier.get("preset") or "gated", config.start
     differing = sorted(name for name in now if name not in _FREE and now[name] != earlier.get(name))
     if differing:
-        flags = ", ".join(f"--{n.replace('_', '-')} (was {earlier.get(n)!r:.80}, now {now[n]!r})" for n in differing)
-        raise UsageError(f"--resume: these settings differ from those of {folder}: {flags}")
+        flags = ", ".join(f"`{n}` (was {earlier.get(n)!r:.80}, now {now[n]!r})" for n in differing)
+        raise UsageError(f"`resume`: these settings differ from those of {folder}: {flags}")
     if batch != plan.batch:
         raise UsageError(
-            f"--resume: {batch!r:.40} images per step before, {plan.batch} now: keep --train-batch-size x "
-            "--gradient-accumulation-steps x processes the same"
+            f"`resume`: {batch!r:.40} images per step before, {plan.batch} now: keep `train_batch_size` x "
+            "`gradient_accumulation_steps` x processes the same"
         )
     if pixels != data.sha256:
-        raise UsageError(f"--resume: DATA {config.data} holds other images than those {folder} was trained on")
+        raise UsageError(f"`resume`: `data` {config.data} holds other images than those {folder} was trained on")
     if conditional and labels != data.describe()["labels_sha256"]:
-        raise UsageError(f"--resume: DATA {config.data} holds other labels than those {folder} was trained on")
+        raise UsageError(f"`resume`: `data` {config.data} holds other labels than those {folder} was trained on")
     if told != (None if levels is None else levels.sha256):
-        raise UsageError(f"--resume: --noise-levels are others than those {folder} was trained with: give the same")
+        raise UsageError(f"`resume`: `noise_levels` are others than those {folder} was trained with: give the same")
     if trusted != trust:
-        raise UsageError(f"--resume: {folder / 'auto.json'} is not what the run began with: put it back, or start anew")
+        raise UsageError(f"`resume`: {folder / 'auto.json'} is not what the run began with: put it back, or start anew")

@@ -59,7 +59,7 @@ def build_objective(
     Args:
         config: The flags.
         schedule: The noise schedule.
-        unknown: Noise levels at which ``--auto`` found no image to trust: regularised there, if no flag says what else.
+        unknown: Noise levels at which ``auto`` found no image to trust: regularised there, if no flag says what else.
     """
     if config.objective == "input-perturbation":
         return InputPerturbationLoss(schedule)
@@ -104,8 +104,8 @@ def check_gate(objective: DenoisingLoss, levels: NoiseLevels) -> None:
     gate, floor = getattr(objective, "strength", None), levels.describe()["untrained_below"]
     if isinstance(gate, SigmaRange) and gate.high < floor:
         raise UsageError(
-            f"--noise-levels: every image has more noise than {gate.high:g}, where the regulariser's gate ends, and is "
-            "not trained there: use --preset plain, or widen --gate"
+            f"`noise_levels`: every image has more noise than {gate.high:g}, where the regulariser's gate ends, and is "
+            "not trained there: use `preset` plain, or widen `gate`"
         )
 
 
@@ -113,14 +113,14 @@ def build_pipeline(config: TrainConfig, data: ImageDataset) -> tuple[DiffusionPi
     """The pipeline to train (its ``unet`` and ``scheduler``), and the network's name for the plan.
 
     Raises:
-        UsageError: If network and images do not fit, or ``--init-from`` cannot be used.
+        UsageError: If network and images do not fit, or ``init_from`` cannot be used.
     """
     torch.manual_seed(derive_seed(config.seed, "weights"))
     classes = len(data.classes) if config.class_conditional else None
     if classes == 0:
         raise UsageError(
-            f"--class-conditional: DATA {config.data} has no labels: put the images of each class in a folder, or name "
-            "a --label-column"
+            f"`class_conditional`: `data` {config.data} has no labels: put the images of each class in a folder, or "
+            "name a `label_column`"
         )
     if config.init_from:
         return _initial_pipeline(config, data), f"from {config.init_from}"
@@ -148,11 +148,11 @@ def _initial_pipeline(config: TrainConfig, data: ImageDataset) -> DiffusionPipel
     channels, classes = Denoiser.of(unet).channels, Denoiser.of(unet).num_classes
     if channels != data.channels:
         raise UsageError(
-            f"--init-from {source} has {channels} channels, DATA {data.channels}: add --channels {channels}"
+            f"`init_from` {source} has {channels} channels, `data` {data.channels}: add `channels` {channels}"
         )
     if config.class_conditional and classes is None:
-        raise UsageError(f"--class-conditional: {source} is not conditional; leave one of --init-from and it out")
-    _check_classes(f"--init-from {source}", classes, data)
+        raise UsageError(f"`class_conditional`: {source} is not conditional; leave one of `init_from` and it out")
+    _check_classes(f"`init_from` {source}", classes, data)
     check_size(data.size, size_multiple(unet), source)
     side = data.size[0] if data.size[0] == data.size[1] else data.size
     unet.register_to_config(sample_size=side)
@@ -163,14 +163,14 @@ def _check_classes(what: str, classes: int | None, data: ImageDataset) -> None:
     if classes is not None and (data.labels is None or len(data.classes) > classes):
         have = "none" if data.labels is None else str(len(data.classes))
         raise UsageError(
-            f"{what} is conditional on {classes} classes, DATA has {have}: put the images of each class in a folder, "
-            "or name a --label-column"
+            f"{what} is conditional on {classes} classes, `data` has {have}: put the images of each class in a folder, "
+            "or name a `label_column`"
         )
 
 
 def _configured_unet(source: str, data: ImageDataset, classes: int | None) -> UNet2DModel:
     channels, size = data.channels, data.size
-    flag = "--model-config-name-or-path"
+    flag = "`model_config_name_or_path`"
     path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
     try:
         values = atomic_io.read_json(path)

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -56,7 +56,7 @@ from robustdiff.training.checkpoint import (
 from robustdiff.training.config import TrainConfig
 from robustdiff.training.curriculum import visits_of, whole_from
 from robustdiff.training.loader import Batch, Batches, RankSampler, iterate_batches
-from robustdiff.training.metrics import JsonlLog, Metrics, Progress, Tracker, TrainingError
+from robustdiff.training.metrics import JsonlLog, Metrics, Progress, Tracker
 from robustdiff.training.model_card import write_model_card
 from robustdiff.training.plan import Plan, describe_objective
 from robustdiff.training.resume import check_resumable, claim_output
@@ -67,7 +67,7 @@ from robustdiff.training.setup import (
     source_options,
 )
 from robustdiff.utils import atomic_io
-from robustdiff.utils.errors import UsageError
+from robustdiff.utils.errors import TrainingError, UsageError
 from robustdiff.utils.images import image_grid, save_png
 from robustdiff.utils.resources import (
     check_launcher,
@@ -79,17 +79,16 @@ from robustdiff.utils.seeds import derive_seed
 from robustdiff.utils.signals import Interrupted, stop_signals
 from robustdiff.utils.tensors import to_device
 
-__all__ = ["Interrupted", "TrainingError", "train"]
-
 PATIENCE = timedelta(hours=2)
 """How long processes wait for the first one, which saves and draws previews; the usual 10 minutes may be few."""
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, say: Callable[[str], None] = print) -> Path:
     """Train as configured.
 
     Args:
         config: Every setting; see :class:`robustdiff.TrainConfig`.
+        say: Told the plan, what is found on the way, and the end.
 
     Returns:
         The run folder, which is a diffusers pipeline. With ``dry_run`` nothing is written.
@@ -105,7 +104,8 @@ def train(config: TrainConfig) -> Path:
     folder = Path(config.output_dir or f"runs/{source.name if source.is_dir() else source.stem}")
     found = claim_output(config, folder)
     accelerator = _accelerator(config, folder)
-    say = accelerator.print
+    if not accelerator.is_local_main_process:
+        say = _silent
 
     # Data, network, objective, plan
     data = load_images(
@@ -116,7 +116,7 @@ def train(config: TrainConfig) -> Path:
         max_memory=None if config.max_memory_gib is None else int(config.max_memory_gib * 2**30),
         **source_options(config),
     )
-    _check_alike(accelerator, data.sha256, f"DATA {data.source} holds other images")
+    _check_alike(accelerator, data.sha256, f"`data` {data.source} holds other images")
     workers = config.dataloader_num_workers
     workers = (min(4, cores()) if data.streamed else 0) if workers is None else workers
     pipeline, network = build_pipeline(config, data)
@@ -127,7 +127,7 @@ def train(config: TrainConfig) -> Path:
     trust = _examined(config, accelerator, batches, folder) if config.auto else None
     if config.noise_levels is not None:
         levels = told_levels(config.noise_levels, data, trained, corruptions, config.seed, schedule)
-        _check_alike(accelerator, levels.sha256, f"--noise-levels {config.noise_levels} are others")
+        _check_alike(accelerator, levels.sha256, f"`noise_levels` {config.noise_levels} are others")
         batches = dataclasses.replace(batches, sigma=levels.sigma, visits=levels.visits())
     objective = build_objective(config, schedule, None if trust is None else trust.regularise)
     if trust is not None:
@@ -145,7 +145,7 @@ def train(config: TrainConfig) -> Path:
         network,
         describe_objective(objective),
     )
-    told = {"trained on": f"{len(trained)} images: those that --corrupt spares"} if config.clean_subset else {}
+    told = {"trained on": f"{len(trained)} images: those that `corrupt` spares"} if config.clean_subset else {}
     if levels is not None:
         check_gate(objective, levels)
         told |= levels.rows()
@@ -155,7 +155,7 @@ def train(config: TrainConfig) -> Path:
     if schedule.num_timesteps % preview_steps:
         nearest = largest_divisor(schedule.num_timesteps, at_most=preview_steps)
         raise UsageError(
-            f"--ddpm-num-inference-steps {preview_steps} does not divide the {schedule.num_timesteps} noise levels: "
+            f"`ddpm_num_inference_steps` {preview_steps} does not divide the {schedule.num_timesteps} noise levels: "
             f"use {nearest}"
         )
     conditional = Denoiser.of(pipeline).num_classes is not None
@@ -269,10 +269,10 @@ def train(config: TrainConfig) -> Path:
             good = [path for path in list_checkpoints(folder / "checkpoints") if step_of(path) <= before]
             row = f", {Metrics.PATIENCE} steps in a row" if config.on_nonfinite == "skip" else ""
             safe = f"last good checkpoint: {good[-1]}" if good else "no checkpoint was written yet"
-            skip = "" if row else ", or --on-nonfinite skip"
+            skip = "" if row else ", or `on_nonfinite` skip"
             raise TrainingError(
-                f"{fatal}{row}; its images are listed in {bad_lines.path}; {safe}; try a lower --learning-rate or "
-                f"--strength{skip}"
+                f"{fatal}{row}; its images are listed in {bad_lines.path}; {safe}; try a lower `learning_rate` or "
+                f"`strength`{skip}"
             )
 
     def preview_of(step: int) -> Path:
@@ -304,8 +304,8 @@ def train(config: TrainConfig) -> Path:
             if not is_out_of_memory(error):
                 raise
             raise UsageError(
-                f"out of memory while {doing} step {step}: lower --eval-batch-size or --preview-images, and go on with "
-                "--resume"
+                f"out of memory while {doing} step {step}: lower `eval_batch_size` or `preview_images`, and go on with "
+                "`resume`"
             ) from None
         finally:
             if ema is not None:
@@ -407,7 +407,7 @@ def train(config: TrainConfig) -> Path:
     accelerator.end_training()
     if step < plan.steps:
         raise Interrupted(
-            f"stopped at step {step} of {plan.steps}, saved; go on with the same command and --resume", status
+            f"stopped at step {step} of {plan.steps}, saved; go on with the same command and `resume`", status
         )
     say(f"done: {folder} is a diffusers pipeline; draw from it with: robustdiff sample {folder}")
     return folder
@@ -418,7 +418,7 @@ AUTO_FILE = "auto.json"
 
 @dataclasses.dataclass(frozen=True)
 class _AsTrained:
-    """The images as training sees them, with the dirt of ``--corrupt``, for the audit."""
+    """The images as training sees them, with the dirt of ``corrupt``, for the audit."""
 
     batches: Batches
 
@@ -444,8 +444,8 @@ def _examined(config: TrainConfig, accelerator: Accelerator, batches: Batches, f
             try:
                 found[0] = AuditResult.load(folder / AUTO_FILE, len(batches.images))
             except UsageError as error:
-                remedy = "put it back, start anew, or leave out --auto if the run began without it"
-                raise UsageError(f"--resume: {error}: {remedy}") from None
+                remedy = "put it back, start anew, or leave out `auto` if the run began without it"
+                raise UsageError(f"`resume`: {error}: {remedy}") from None
         else:
             accelerator.print(f"looking at {len(batches.images)} images", flush=True)
             memory = 0 if batches.images.streamed else free_memory() // 4
@@ -453,6 +453,10 @@ def _examined(config: TrainConfig, accelerator: Accelerator, batches: Batches, f
     broadcast_object_list(found)
     assert found[0] is not None
     return found[0]
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 def _check_alike(accelerator: Accelerator, digest: str, what: str) -> None:
@@ -491,7 +495,7 @@ def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         if config.logger not in available:
             there = ", ".join(available) or "none"
             raise UsageError(
-                f"--logger {config.logger}: not installed, or not known to accelerate (installed: {there})"
+                f"`logger` {config.logger}: not installed, or not known to accelerate (installed: {there})"
             )
     # Accelerate keeps one precision per process; a second call of train() may ask for another.
     AcceleratorState._reset_state()
@@ -513,7 +517,7 @@ def _accelerator(config: TrainConfig, folder: Path) -> Accelerator:
             "parallelism (accelerate launch --multi_gpu)"
         )
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UsageError("--mixed-precision fp16 has no effect on a CPU: use bf16 or no")
+        raise UsageError("`mixed_precision` fp16 has no effect on a CPU: use bf16 or no")
     return accelerator
 
 

@@ -1,4 +1,8 @@
-"""Errors that a user can mend, and warnings; each message is one line."""
+"""Errors and warnings whose message is one line.
+
+They name parameters of functions, and fields of configurations, in backticks: `` `max_bad_fraction` must be between 0
+and 1``. A command shows its flags instead (``commands/flags.py``).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,15 @@ from collections.abc import Iterable
 
 
 class UsageError(ValueError):
-    """Something the user can mend; the message is one line that names the flag and the remedy."""
+    """Something the user can mend; the message is one line that names the parameter and the remedy."""
 
 
 class DataError(UsageError):
     """The user's data cannot be used; one line that says why and what to do."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where it stopped and what is safe."""
 
 
 class RobustdiffWarning(UserWarning):

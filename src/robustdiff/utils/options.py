@@ -29,12 +29,12 @@ OptionalFloat = Annotated[float | None, arg(metavar="NUMBER")]
 OptionalGiB = Annotated[float | None, arg(metavar="GIB")]
 
 
-def parse_count(text: str, flag: str) -> int:
+def parse_count(text: str, name: str) -> int:
     """A count with an optional suffix: ``"500k"``, ``"1.5M"``, ``"20000"``.
 
     Args:
         text: The number; k = thousand, M = million.
-        flag: Named in the error.
+        name: Of the setting, for the error.
 
     Raises:
         UsageError: If it is no positive whole number.
@@ -45,7 +45,7 @@ def parse_count(text: str, flag: str) -> int:
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value >= 1 and abs(value - round(value)) < 1e-6):
-        raise UsageError(f"{flag} {text!r} is not a positive number of images such as 20000, 500k or 1.5M")
+        raise UsageError(f"`{name}` {text!r} is not a positive number of images such as 20000, 500k or 1.5M")
     return round(value)
 
 
@@ -56,35 +56,34 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_given(config: object, *names: str) -> None:
-    """Of these fields none is an empty text; ``data`` and ``run`` are positional."""
+    """Of these fields none is an empty text."""
     for name in names:
-        flag = name.upper() if name in ("data", "run") else "--" + name.replace("_", "-")
-        require(getattr(config, name) != "", f"{flag} is empty: give a name, or leave the flag out")
+        require(getattr(config, name) != "", f"`{name}` is empty: give a name, or leave the flag out")
 
 
 def check_resolution(side: int | None) -> None:
     """A side in pixels, or none."""
-    require(side is None or 1 <= side <= MAX_SIDE, f"--resolution must be in 1 .. {MAX_SIDE} pixels")
+    require(side is None or 1 <= side <= MAX_SIDE, f"`resolution` must be in 1 .. {MAX_SIDE} pixels")
 
 
 def check_bad_fraction(share: float) -> None:
     """A share of images."""
-    require(0 <= share <= 1, "--max-bad-fraction must be between 0 and 1")
+    require(0 <= share <= 1, "`max_bad_fraction` must be between 0 and 1")
 
 
 def check_extractors(names: tuple[str, ...]) -> None:
     """Names of feature extractors: none empty, none twice."""
-    require("" not in names, "--extractor is empty: name one, or leave the flag out")
+    require("" not in names, "`extractor` is empty: name one, or leave the flag out")
     twice = [name for name in names if names.count(name) > 1]
-    require(not twice, f"--extractor {twice[0] if twice else ''} is given twice: leave one out")
+    require(not twice, f"`extractor` {twice[0] if twice else ''} is given twice: leave one out")
 
 
 def check_memory(gib: float | None) -> None:
     """GiB of memory, or none."""
     good = gib is None or (math.isfinite(gib) and gib >= 0)
-    require(good, f"--max-memory-gib {gib} must be a finite number, 0 or more")
+    require(good, f"`max_memory_gib` {gib} must be a finite number, 0 or more")
 
 
-def flags_of(names: list[str]) -> str:
-    """Names of settings as the flags that people type."""
-    return ", ".join("--" + name.replace("_", "-") for name in names)
+def listed(names: list[str]) -> str:
+    """Names of settings as errors name them."""
+    return ", ".join(f"`{name}`" for name in names)

@@ -15,16 +15,16 @@ DEFAULT_RADIUS = 0.01
 """At all of 50 steps PGD-40 moves digits by 1.15 spreads, random signs by 0.1; at 0.1 images saturate (lab notes)."""
 RANDOM_DRAWS = 10
 RADII = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Of the curve, in units of ``--radius``."""
+"""Of the curve, in units of ``radius``."""
 STEP_SIZES = (1.0, 6.25)
 """Of the sweep, in radii per run of PGD, beside the usual 2.5."""
 STARTS = 5
 """Random starts of the short PGD that keeps the best of them."""
 SWEPT = "attack on few"
-"""What was asked for, on the first ``--sweep-n`` images alone, where all images are attacked as one batch."""
+"""What was asked for, on the first ``sweep_n`` images alone, where all images are attacked as one batch."""
 EOT, VERDICTS = 5, 20
 EOT_DRAWS = (1, 2, 5, 10, 20)
-"""Of the curve over draws of the noise, beside ``--eot`` and twice that."""
+"""Of the curve over draws of the noise, beside ``eot`` and twice that."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Cell:
     Attributes:
         name: What files and tables call it.
         optimiser: What it does.
-        factor: Its radius in units of ``--radius``; None: huge.
-        everywhere: Whether all images are attacked, or the first ``--sweep-n``.
-        eot: Draws of the noise per gradient, where the attacker does not know it; None: ``--eot``.
+        factor: Its radius in units of ``radius``; None: huge.
+        everywhere: Whether all images are attacked, or the first ``sweep_n``.
+        eot: Draws of the noise per gradient, where the attacker does not know it; None: ``eot``.
     """
 
     name: str
@@ -120,6 +120,6 @@ def twin(cells: Sequence[Cell], name: str) -> str:
 
 
 def radius(config: AttackConfig, shape: Sequence[int]) -> float:
-    """``--radius``, or its default."""
+    """``radius``, or its default."""
     root = float(torch.Size(shape).numel()) ** 0.5
     return config.radius or (DEFAULT_RADIUS if config.norm == "linf" else DEFAULT_RADIUS * root)

@@ -46,7 +46,7 @@ class Reference:
 
 
 def open_reference(config: AttackConfig, shape: Sequence[int], device: torch.device) -> Reference | str:
-    """What ``--reference`` names, or else the images that the run was trained on; or why there is nothing.
+    """What ``reference`` names, or else the images that the run was trained on; or why there is nothing.
 
     Args:
         config: The command's flags.
@@ -62,36 +62,36 @@ def open_reference(config: AttackConfig, shape: Sequence[int], device: torch.dev
     why = ""
     named = named or is_joint(config)
     if config.reference == "none":
-        return "quality after the attack was not measured, as --reference none says"
+        return "quality after the attack was not measured, as `reference` none says"
     if channels not in (1, 3):
-        why = f"images of {channels} channels cannot be judged: leave --reference and --extractor out"
+        why = f"images of {channels} channels cannot be judged: leave `reference` and `extractor` out"
     elif config.n < LEAST and not is_joint(config):
-        why = f"that takes at least {LEAST} images: raise -n"
+        why = f"that takes at least {LEAST} images: raise `n`"
     elif config.reference is not None:
         options = {name: getattr(config, name) for name in ("split", "dataset_config_name", "image_column")}
         options["max_bad_fraction"] = config.max_bad_fraction
         asked = EvaluateConfig(config.run, reference=config.reference, **options)
         real = load_real(asked, "reference", square, channels, size)
-        about, remarks = account(real, config.split), left_out("--reference", real)
+        about, remarks = account(real, config.split), left_out("`reference`", real)
         return Reference(real.images, about, _open(config, device), remarks)
     else:
         try:
             data = trained_on(config.run, square, channels, size)
         except TrainingUnread as error:
-            why, data = f"the training images cannot be read ({error}): name clean images with --reference", None
+            why, data = f"the training images cannot be read ({error}): name clean images with `reference`", None
         if data is not None and len(data) < LEAST:
-            why = f"the run was trained on {len(data)} images: name others with --reference"
+            why = f"the run was trained on {len(data)} images: name others with `reference`"
         elif data is not None:
             generator = torch.Generator().manual_seed(derive_seed("reference", config.seed))
             chosen = torch.randperm(len(data), generator=generator)[:REAL].sort().values
             images = torch.cat([data.images[i : i + 1] for i in chosen.tolist()])
             about = {**account(data, None), "used": len(images)}
             note = "quality after the attack is measured against the images that the run was trained on, without the "
-            note += "dirt that was added to them: name held-out clean ones with --reference"
+            note += "dirt that was added to them: name held-out clean ones with `reference`"
             return Reference(images, about, _open(config, device), [note])
-        why = why or "the run does not say what it was trained on: name clean images with --reference"
+        why = why or "the run does not say what it was trained on: name clean images with `reference`"
     if named:
-        what = f"--objective {config.objective}" if is_joint(config) else "quality after the attack"
+        what = f"`objective` {config.objective}" if is_joint(config) else "quality after the attack"
         raise UsageError(f"{what}: {why}")
     return f"quality after the attack was not measured: {why}"
 
@@ -101,7 +101,7 @@ def _open(config: AttackConfig, device: torch.device) -> list[Extractor]:
 
 
 def measure(config: AttackConfig, reference: Reference, tell: Callable[[], object]) -> FeatureDistance:
-    """What ``--objective batch-mean`` and ``batch-kernel`` make large: by the first extractor.
+    """What the objectives ``batch-mean`` and ``batch-kernel`` make large: by the first extractor.
 
     Args:
         config: The command's flags.

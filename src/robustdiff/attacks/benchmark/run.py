@@ -65,7 +65,7 @@ from robustdiff.utils.signals import Interrupted, stop_signals
 HELD = 6
 """Tensors of the size of all pushes that an optimiser has at a time: iterate, gradient, best, and what it steps by."""
 MOST_WORKERS = 4
-"""Attacks side by side, unless ``--workers`` says otherwise."""
+"""Attacks side by side, unless ``workers`` says otherwise."""
 SPREAD_OF = 256
 """Undisturbed images, at least, whose spread displacements are measured by."""
 
@@ -93,7 +93,7 @@ def attack(config: AttackConfig) -> Path:
     labels = class_labels(SampleConfig(config.run, n=max(config.n, SPREAD_OF)), denoiser.num_classes)
     shape = (denoiser.channels, *denoiser.size)
     if radius(config, shape) > 10 * (torch.Size(shape).numel() ** 0.5 if config.norm == "l2" else 1.0):
-        raise UsageError(f"--radius {config.radius} is more than ten times the noise of each value: use a smaller one")
+        raise UsageError(f"`radius` {config.radius} is more than ten times the noise of each value: use a smaller one")
     reference = open_reference(config, shape, device)
     protocol = _protocol(config, pipeline, shape)
     measured = None
@@ -125,9 +125,9 @@ def _check_memory(config: AttackConfig, shape: Sequence[int], device: torch.devi
     needed = HELD * config.n * len(config.attacked()) * torch.Size(shape).numel() * 4
     if device.type == "cpu" and needed > (free := free_memory()):
         raise UsageError(
-            f"--objective {config.objective} holds the pushes of all {config.n} images at once, "
-            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: lower -n, or push fewer steps with --at "
-            "(--batch-size does not help)"
+            f"`objective` {config.objective} holds the pushes of all {config.n} images at once, "
+            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: lower `n`, or push fewer steps with `at` "
+            "(`batch_size` does not help)"
         )
 
 
@@ -334,7 +334,7 @@ class _Run:
             judged = quality(config, self.reference, shown, lambda: self._check_stopped("all"))
             values |= judged.values
         elif isinstance(self.reference, Reference):
-            unjudged = f"quality after the attack was not measured: that takes at least {LEAST} images: raise -n"
+            unjudged = f"quality after the attack was not measured: that takes at least {LEAST} images: raise `n`"
         body = {
             "values": values,
             "details": {"flags": [flag.to_json() for flag in flags], **summary.curves()},

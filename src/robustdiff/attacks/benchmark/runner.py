@@ -118,11 +118,11 @@ class Batch:
         images: Their indices.
         shape: (C, H, W).
         device: Where.
-        targets: Gives the images that ``--objective target`` comes near, (B, C, H, W).
-        measure: What ``--objective batch-mean`` and ``batch-kernel`` make large.
+        targets: Gives the images that the objective ``target`` comes near, (B, C, H, W).
+        measure: What the objectives ``batch-mean`` and ``batch-kernel`` make large.
         checkpointed: Whether the network is computed again for every step's gradient, or its graph kept.
 
-    No more than ``--batch-size`` images are computed at a time.
+    No more than ``batch_size`` images are computed at a time.
     """
 
     config: AttackConfig
@@ -256,7 +256,7 @@ class Batch:
         return FinalImageShift(self.trajectory, self.state, self.attacked, **made)
 
     def objective(self, cell: str, eot: int | None = None) -> AttackGoal:
-        """What ``--objective`` says."""
+        """What ``objective`` says."""
         if self.config.objective in ("end-to-end", "target"):
             return self._displacement(cell, eot)
         if self.measure is not None:

@@ -89,9 +89,9 @@ def choose_splits(splits: Sequence[str], split: str | None) -> Sequence[str]:
     if (wanted := split or "train") in splits:
         return [wanted]
     if not splits:
-        raise DataError("this source has no splits: leave --split out")
-    missing = "there is no split train" if split is None else f"--split {split}: no such split"
-    raise DataError(f"{missing}; use --split with one of {listed(splits)}, or all")
+        raise DataError("this source has no splits: leave `split` out")
+    missing = "there is no split train" if split is None else f"`split` {split}: no such split"
+    raise DataError(f"{missing}; use `split` with one of {listed(splits)}, or all")
 
 
 def listed(names: Sequence[Any]) -> str:

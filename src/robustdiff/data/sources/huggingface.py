@@ -71,7 +71,7 @@ def table(
         raise missing("datasets") from None
     saved = isinstance(source, Path) and ((source / "state.json").exists() or (source / "dataset_dict.json").exists())
     if config is not None and (saved or (isinstance(source, Path) and source.is_file())):
-        raise DataError("this data set has no configurations: leave --dataset-config-name out")
+        raise DataError("this data set has no configurations: leave `config` out")
     try:
         with _quiet(datasets):
             data = _load(datasets, source, saved, config)
@@ -79,9 +79,9 @@ def table(
         raise
     except Exception as error:  # pyarrow, datasets, the hub: each has types of its own
         if isinstance(source, Path):
-            hint = "is a file damaged, or --dataset-config-name missing or wrong?"
+            hint = "is a file damaged, or `config` missing or wrong?"
         else:
-            hint = "check the id, the network, and --dataset-config-name if it has several configurations"
+            hint = "check the id, the network, and `config` if it has several configurations"
         raise DataError(f"cannot be read as a data set ({short_reason(error)}); {hint}") from None
     if isinstance(data, dict):
         chosen = choose_splits(list(data), split)
@@ -93,7 +93,7 @@ def table(
     try:
         rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     except ValueError:
-        raise DataError(f"the splits {listed(chosen)} have different columns: choose one with --split") from None
+        raise DataError(f"the splits {listed(chosen)} have different columns: choose one with `split`") from None
     if len(rows) == 0:
         raise DataError("the table is empty")
     column = _image_column(datasets, rows, image_column)
@@ -212,12 +212,12 @@ def _image_column(datasets: ModuleType, rows: Dataset, asked: str | None) -> str
     if asked is not None:
         if asked in usable:
             return asked
-        raise DataError(f"--image-column {asked}: no such column of images; there is {listed(usable)}")
+        raise DataError(f"`image_column` {asked}: no such column of images; there is {listed(usable)}")
     candidates: list[str] = images or usable
     if not candidates:
         raise DataError(f"no column holds images or bytes; the columns are {listed(list(features))}")
     if len(candidates) > 1:
-        raise DataError(f"several columns hold images: choose one of {listed(candidates)} with --image-column")
+        raise DataError(f"several columns hold images: choose one of {listed(candidates)} with `image_column`")
     return candidates[0]
 
 
@@ -231,7 +231,7 @@ def _labels(datasets: ModuleType, rows: Dataset, asked: str | None) -> tuple[tup
         if isinstance(feature, datasets.Value) and re.fullmatch(r"u?int\d+|(large_)?string", feature.dtype)
     ]
     if asked is not None and asked not in declared + simple:
-        raise DataError(f"--label-column {asked}: no such column of labels; there is {listed(declared + simple)}")
+        raise DataError(f"`label_column` {asked}: no such column of labels; there is {listed(declared + simple)}")
     candidates = [asked] if asked else declared or [name for name in simple if name.lower() in LABEL_COLUMNS]
     if len(candidates) != 1:
         return (), None
@@ -240,7 +240,7 @@ def _labels(datasets: ModuleType, rows: Dataset, asked: str | None) -> tuple[tup
     gaps = sum(value in (None, -1) for value in values)  # -1: the hub's way to leave test labels out
     if gaps:
         if asked:
-            raise DataError(f"--label-column {asked}: {gaps} of {len(values)} rows have no label")
+            raise DataError(f"`label_column` {asked}: {gaps} of {len(values)} rows have no label")
         return (), None
     if not isinstance(feature, datasets.ClassLabel):
         return by_name(values)

@@ -66,7 +66,7 @@ def open_source(
     Args:
         source: Word, path or id.
         split: Name of a split, or ``all``. Default: ``train``, or the only one there is.
-        config: Configuration of a table (``--dataset-config-name``).
+        config: Configuration of a table that has several.
         image_column: Column of a table; see :func:`robustdiff.data.sources.huggingface.table`.
         label_column: Column of a table.
 
@@ -76,29 +76,24 @@ def open_source(
     Raises:
         DataError: In one line, if the source or an option cannot be used. Callers put the source's name before it.
     """
-    flags = {
-        "--split": split,
-        "--dataset-config-name": config,
-        "--image-column": image_column,
-        "--label-column": label_column,
-    }
+    options = {"split": split, "config": config, "image_column": image_column, "label_column": label_column}
     try:
-        return _open(source, flags)
+        return _open(source, options)
     except PermissionError:
         raise DataError("no permission to read it") from None
 
 
-def _open(source: str | Path, flags: dict[str, str | None]) -> Source:
+def _open(source: str | Path, options: dict[str, str | None]) -> Source:
     if source == "digits":
-        _unused("the built-in digits", flags)
+        _unused("the built-in digits", options)
         return _digits()
     path = Path(source).expanduser()
-    split, columns = flags["--split"], {k: v for k, v in flags.items() if k != "--split"}
+    split, columns = options["split"], {k: v for k, v in options.items() if k != "split"}
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or all(
             (path / name).is_file() for name in ("state.json", "dataset_info.json")
         ):
-            return _table(path, flags)
+            return _table(path, options)
         if databases := celeba_lsun.lsun_parts(path):
             _unused("LSUN", columns)
             return celeba_lsun.lsun(databases, split)
@@ -108,54 +103,48 @@ def _open(source: str | Path, flags: dict[str, str | None]) -> Source:
         if parts := celeba_lsun.celeba_parts(path):
             _unused("CelebA", columns)
             return celeba_lsun.celeba(*parts, split)
-        return _folder(path, flags)
+        return _folder(path, options)
     suffix = path.suffix.lower()
     if path.is_file() and suffix in (".npy", ".npz"):
-        _unused(f"an {suffix} file", flags)
+        _unused(f"an {suffix} file", options)
         return _npy(path) if suffix == ".npy" else _npz(path)
     if path.is_file() and suffix == ".parquet":
-        return _table(path, flags)
+        return _table(path, options)
     if os.path.exists(path):
         raise DataError("neither a folder nor an .npy, .npz or .parquet file; for an image, give the folder it is in")
     if isinstance(source, str) and HUB_ID.fullmatch(source) and not os.path.exists(source.partition("/")[0]):
-        return _table(source, flags)
+        return _table(source, options)
     siblings = os.listdir(path.parent) if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, n=1)
     hint = f" (did you mean {path.parent / near[0]}?)" if near else ""
     raise DataError(f"no such file or folder{hint}; give {WAYS}")
 
 
-def _unused(what: str, flags: dict[str, str | None]) -> None:
-    for flag, value in flags.items():
+def _unused(what: str, options: dict[str, str | None]) -> None:
+    for name, value in options.items():
         if value is not None:
-            raise DataError(f"{what} cannot use {flag} {value}: leave it out")
+            raise DataError(f"{what} cannot use `{name}` {value}: leave it out")
 
 
-def _table(source: str | Path, flags: dict[str, str | None]) -> Source:
-    return table(
-        source,
-        split=flags["--split"],
-        config=flags["--dataset-config-name"],
-        image_column=flags["--image-column"],
-        label_column=flags["--label-column"],
-    )
+def _table(source: str | Path, options: dict[str, str | None]) -> Source:
+    return table(source, **options)
 
 
 # -- a folder ----------------------------------------------------------------------------------------
 
 
-def _folder(folder: Path, flags: dict[str, str | None]) -> Source:
+def _folder(folder: Path, options: dict[str, str | None]) -> Source:
     found, skipped, side_cars = _scan(folder)
     tables = [name for name in found if name.lower().endswith(".parquet")]
     if tables:
         images = [name for name in found if decode.is_image_name(name)]
         if not images:
-            return _table(folder, flags)
+            return _table(folder, options)
         raise DataError(
             f"holds both tables ({tables[0]}) and images ({images[0]}): give a folder that holds only one kind, or the "
             ".parquet file itself"
         )
-    _unused("a folder of images", flags)
+    _unused("a folder of images", options)
     notes = {"side-car files ignored (not images)": side_cars} if side_cars else {}
     if "grid.png" in found and len(found) > 1 and all(SAMPLE.fullmatch(name) for name in found if name != "grid.png"):
         found.remove("grid.png")  # `robustdiff sample` writes it beside the images
