@@ -44,10 +44,10 @@ from robustdiff.losses.denoising import DenoisingLoss, LossOutput
 from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
 from robustdiff.training import trainer
 from robustdiff.training.config import TrainConfig
-from robustdiff.training.metrics import Metrics, TrainingError
+from robustdiff.training.metrics import Metrics
 from robustdiff.training.setup import build_objective
 from robustdiff.training.trainer import Batches, train
-from robustdiff.utils.errors import UsageError
+from robustdiff.utils.errors import TrainingError, UsageError
 from robustdiff.utils.seeds import derive_seed
 
 
