@@ -156,7 +156,7 @@ def test_the_word_corrupt_is_the_truth_about_this_runs_own_dirt(config: TrainCon
 def test_processes_with_other_levels_are_refused() -> None:
     accelerator = SimpleNamespace(num_processes=2, device="cpu", gather=lambda mine: torch.cat([mine, mine + 1]))
     with pytest.raises(UsageError, match="`noise_levels` f are others on some machines than on others"):
-        trainer._check_alike(accelerator, "0a" * 32, "--noise-levels f are others")
+        trainer._check_alike(accelerator, "0a" * 32, "`noise_levels` f are others")
 
 
 # -- what is said of it ------------------------------------------------------------------------------
