@@ -15,6 +15,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from robustdiff.audit.parts import check_parts
 from robustdiff.data.corruption import check_corruptions
+from robustdiff.losses.named import LOSSES, LossName
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.options import (
     MAX_BATCH,
@@ -114,7 +115,7 @@ class TrainConfig:
     """Objective settings to start from; the flags of this group override single ones. gated: random perturbation at low
     noise levels only (2 forward passes there); paper: the published adversarial settings; plain: no regulariser.
     Default: gated; with --auto plain, or a gate below the noise if every image has some."""
-    objective: Literal["robust", "invariance", "input-perturbation", "pseudo-huber"] = "robust"
+    objective: LossName = "robust"
     """robust: equivariance. The others are what it is compared with."""
     perturbation: Literal["none", "random", "adversarial"] | None = None
     """Direction of the perturbation; none is plain training. Default: the preset's."""
@@ -330,12 +331,10 @@ class TrainConfig:
         if self.auto:
             told = "`noise_levels`" if self.noise_levels is not None else "`clean_subset`" if self.clean_subset else ""
             require(not told, f"`auto` finds out what {told} says: give one")
-            unfit = self.objective == "pseudo-huber"
-            require(not unfit, "`auto` has no clean optimum with `objective` pseudo-huber: use another objective")
+            self._require_clean_optimum("auto")
         if self.noise_levels is None:
             return
-        unfit = self.objective == "pseudo-huber"
-        require(not unfit, "`noise_levels` has no clean optimum with `objective` pseudo-huber: use another objective")
+        self._require_clean_optimum("noise_levels")
         if self.noise_levels == FROM_CORRUPT:
             flag, kinds = f"`noise_levels` {FROM_CORRUPT}", [c.kind for c in check_corruptions(self.corrupt)]
             require(bool(kinds), f"{flag} needs `corrupt` gaussian:sigma=...: add it, or name a file")
@@ -343,6 +342,10 @@ class TrainConfig:
             message = f"{flag}: an image hit by {other} has no noise level: use `corrupt` gaussian only, or name a file"
             require(other is None, message)
             require(not self.clean_subset, f"{flag} does nothing with `clean_subset`: give one")
+
+    def _require_clean_optimum(self, name: str) -> None:
+        fits = LOSSES[self.objective].takes_noise_level
+        require(fits, f"`{name}` has no clean optimum with `objective` {self.objective}: use another objective")
 
     def _validate_objective(self) -> None:
         """Refuse flags of the objective that would do nothing."""
@@ -352,17 +355,19 @@ class TrainConfig:
         regulariser = ("strength", "gate", "gradient", *radius)
         attack = ("attack_steps", "attack_step_size", "inner")
         given = [name for name in (*regulariser, *attack, "perturbation") if getattr(self, name) is not None]
-        if self.objective in ("input-perturbation", "pseudo-huber"):
+        loss = LOSSES[self.objective]
+        if not loss.regularised:
             given += [] if self.preset is None else ["preset"]
             require(not given, f"`objective` {self.objective} has no perturbation: leave out {listed(given)}")
         usual = {"paper": "adversarial", "gated": "random", "plain": "none"}[self.start]
         perturbation = self.perturbation or usual
-        if perturbation == "none" and self.objective in ("robust", "invariance"):
+        if perturbation == "none" and loss.regularised:
             idle = [name for name in given if name != "perturbation"]
             require(not idle, f"without a perturbation {listed(idle)} would do nothing: add `perturbation` random")
-            require(self.objective == "robust", "`objective` invariance needs `perturbation` random or adversarial")
-        unmatched = self.objective == "invariance" and self.inner == "residual"
-        require(not unmatched, "`inner` residual is not what `objective` invariance penalises: use shift")
+            remedy = f"`objective` {self.objective} needs `perturbation` random or adversarial"
+            require(not loss.shift_only, remedy)
+        unmatched = loss.shift_only and self.inner == "residual"
+        require(not unmatched, f"`inner` residual is not what `objective` {self.objective} penalises: use shift")
         powerless = self.start == "plain" and perturbation != "none" and self.strength is None
         what = "`preset` plain" if self.preset else "`auto`"
         require(not powerless, f"{what} has no strength for `perturbation` {perturbation}: add `strength`")

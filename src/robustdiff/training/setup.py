@@ -22,13 +22,9 @@ from robustdiff.diffusion.networks import (
 )
 from robustdiff.diffusion.pipeline import load_pipeline
 from robustdiff.diffusion.schedule import NoiseSchedule
-from robustdiff.losses.baselines import (
-    InputPerturbationLoss,
-    InvarianceLoss,
-    PseudoHuberLoss,
-)
 from robustdiff.losses.denoising import DenoisingLoss
-from robustdiff.losses.equivariance import PRESETS, EquivarianceLoss, SigmaRange
+from robustdiff.losses.equivariance import PRESETS, SigmaRange
+from robustdiff.losses.named import LOSSES
 from robustdiff.losses.perturbation import AdversarialPerturbation
 from robustdiff.training.annotations import NoiseLevels
 from robustdiff.training.config import TrainConfig, parse_gate
@@ -61,10 +57,9 @@ def build_objective(
         schedule: The noise schedule.
         unknown: Noise levels at which ``auto`` found no image to trust: regularised there, if no flag says what else.
     """
-    if config.objective == "input-perturbation":
-        return InputPerturbationLoss(schedule)
-    if config.objective == "pseudo-huber":
-        return PseudoHuberLoss(schedule)
+    named = LOSSES[config.objective]
+    if not named.regularised:
+        return named.load()(schedule)
     settings = dict(PRESETS[config.start])
     if unknown is not None and config.preset is None and config.perturbation is None:
         settings = {**PRESETS["gated"], "strength": SigmaRange(*unknown, FALLBACK)}
@@ -92,7 +87,7 @@ def build_objective(
     settings["strength"] = value if (low, high) == (0.0, math.inf) else SigmaRange(low, high, value)
     if config.gradient is not None:
         settings["gradient"] = config.gradient
-    return (InvarianceLoss if config.objective == "invariance" else EquivarianceLoss)(schedule, **settings)
+    return named.load()(schedule, **settings)
 
 
 def check_gate(objective: DenoisingLoss, levels: NoiseLevels) -> None:
