@@ -34,7 +34,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "== tests"
-	$(PYTEST)
+	$(PYTEST) tests
 
 test-all: $(STAMP)
 	@echo "== all tests"
