@@ -56,7 +56,8 @@ def test_the_file_tree_of_the_readme_is_the_file_tree() -> None:
         assert (ROOT / folder).is_dir()
 
 
-DOCUMENTS = ["README.md", "experiments/README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
+EXPERIMENTS = ["experiments/README.md", "experiments/findings.md", "experiments/ACCELERATOR.md", "benchmarks/README.md"]
+DOCUMENTS = ["README.md", *EXPERIMENTS, *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
