@@ -1,7 +1,7 @@
 """The closed forms of ``linear.py`` against computations that share no formula with them.
 
 Objectives are minimised, diffusers' schedulers are run, flows are integrated, attacks are tried corner by corner, and
-metrics are drawn. ``tests/test_theory.py`` holds the objectives against the same results for full matrices.
+metrics are drawn. ``tests/losses/test_theory.py`` holds the objectives against the same results for full matrices.
 
 A little over 400 lines: one closed form after the other.
 """
