@@ -43,7 +43,7 @@ class NoiseLevels:
     trained: Tensor
     schedule: NoiseSchedule
 
-    def visits(self) -> LevelBalancedSampler:
+    def sampler(self) -> LevelBalancedSampler:
         """When each image is used: every noise level equally often."""
         weight = torch.zeros(len(self.sigma), dtype=torch.float64)
         weight[self.trained] = 1.0

@@ -99,35 +99,38 @@ class LevelBalancedSampler:
         return torch.maximum(t.clamp(max=self.num_timesteps - 1), first)
 
 
-def visits_of(trust: AuditResult, schedule: NoiseSchedule) -> LevelBalancedSampler | None:
-    """When each image is used; None if there is nothing to rule.
+def sampler_from_audit(found: AuditResult, schedule: NoiseSchedule) -> LevelBalancedSampler | None:
+    """When each image is used, after an audit; None if there is nothing to rule.
 
-    A level at or above the largest of the schedule leaves that image out.
+    The audit speaks of noise levels sigma/alpha; here they become timesteps. A level at or above the largest of the
+    schedule leaves that image out.
 
     Raises:
         UsageError: If that leaves none.
     """
-    if trust.trivial:
+    if found.trivial:
         return None
-    largest = float(schedule.noise_to_signal(torch.tensor(schedule.num_timesteps - 1)))
-    lowest = trust.lowest
-    inside = lowest < largest
-    if not bool((inside & (trust.weight > 0)).any()):
+    lowest = found.lowest
+    inside = lowest < _largest(schedule)
+    if not bool((inside & (found.weight > 0)).any()):
         raise UsageError("`auto` found no image that can be trained on: look at them with robustdiff audit")
     first = schedule.first_timesteps(torch.where(inside, lowest, torch.zeros_like(lowest)))
-    return LevelBalancedSampler(
-        first, torch.where(inside, trust.weight, torch.zeros_like(trust.weight)), schedule.num_timesteps
-    )
+    weight = torch.where(inside, found.weight, torch.zeros_like(found.weight))
+    return LevelBalancedSampler(first, weight, schedule.num_timesteps)
 
 
-def whole_from(trust: AuditResult, schedule: NoiseSchedule) -> Tensor | None:
-    """The timestep from which lost pixels, filled in, count in the loss, int64, shape (N,); None: all do."""
-    if not (trust.masked and bool((trust.has_missing & (trust.min_sigma > trust.noise_std)).any())):
+def masked_below(found: AuditResult, schedule: NoiseSchedule) -> Tensor | None:
+    """The timestep below which lost pixels, filled in, do not count in the loss, int64, shape (N,); None: all do."""
+    if not (found.masked and bool((found.has_missing & (found.min_sigma > found.noise_std)).any())):
         return None
-    never = torch.full_like(trust.min_sigma, schedule.num_timesteps, dtype=torch.long)
-    largest = float(schedule.noise_to_signal(torch.tensor(schedule.num_timesteps - 1)))
-    inside = trust.min_sigma < largest
-    first = schedule.first_timesteps(
-        torch.where(inside & trust.has_missing, trust.min_sigma, torch.zeros_like(trust.min_sigma))
+    always = torch.full_like(found.min_sigma, schedule.num_timesteps, dtype=torch.long)
+    inside = found.min_sigma < _largest(schedule)
+    first = first_timesteps(
+        schedule, torch.where(inside & found.has_missing, found.min_sigma, torch.zeros_like(found.min_sigma))
     )
-    return torch.where(inside, first, never)
+    return torch.where(inside, first, always)
+
+
+def _largest(schedule: NoiseSchedule) -> float:
+    """The largest noise level sigma/alpha."""
+    return float(schedule.noise_to_signal(torch.tensor(schedule.num_timesteps - 1)))

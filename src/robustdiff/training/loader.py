@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,41 @@ from robustdiff.utils.seeds import derive_seed
 
 LoadedBatch = tuple[Tensor, Tensor | None]
 """Images in [-1, 1], (B, C, H, W); which of their pixels were filled in, bool, (B, H, W), or None if none were."""
-Batch = tuple[Tensor, list[torch.Generator], Tensor | None, Tensor | None]
-"""Images; each one's generator for every draw made on it; labels, (B,), or None; pixels filled in, or None."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The images of one forward pass, with everything that is known of them. B images.
+
+    Attributes:
+        x0: In [-1, 1], shape (B, ...).
+        first: Counter of the first image: how many the run saw before it. Rules the network's own draws (dropout).
+        generators: Each image's own, for every draw that is made on it; None: made from the seed and the counter.
+        index: Place of each in its data set, int64, shape (B,), if it has one.
+        t: Timestep of each, int64, shape (B,); None: the loss draws them.
+        noise_level: sigma_n, the noise that each carries already, in the units of ``x0``, shape (B,); None: none.
+        mask: Where ``x0`` counts in the loss, bool, of a shape that broadcasts to that of ``x0``; None: everywhere.
+        labels: Class of each, int64, shape (B,), for networks that take ``class_labels``.
+    """
+
+    x0: Tensor
+    first: int = 0
+    generators: Sequence[torch.Generator] | None = None
+    index: Tensor | None = None
+    t: Tensor | None = None
+    noise_level: Tensor | None = None
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+
+    @property
+    def counters(self) -> range:
+        """Counters of the images."""
+        return range(self.first, self.first + len(self.x0))
+
+
+def draw_generators(seed: int, counters: range) -> list[torch.Generator]:
+    """The generators of the images with these counters: pure functions of (seed, counter)."""
+    return [torch.Generator().manual_seed(derive_seed(seed, "draws", counter)) for counter in counters]
 
 
 @dataclass
@@ -34,57 +67,40 @@ class Batches:
         seed: The run's seed.
         random_flip: Mirror left-right with probability 1/2, a function of (seed, counter).
         only: Indices of the images that are used, int64; their dirt is the same. Default: all.
-        sigma: Standard deviation of the noise that each image carries, by index, shape (N,), if it is known.
-        visits: How often each image is seen, and at which timesteps; in place of ``only``. Default: all alike.
+        noise_level: Standard deviation of the noise that each image carries, by index, shape (N,), if it is known.
+        sampler: How often each image is seen, and at which timesteps; in place of ``only``. Default: all alike.
         repair: What is done to images after their dirt, ``repair(images, indices)``, and which pixels it made up.
             Default: nothing.
-        whole_from: The timestep from which such pixels count, by index, int64, shape (N,). Default: they always do.
+        masked_below: The timestep below which such pixels do not count, by index, int64, shape (N,). Default: they
+            always do.
     """
 
     images: ImageDataset
-    corruptions: tuple[Corruption, ...]
-    seed: int
-    random_flip: bool
+    corruptions: tuple[Corruption, ...] = ()
+    seed: int = 0
+    random_flip: bool = False
     only: Tensor | None = None
-    sigma: Tensor | None = None
-    visits: LevelBalancedSampler | None = None
+    noise_level: Tensor | None = None
+    sampler: LevelBalancedSampler | None = None
     repair: Callable[[Tensor, Sequence[int]], LoadedBatch] | None = None
-    whole_from: Tensor | None = None
+    masked_below: Tensor | None = None
     _epoch: int = -1
     _order: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def index(self, counter: int) -> int:
         """Which image the run sees as its ``counter``-th: a fresh permutation per pass over the data."""
-        only = self.only if self.visits is None else self.visits.used
+        only = self.only if self.sampler is None else self.sampler.used
         count = len(self.images) if only is None else len(only)
         epoch, place = divmod(counter, count)
         if self._epoch != epoch:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-            if self.visits is not None:
-                order = self.visits.order(generator)
+            if self.sampler is not None:
+                order = self.sampler.order(generator)
             else:
                 order = torch.randperm(count, generator=generator)
                 order = order if only is None else only[order]
             self._epoch, self._order = epoch, order
         return int(self._order[place])
-
-    def noise_levels(self, counters: range) -> Tensor | None:
-        """What ``noise_level`` of the objectives is for the images with these counters, shape (B,), if it is known."""
-        return None if self.sigma is None else self.sigma[[self.index(counter) for counter in counters]]
-
-    def timesteps(self, counters: range, generators: Sequence[torch.Generator]) -> Tensor | None:
-        """Timesteps for the images with these counters, shape (B,), one number of each generator; None: not ruled."""
-        if self.visits is None:
-            return None
-        u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
-        return self.visits.timesteps(torch.tensor([self.index(counter) for counter in counters]), u)
-
-    def masks(self, counters: range, t: Tensor | None, lost: Tensor | None) -> Tensor | None:
-        """``loss_mask`` of the objectives for the images with these counters at these timesteps, bool, (B, 1, H, W)."""
-        if lost is None or t is None or self.whole_from is None:
-            return None
-        early = t < self.whole_from[[self.index(counter) for counter in counters]]
-        return ~(lost & early[:, None, None])[:, None]
 
     def __call__(self, counters: range) -> Batch:
         """The images with these counters."""
@@ -105,19 +121,34 @@ class Batches:
         return images
 
     def draw(self, counters: range, loaded: LoadedBatch) -> Batch:
-        """Everything random about these visits: generators and mirroring; and the labels."""
-        images, lost = loaded
-        generators = [torch.Generator().manual_seed(derive_seed(self.seed, "draws", counter)) for counter in counters]
+        """Everything random about these visits (generators, mirroring, timesteps), and what is known of the images."""
+        images, filled = loaded
+        index = torch.tensor([self.index(counter) for counter in counters])
+        generators = draw_generators(self.seed, counters)
         if self.random_flip:
             mirrored = torch.tensor([bool(torch.rand((), generator=generator) < 0.5) for generator in generators])
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-            lost = None if lost is None else torch.where(mirrored[:, None, None], lost.flip(-1), lost)
-        every = self.images.labels
-        labels = None if every is None else every[[self.index(counter) for counter in counters]]
-        return images, generators, labels, lost
+            filled = None if filled is None else torch.where(mirrored[:, None, None], filled.flip(-1), filled)
+        t = mask = None
+        if self.sampler is not None:
+            u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+            t = self.sampler.timesteps(index, u)
+        if filled is not None and t is not None and self.masked_below is not None:
+            below = t < self.masked_below[index]
+            mask = ~(filled & below[:, None, None])[:, None]
+        return Batch(
+            images,
+            counters[0],
+            generators,
+            index,
+            t,
+            None if self.noise_level is None else self.noise_level[index],
+            mask,
+            None if self.images.labels is None else self.images.labels[index],
+        )
 
 
-class _Loading(Dataset["Loaded | UsageError"]):
+class _Loading(Dataset["LoadedBatch | UsageError"]):
     """``Batches.load`` as a data set whose indices are ranges of counters."""
 
     def __init__(self, batches: Batches) -> None:
@@ -163,8 +194,8 @@ class RankSampler:
 
 def iterate_batches(
     batches: Batches, shares: RankSampler, workers: int, pin: bool = False
-) -> Generator[tuple[range, Batch], None, None]:
-    """Counters and batch, one after the other; close it to end the workers.
+) -> Generator[Batch, None, None]:
+    """One batch after the other; close it to end the workers.
 
     Args:
         batches: The rule.
@@ -174,7 +205,7 @@ def iterate_batches(
     """
     if not workers:
         for counters in shares:
-            yield counters, batches(counters)
+            yield batches(counters)
         return
     loader = DataLoader(
         _Loading(batches),
@@ -190,7 +221,7 @@ def iterate_batches(
         for counters, loaded in zip(shares, loading, strict=True):
             if isinstance(loaded, UsageError):
                 raise loaded
-            yield counters, batches.draw(counters, loaded)
+            yield batches.draw(counters, loaded)
     finally:  # not left to the collector: a stack trace may hold them, and the interpreter's end would wait for ever
         loading._shutdown_workers()
         for worker in loading._workers:
@@ -201,3 +232,48 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
     """A Ctrl-C or a SIGTERM for the whole group must not lose what the parent is about to save."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def repeat_batches(
+    data: Iterable[Any], seed: int, first: int = 0, process: int = 0, processes: int = 1
+) -> Generator[Batch, None, None]:
+    """Batches of somebody else's loader, over and over.
+
+    Args:
+        data: Gives images, shape (B, ...), or pairs of images and labels, or :class:`Batch`; can be iterated anew. Each
+            process gives its own share.
+        seed: Rules the draws on each image, with its counter.
+        first: Images seen before, by all processes.
+        process: This process, from 0.
+        processes: Of how many.
+
+    Raises:
+        ValueError: If it gives something else, or is used up.
+    """
+    count = 0
+    while True:
+        before = count
+        for item in data:
+            batch = _as_batch(item)
+            batch = dataclasses.replace(batch, first=first + process * len(batch.x0))
+            if batch.generators is None:
+                batch = dataclasses.replace(batch, generators=draw_generators(seed, batch.counters))
+            yield batch
+            first += processes * len(batch.x0)
+            count += 1
+        if count == before:
+            raise ValueError(
+                f"data ended after {count} batches: give something that can be iterated anew, such as a DataLoader"
+            )
+
+
+def _as_batch(item: object) -> Batch:
+    if isinstance(item, Batch):
+        return item
+    parts = tuple(item) if isinstance(item, tuple | list) else (item,)
+    tensors = all(isinstance(part, Tensor) for part in parts)
+    if not tensors or len(parts) not in (1, 2) or not parts[0].is_floating_point():
+        raise ValueError(
+            f"data gave {type(item).__name__}: give tensors of images in [-1, 1], pairs of images and labels, or Batch"
+        )
+    return Batch(parts[0], labels=parts[1] if len(parts) == 2 else None)

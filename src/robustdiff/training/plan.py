@@ -1,7 +1,4 @@
-"""From flags to objects: objective, network, scheduler, and the plan a run follows; nothing is written here.
-
-A little over 400 lines: every flag that decides what a run is, is resolved in this one place.
-"""
+"""The plan that a run follows: every default resolved, and how a person reads it."""
 
 from __future__ import annotations
 
@@ -16,19 +13,11 @@ from diffusers import UNet2DModel
 
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.diffusion.model import Denoiser
-from robustdiff.diffusion.networks import (
-    NETWORKS,
-    network_for,
-)
+from robustdiff.diffusion.networks import NETWORKS, network_for
 from robustdiff.losses.denoising import DenoisingLoss
 from robustdiff.training.config import TrainConfig
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.options import parse_count
-
-# -- from flags to objects ---------------------------------------------------------------------------
-
-
-# -- the plan ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -151,6 +140,3 @@ def _duration(seconds: float) -> str:
     if minutes < 1:
         return f"{seconds:.0f} s"
     return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
-
-
-# -- the run folder ----------------------------------------------------------------------------------

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
-from robustdiff.data.dataset import ImageDataset
+from robustdiff.data.dataset import DataError, ImageDataset, load_images
 from robustdiff.diffusion.model import Denoiser
 from robustdiff.diffusion.networks import (
     build_unet,
@@ -22,14 +23,19 @@ from robustdiff.diffusion.networks import (
 )
 from robustdiff.diffusion.pipeline import load_pipeline
 from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.evaluation.extractors import open_extractor
+from robustdiff.evaluation.metrics import LEAST
 from robustdiff.losses.denoising import DenoisingLoss
 from robustdiff.losses.equivariance import PRESETS, SigmaRange
 from robustdiff.losses.named import LOSSES
 from robustdiff.losses.perturbation import AdversarialPerturbation
 from robustdiff.training.annotations import NoiseLevels
+from robustdiff.training.callbacks.evaluation import EvaluationCallback
 from robustdiff.training.config import TrainConfig, parse_gate
+from robustdiff.training.plan import Plan
 from robustdiff.utils import atomic_io
 from robustdiff.utils.errors import UsageError
+from robustdiff.utils.options import parse_count
 from robustdiff.utils.seeds import derive_seed
 
 FALLBACK = 15.0
@@ -65,7 +71,11 @@ def build_objective(
         settings = {**PRESETS["gated"], "strength": SigmaRange(*unknown, FALLBACK)}
     if config.perturbation is not None:
         settings["perturbation"] = config.perturbation
-    attack = {"steps": config.attack_steps, "step_size": config.attack_step_size, "inner": config.inner}
+    attack: dict[str, Any] = {
+        "steps": config.attack_steps,
+        "step_size": config.attack_step_size,
+        "inner": config.inner,
+    }
     attack = {name: value for name, value in attack.items() if value is not None}
     if attack:
         settings["perturbation"] = AdversarialPerturbation(**attack)
@@ -134,6 +144,63 @@ def build_pipeline(config: TrainConfig, data: ImageDataset) -> tuple[DiffusionPi
         timestep_spacing="trailing",
     )
     return DDPMPipeline(unet=unet, scheduler=scheduler), name
+
+
+def build_evaluation(
+    config: TrainConfig,
+    plan: Plan,
+    images: ImageDataset,
+    folder: Path,
+    steps: int,
+    classes: int,
+    device: torch.device,
+) -> EvaluationCallback:
+    """The evaluation that the flags describe, with its extractor and reference.
+
+    Args:
+        config: With ``evaluate_every``.
+        plan: For the images per step.
+        images: Training images, whose size and channels the reference is brought to.
+        folder: Of the run.
+        steps: Network calls per image.
+        classes: Of a conditional network; 0: it is not.
+        device: Where features are computed.
+
+    Raises:
+        UsageError: If the extractor or the reference cannot be used.
+    """
+    assert config.evaluate_every is not None
+    assert config.evaluate_reference is not None
+    height, width = images.size
+    extractor = open_extractor(config.evaluate_extractor, device)
+    try:
+        reference = load_images(
+            config.evaluate_reference,
+            resolution=height if height == width else None,
+            channels=images.channels,
+            split=config.evaluate_split,
+        )
+    except DataError as error:
+        raise UsageError(f"`evaluate_reference` {error}") from None
+    if reference.size != images.size:
+        raise UsageError(
+            f"`evaluate_reference`: its images are {reference.size[1]} x {reference.size[0]}, those trained on "
+            f"{width} x {height}: bring them to one size"
+        )
+    if len(reference) < LEAST:
+        raise UsageError(f"`evaluate_reference` has {len(reference)} images; at least {LEAST} are needed: give more")
+    return EvaluationCallback(
+        folder,
+        reference,
+        extractor,
+        every=max(1, round(parse_count(config.evaluate_every, "evaluate_every") / plan.batch)),
+        n=config.evaluate_n,
+        metric=config.evaluate_metric,
+        seed=config.seed,
+        steps=steps,
+        batch_size=config.eval_batch_size,
+        classes=classes,
+    )
 
 
 def _initial_pipeline(config: TrainConfig, data: ImageDataset) -> DiffusionPipeline:

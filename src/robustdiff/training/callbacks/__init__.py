@@ -1,0 +1,5 @@
+"""What happens beside the steps of a run: records, checkpoints, the pipeline, previews, evaluation, trackers."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

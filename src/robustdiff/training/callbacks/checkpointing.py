@@ -1,0 +1,52 @@
+"""Checkpoints to go on from, exactly."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from robustdiff.training.callbacks.base import Callback
+from robustdiff.training.checkpoint import load_checkpoint, save_checkpoint
+from robustdiff.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from robustdiff.training.run import TrainingRun
+
+
+class CheckpointCallback(Callback):
+    """Saves everything that changes, and goes on from a checkpoint as if nothing had come between.
+
+    Args:
+        folder: Where checkpoints lie; made if missing.
+        keep: How many are kept, >= 1.
+        resume: One to go on from, as :func:`robustdiff.training.checkpoint.find_checkpoint` finds it. A loader of your
+            own then begins anew; image sets go on where they were.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2, resume: Path | None = None) -> None:
+        """See the class."""
+        self.folder, self.keep, self.resume = Path(folder), keep, resume
+
+    def on_setup(self, run: TrainingRun) -> None:
+        """Restore.
+
+        Raises:
+            UsageError: If the checkpoint is damaged, or of another network.
+        """
+        if self.resume is None:
+            return
+        saved = load_checkpoint(self.resume, run.training_state())
+        run.metrics.restore(saved.get("metrics"))
+        if not isinstance(saved.get("images"), int):
+            raise UsageError(f"{self.resume} is damaged (state.json: images): name another checkpoint")
+        run.step, run.images = saved["step"], saved["images"]
+        run.say(f"going on from {self.resume}: step {run.step} of {run.options.steps}")
+
+    def on_checkpoint(self, run: TrainingRun) -> None:
+        """Save."""
+        if run.is_main:
+            counters = {"images": run.images, "metrics": run.metrics.state()}
+            # In a row of bad steps nothing is deleted: the checkpoint before it may be the one to go back to.
+            keep = sys.maxsize if run.metrics.streak else self.keep
+            save_checkpoint(self.folder, run.step, run.training_state(), counters, keep)

@@ -1,0 +1,128 @@
+"""Quality of a run while it trains: a line of metrics every so many steps, and the best pipeline kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from diffusers import DiffusionPipeline
+
+from robustdiff.data.dataset import ImageDataset
+from robustdiff.diffusion.pipeline import sample, save_pipeline, to_uint8
+from robustdiff.evaluation.extractors import Extractor
+from robustdiff.evaluation.features import Features, default_cache, extract
+from robustdiff.evaluation.metrics import judge
+from robustdiff.training.callbacks.base import Callback
+from robustdiff.training.callbacks.pipeline import memory_explained
+from robustdiff.training.metrics import JsonlLog
+from robustdiff.utils import atomic_io
+
+if TYPE_CHECKING:
+    from robustdiff.training.run import TrainingRun
+
+BEST = "best"
+"""Folder of the best pipeline, in the run folder."""
+
+
+class EvaluationCallback(Callback):
+    """Draws images from the same seeds every so many steps, and judges them as ``robustdiff evaluate`` does.
+
+    Writes ``evaluation/during.jsonl``, and, whenever the metric is better than ever before, the pipeline into ``best/``
+    and its step into ``evaluation/best.json``.
+
+    Args:
+        folder: Of the run.
+        reference: Clean real images, of the size of those trained on.
+        extractor: What they are looked at with (:func:`robustdiff.evaluation.open_extractor`).
+        every: Optimiser steps between evaluations; the last step is one in any case.
+        n: Images drawn, >= 14.
+        metric: What the best is best in: Frechet or kernel distance.
+        seed: Of the images.
+        steps: Network calls per image; divides the timesteps.
+        batch_size: Images per call.
+        classes: Drawn in turn, if the network is conditional; 0: it is not.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        reference: ImageDataset,
+        extractor: Extractor,
+        every: int,
+        *,
+        n: int = 500,
+        metric: Literal["fd", "kid"] = "fd",
+        seed: int = 0,
+        steps: int = 50,
+        batch_size: int = 64,
+        classes: int = 0,
+    ) -> None:
+        """Look at the reference, so that what is wrong with it is known before training."""
+        self.folder, self.extractor, self.every, self.n = Path(folder), extractor, every, n
+        self.seed, self.steps, self.batch_size, self.classes = seed, steps, batch_size, classes
+        self.reference = self._features(reference)
+        kernel = "KID" if extractor.metric == "FID" else f"KID-{extractor.name}"
+        self.metric = {"fd": extractor.metric, "kid": kernel}[metric]
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Later lines are cut off, and the best of those that stay is to be beaten."""
+        self.lines = JsonlLog(self.folder / "evaluation" / "during.jsonl", run.step)
+        kept = [json.loads(line) for line in self.lines.kept]
+        self.best = min(
+            (line["values"][self.metric]["value"] for line in kept if self.metric in line["values"]), default=None
+        )
+
+    def on_step(self, run: TrainingRun) -> None:
+        """Evaluate, if it is time."""
+        if run.step % self.every and run.step < run.options.steps:
+            return
+        run.check_finite()
+        if run.is_main:
+            with run.averaged(), memory_explained("evaluating", run.step):
+                run.say(self.measure(run.pipeline, run.step, run.images))
+        run.restart_clock()
+
+    def on_sync(self, run: TrainingRun) -> None:
+        """Bring the lines onto the disk."""
+        if run.is_main:
+            self.lines.sync()
+
+    def measure(self, pipeline: DiffusionPipeline, step: int, seen: int) -> str:
+        """Judge the pipeline as it is, write the line, keep the pipeline if it is the best.
+
+        Args:
+            pipeline: With the weights to judge.
+            step: Of the run.
+            seen: Images seen by then.
+
+        Returns:
+            One line for people.
+        """
+        images = sample(
+            pipeline,
+            self.n,
+            seed=self.seed,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            class_labels=[i % self.classes for i in range(self.n)] if self.classes else None,
+        )
+        quality = judge(self._features(to_uint8(images), cached=False), self.reference, intervals=False)
+        values = {value.name: value.to_json() for value in quality.values}
+        (self.folder / "evaluation").mkdir(exist_ok=True)
+        self.lines.write({"step": step, "images": seen, "n": self.n, "values": values})
+        now = values[self.metric]
+        better = self.best is None or now["value"] < self.best
+        if better:
+            self.best = now["value"]
+            (self.folder / BEST).mkdir(exist_ok=True)
+            save_pipeline(self.folder / BEST, pipeline)
+            about = {"step": step, "images": seen, "metric": self.metric, "pipeline": BEST}
+            atomic_io.write_json(
+                self.folder / "evaluation" / "best.json", {**about, "value": now["value"], "floor": now["floor"]}
+            )
+        return f"step {step}: {self.metric} {now['value']:.4g} (floor {now['floor']:.4g})" + ", the best" * better
+
+    def _features(self, images: Any, cached: bool = True) -> Features:  # noqa: ANN401 - a tensor or an image set
+        cache = default_cache() if cached else None
+        return extract(self.extractor, images, batch_size=self.batch_size, cache=cache)

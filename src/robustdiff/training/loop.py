@@ -1,0 +1,178 @@
+"""The training loop: any network, any loss, any batches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from robustdiff.data.dataset import ImageDataset
+from robustdiff.losses.denoising import LossOutput
+from robustdiff.training.callbacks.base import Callback
+from robustdiff.training.loader import Batch, Batches, RankSampler, iterate_batches, repeat_batches
+from robustdiff.training.options import FitOptions
+from robustdiff.training.processes import agree, steps_between_votes
+from robustdiff.training.run import Loss, MakeOptimizer, TrainingRun
+from robustdiff.utils.signals import Interrupted, stop_signals
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What came of a run.
+
+    Attributes:
+        network: The network that was trained, with its weights as they are.
+        average: The moving average of its weights, by name, for ``load_state_dict``; None without one.
+        steps: Optimiser steps done.
+        images: Images seen.
+        records: Means of the loss terms and speed, one every ``log_every`` steps, with the last step.
+    """
+
+    network: nn.Module
+    average: dict[str, Tensor] | None = field(repr=False)
+    steps: int
+    images: int
+    records: list[dict[str, Any]] = field(repr=False)
+
+
+def fit(
+    model: nn.Module | DiffusionPipeline,
+    loss: Loss,
+    data: ImageDataset | Batches | Iterable[Any],
+    options: FitOptions,
+    callbacks: Sequence[Callback] = (),
+    *,
+    optimizer: MakeOptimizer | None = None,
+    accelerator: Accelerator | None = None,
+    say: Callable[[str], None] = print,
+) -> FitResult:
+    """Train a network; nothing is written unless a callback writes it.
+
+    Example::
+
+        schedule = NoiseSchedule.from_scheduler(DDPMScheduler())
+        result = fit(UNet2DModel(...), EquivarianceLoss.preset("gated", schedule), load_images("photos/"),
+                     FitOptions(steps=10_000, learning_rate=2e-4))
+
+    Args:
+        model: A network, ``model(x_t, t)``, or a diffusers pipeline with one; trained in place.
+        loss: ``loss(model, x0, generator=..., ...) -> LossOutput``; see :class:`Loss`.
+        data: An image set, seen in an order that the seed rules; or :class:`Batches`, which also rules what is seen
+            when; or anything that gives batches again and again, such as a DataLoader: images in [-1, 1], shape
+            (B, ...), or pairs of images and labels, or :class:`Batch`. On several processes each gives its own share.
+        options: How long and how.
+        callbacks: Called in this order; see :class:`Callback`.
+        optimizer: Makes the optimiser of the parameters. Default: AdamW.
+        accelerator: Device and processes, if you have made them already; what it has prepared is let go at the end.
+        say: Told of skipped steps and of what callbacks have to say, on one process of a machine.
+
+    Raises:
+        NonFinite: If a loss or gradient is not finite; names the step and the noise level.
+        Interrupted: On Ctrl-C or SIGTERM, after the step that was being done and a last checkpoint.
+        ValueError: If ``data`` ends, or gives something else.
+    """
+    run = TrainingRun(model, loss, options, callbacks, optimizer=optimizer, accelerator=accelerator, say=say)
+    for callback in run.callbacks:
+        callback.on_setup(run)
+        if run.stopping:
+            return _result(run)
+    run.accelerator.wait_for_everyone()
+
+    batches = _feed(run, data)
+    with stop_signals() as asked_to_stop, contextlib.closing(batches):
+        run.each("on_start")
+        if run.finished:  # killed in its last save: finish that
+            _save(run)
+        while not run.finished:
+            train_step(run, batches)
+            logging = run.step % options.log_every == 0 or run.step == options.steps
+            run.status = _vote(run, asked_to_stop(), logging)
+            if logging:
+                run.check_finite()
+                run.each("on_log", run.record())
+            run.each("on_step")
+            if run.finished or run.step % (options.checkpoint_every or options.steps) == 0:
+                _save(run)
+
+    # Processes part together, and the wrapper goes before its process group.
+    run.accelerator.wait_for_everyone()
+    run.release()
+    run.each("on_end")
+    if accelerator is None:
+        run.accelerator.end_training()
+    if run.status and run.step < options.steps:
+        raise Interrupted(f"stopped at step {run.step} of {options.steps}", run.status)
+    return _result(run)
+
+
+def train_step(run: TrainingRun, batches: Iterator[Batch]) -> None:
+    """One optimiser step: takes one batch per accumulated pass, and moves weights, average and learning rate.
+
+    A step whose loss or gradient is not finite changes no weight; :meth:`TrainingRun.check_finite` tells of it.
+    """
+    passes = run.options.gradient_accumulation_steps
+    outputs: list[LossOutput] = []
+    indices: list[Tensor | None] = []
+    seen = run.images
+    for place in range(passes):
+        last = place == passes - 1
+        with contextlib.nullcontext() if last else run.accelerator.no_sync(run.model):
+            batch = next(batches)
+            outputs.append(run.loss_of(batch))
+            indices.append(batch.index)
+            mean = outputs[-1].total.mean()
+            # times 1, but not a number where the loss is infinite: no process may miss it in the gradient
+            mean = mean * (1 + 0 * mean.detach())
+            run.accelerator.backward(mean / passes)
+        run.images += len(batch.x0) * run.accelerator.num_processes
+    gradient_norm = run.accelerator.clip_grad_norm_(run.network.parameters(), run.options.max_grad_norm)
+    bad = run.metrics.add(run.step, outputs, gradient_norm, seen, indices)
+    scaled = run.accelerator.scaler is not None  # the scaler skips bad steps itself
+    if run.fused and not scaled:
+        run.optimizer.optimizer.found_inf = bad  # the fused kernel then changes nothing, and no one waits to know
+    if scaled or run.fused or not bad:
+        run.optimizer.step()
+    run.learning_rate = run.lr_schedule.get_last_lr()[0]
+    run.lr_schedule.step()
+    run.optimizer.zero_grad()
+    if run.ema is not None:
+        run.ema.step(run.network.parameters())
+    run.step += 1
+
+
+def _feed(run: TrainingRun, data: ImageDataset | Batches | Iterable[Any]) -> Generator[Batch, None, None]:
+    """Batches from where the run goes on."""
+    options, accelerator = run.options, run.accelerator
+    process, processes = accelerator.process_index, accelerator.num_processes
+    batches = Batches(data, seed=options.seed) if isinstance(data, ImageDataset) else data
+    if not isinstance(batches, Batches):
+        return repeat_batches(batches, options.seed, run.images, process, processes)
+    batch = options.batch_size * options.gradient_accumulation_steps * processes
+    shares = RankSampler(run.step, options.steps, batch, options.batch_size, process, processes)
+    return iterate_batches(batches, shares, options.workers, pin=accelerator.device.type == "cuda")
+
+
+def _vote(run: TrainingRun, status: int, logging: bool) -> int:
+    """The exit status to stop with, or 0: all processes stop at the same step, agreed where they meet anyway."""
+    if run.accelerator.num_processes == 1:
+        return status
+    every = 1 if run.seconds_per_step is None else steps_between_votes(run.seconds_per_step)
+    return agree(run.accelerator, status) if logging or run.step % every == 0 else 0
+
+
+def _save(run: TrainingRun) -> None:
+    run.check_finite()
+    run.each("on_sync")
+    run.each("on_checkpoint")
+    run.restart_clock()
+
+
+def _result(run: TrainingRun) -> FitResult:
+    names = [name for name, _ in run.network.named_parameters()]
+    average = None if run.ema is None else dict(zip(names, run.ema.shadow_params, strict=True))
+    return FitResult(run.network, average, run.step, run.images, run.records)
