@@ -18,7 +18,7 @@ from robustdiff.audit.finding import Action, Finding
 from robustdiff.audit.result import AuditResult
 from robustdiff.audit.summary import action_words
 from robustdiff.diffusion.schedule import NoiseSchedule
-from robustdiff.training.curriculum import visits_of, whole_from
+from robustdiff.training.curriculum import masked_below, sampler_from_audit
 from robustdiff.utils.errors import DataError, UsageError
 
 PROCESS = NoiseSchedule(torch.linspace(0.9999, 0.001, 200))
@@ -46,40 +46,42 @@ def trusted(**changes: object) -> AuditResult:
 
 
 def test_visits_begin_above_the_usable_level() -> None:
-    visits = visits_of(trusted(), PROCESS)
+    visits = sampler_from_audit(trusted(), PROCESS)
     assert visits is not None
     table = PROCESS.noise_to_signal(torch.arange(200))
     assert visits.used.tolist() == [0, 1, 2]
     for place, level in ((0, 0.0), (1, 0.2), (2, 0.5)):
         assert table[visits.first[place]] > level
         assert visits.first[place] == 0 or table[visits.first[place] - 1] <= level
-    assert visits_of(trusted(min_sigma=torch.zeros(4).double(), weight=torch.ones(4).double()), PROCESS) is None
+    assert (
+        sampler_from_audit(trusted(min_sigma=torch.zeros(4).double(), weight=torch.ones(4).double()), PROCESS) is None
+    )
 
 
 def test_masked_images_with_lost_pixels_are_used_at_every_level_and_their_repair_above_their_own() -> None:
     of = trusted(masked=True)
-    visits, whole = visits_of(of, PROCESS), whole_from(of, PROCESS)
+    visits, whole = sampler_from_audit(of, PROCESS), masked_below(of, PROCESS)
     assert visits is not None
     assert whole is not None
-    assert visits.first.tolist() == [0, visits_of(trusted(), PROCESS).first[1], 0, 0]
+    assert visits.first.tolist() == [0, sampler_from_audit(trusted(), PROCESS).first[1], 0, 0]
     table = PROCESS.noise_to_signal(torch.arange(200))
     assert whole[[0, 1, 3]].tolist() == [0, 0, 0]
     assert table[whole[2] - 1] <= 0.5 < table[whole[2]]
     assert of.lowest.tolist() == pytest.approx([0, 0.2, 0, 0])
     assert trusted().lowest.tolist() == pytest.approx([0, 0.2, 0.5, 0])
-    assert whole_from(trusted(), PROCESS) is None
-    assert whole_from(trusted(masked=True, has_missing=torch.zeros(4, dtype=torch.bool)), PROCESS) is None
+    assert masked_below(trusted(), PROCESS) is None
+    assert masked_below(trusted(masked=True, has_missing=torch.zeros(4, dtype=torch.bool)), PROCESS) is None
     far = trusted(masked=True, min_sigma=torch.tensor([0, 0.2, 1e6, 0]).double())
-    assert whole_from(far, PROCESS).tolist() == [0, 0, 200, 0]
-    assert visits_of(far, PROCESS).first[2] == 0
+    assert masked_below(far, PROCESS).tolist() == [0, 0, 200, 0]
+    assert sampler_from_audit(far, PROCESS).first[2] == 0
 
 
 def test_a_level_beyond_the_process_leaves_the_image_out() -> None:
-    beyond = visits_of(trusted(min_sigma=torch.tensor([0, 0.2, 1e6, 0]).double()), PROCESS)
+    beyond = sampler_from_audit(trusted(min_sigma=torch.tensor([0, 0.2, 1e6, 0]).double()), PROCESS)
     assert beyond is not None
     assert beyond.used.tolist() == [0, 1]
     with pytest.raises(UsageError, match="robustdiff audit"):
-        visits_of(trusted(min_sigma=torch.full((4,), 1e6).double()), PROCESS)
+        sampler_from_audit(trusted(min_sigma=torch.full((4,), 1e6).double()), PROCESS)
 
 
 def test_the_digest_is_of_everything_that_training_depends_on() -> None:

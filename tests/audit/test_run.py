@@ -20,7 +20,7 @@ from robustdiff.audit.run import detect
 from robustdiff.data.corruption import Corruption, corrupt
 from robustdiff.data.dataset import load_images
 from robustdiff.diffusion.schedule import NoiseSchedule
-from robustdiff.training.curriculum import visits_of
+from robustdiff.training.curriculum import sampler_from_audit
 from robustdiff.utils.errors import UsageError
 
 
@@ -226,7 +226,7 @@ def test_nothing_but_blank_images_is_one_line() -> None:
     assert not of.weight.any()
     assert of.regularise is None
     with pytest.raises(UsageError, match="`auto` found no image that can be trained on"):
-        visits_of(of, NoiseSchedule(torch.linspace(0.9999, 0.001, 200)))
+        sampler_from_audit(of, NoiseSchedule(torch.linspace(0.9999, 0.001, 200)))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (3, 3, 5, 2), (70, 1, 1, 1), (70, 1, 3, 2), (63, 1, 16, 16)])

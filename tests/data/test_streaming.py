@@ -23,7 +23,7 @@ from helpers import TINY_UNET
 from robustdiff.commands import main
 from robustdiff.data import dataset
 from robustdiff.data.dataset import DataError, ImageDataset, load_images
-from robustdiff.training import trainer
+from robustdiff.training import loop
 from robustdiff.training.config import TrainConfig
 from robustdiff.training.loader import Batches, RankSampler, iterate_batches
 from robustdiff.training.trainer import train
@@ -322,7 +322,7 @@ def test_training_ends_in_one_line_that_names_the_file(config, monkeypatch, capf
         return iterate_batches(*arguments[:3])
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "iterate_batches", lambda *arguments, **_: late(*arguments))
+        patch.setattr(loop, "iterate_batches", lambda *arguments, **_: late(*arguments))
         assert main.main(flags(dataclasses.replace(config, dataloader_num_workers=workers))) == 2
     error = capfd.readouterr().err
     (line,) = (line for line in error.splitlines() if not line.startswith("step "))
@@ -402,7 +402,7 @@ def test_tensors_from_workers_come_in_shared_memory(photos: Path, monkeypatch: p
         return data
 
     monkeypatch.setattr(Connection, "recv_bytes", counted)
-    got = [images for _, (images, _, _, _) in iterate_batches(batches, RankSampler(0, 3, 4, 4, 0, 1), 1)]
+    got = [batch.x0 for batch in iterate_batches(batches, RankSampler(0, 3, 4, 4, 0, 1), 1)]
     assert all(images.is_shared() for images in got)
     assert got[0].numel() * got[0].element_size() > 100_000
     assert sent

@@ -38,7 +38,8 @@ if "WATCHED" in os.environ:
 fault, _, place = os.environ.get("FAULT", "").partition("@")
 if fault and os.environ.get("RANK") == place:
     import dataclasses
-    from robustdiff.training import loader, trainer
+    from robustdiff.training import loader, training_set
+    from robustdiff.training.callbacks import checkpointing
     from robustdiff.utils.errors import DataError
 
     def in_the_sixth_step(self, counters, images, original=loader.Batches.draw):
@@ -49,7 +50,7 @@ if fault and os.environ.get("RANK") == place:
     def in_loading(*_, **__):
         raise DataError("x.png: cannot be\\nread here")
 
-    def of_another_folder(source, *_, original=trainer.load_images, **options):
+    def of_another_folder(source, *_, original=training_set.load_images, **options):
         return dataclasses.replace(original(os.environ["OTHER"], **options), source=str(source))
 
     def in_saving(*_):
@@ -58,11 +59,11 @@ if fault and os.environ.get("RANK") == place:
     if fault == "step":
         loader.Batches.draw = in_the_sixth_step
     elif fault == "data":
-        trainer.load_images = in_loading
+        training_set.load_images = in_loading
     elif fault == "other":
-        trainer.load_images = of_another_folder
+        training_set.load_images = of_another_folder
     elif fault == "save":
-        trainer.save_checkpoint = in_saving
+        checkpointing.save_checkpoint = in_saving
 """
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from helpers import TINY_UNET
 from robustdiff.commands import main
-from robustdiff.training import trainer
+from robustdiff.training.callbacks import checkpointing
 
 disable_progress_bar()
 
@@ -151,7 +151,7 @@ class LimitFiles:
 
     def __call__(self) -> None:
         """Watch the saves."""
-        original, done = trainer.save_checkpoint, []
+        original, done = checkpointing.save_checkpoint, []
 
         def save(*arguments: Any) -> Path:
             if len(done) == self.saves:
@@ -159,7 +159,7 @@ class LimitFiles:
             done.append(1)
             return original(*arguments)
 
-        trainer.save_checkpoint = save
+        checkpointing.save_checkpoint = save
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

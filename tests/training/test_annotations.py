@@ -18,10 +18,12 @@ from robustdiff.data.corruption import Corruption
 from robustdiff.data.dataset import load_images
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.losses.denoising import DenoisingLoss
-from robustdiff.training import trainer
+from robustdiff.training import loop, trainer
 from robustdiff.training.config import TrainConfig
 from robustdiff.training.loader import Batches, RankSampler, iterate_batches
+from robustdiff.training.processes import check_alike
 from robustdiff.utils.errors import UsageError
+from robustdiff.utils.signals import Interrupted
 from trained import plan_of, run, same
 
 NAMES = [f"{'odd' if i % 2 else 'even'}/{i}.png" for i in range(8)]
@@ -95,12 +97,11 @@ def test_every_image_comes_with_its_own_level(config: TrainConfig, monkeypatch, 
 
 def test_two_processes_and_workers_meet_the_levels_of_the_counter(photos: Path) -> None:
     data, sigma = load_images(photos), torch.linspace(0, 1, 8, dtype=torch.float64)
-    batches = Batches(data, (), 3, True, sigma=sigma)
-    for schedule in range(2):
-        for counters, _ in iterate_batches(batches, RankSampler(0, 5, 6, 3, schedule, 2), workers=1):
-            levels = batches.noise_levels(counters)
-            assert levels.tolist() == [sigma[batches.index(counter)] for counter in counters]
-    assert Batches(data, (), 3, True).noise_levels(range(3)) is None
+    batches = Batches(data, (), 3, True, noise_level=sigma)
+    for process in range(2):
+        for batch in iterate_batches(batches, RankSampler(0, 5, 6, 3, process, 2), workers=1):
+            assert batch.noise_level.tolist() == [sigma[batches.index(counter)] for counter in batch.counters]
+    assert Batches(data, (), 3, True)(range(3)).noise_level is None
 
 
 def test_a_run_that_is_told_differs_is_fed_in_any_way_and_goes_on_exactly(config: TrainConfig, monkeypatch) -> None:
@@ -114,8 +115,8 @@ def test_a_run_that_is_told_differs_is_fed_in_any_way_and_goes_on_exactly(config
         yield lambda: asked.append(1) or (130 if len(asked) == 3 else 0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "stop_signals", stopping)
-        with pytest.raises(trainer.Interrupted):
+        patch.setattr(loop, "stop_signals", stopping)
+        with pytest.raises(Interrupted):
             run(config, "stopped")
     assert same(whole, run(config, "stopped", resume=True, **STREAMED))
 
@@ -156,7 +157,7 @@ def test_the_word_corrupt_is_the_truth_about_this_runs_own_dirt(config: TrainCon
 def test_processes_with_other_levels_are_refused() -> None:
     accelerator = SimpleNamespace(num_processes=2, device="cpu", gather=lambda mine: torch.cat([mine, mine + 1]))
     with pytest.raises(UsageError, match="`noise_levels` f are others on some machines than on others"):
-        trainer._check_alike(accelerator, "0a" * 32, "`noise_levels` f are others")
+        check_alike(accelerator, "0a" * 32, "`noise_levels` f are others")
 
 
 # -- what is said of it ------------------------------------------------------------------------------

@@ -17,11 +17,13 @@ from robustdiff.commands import main
 from robustdiff.data.dataset import load_images
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
-from robustdiff.training import trainer
+from robustdiff.training import loop, training_set
 from robustdiff.training.config import TrainConfig
+from robustdiff.training.curriculum import LevelBalancedSampler
 from robustdiff.training.loader import Batches
 from robustdiff.training.setup import build_objective
 from robustdiff.utils.errors import UsageError
+from robustdiff.utils.signals import Interrupted
 from trained import plan_of, run, same
 
 COUNT = 300
@@ -142,20 +144,18 @@ def test_where_every_image_lost_pixels_the_loss_spares_them_at_low_noise(config:
 
 def test_mirrored_images_keep_their_lost_pixels(config: TrainConfig) -> None:
     images = load_images(config.data)
-    batches = Batches(images, (), 0, True, repair=lambda x, _: (x, x[:, 0] > 0.1))
+    sampler = LevelBalancedSampler(torch.zeros(len(images), dtype=torch.long), torch.ones(len(images)), 10)
+    repair = {"sampler": sampler, "repair": lambda x, _: (x, x[:, 0] > 0.1)}
+    batches = Batches(images, (), 0, True, **repair, masked_below=torch.full((len(images),), 5))
     mirrored = 0
     for first in range(0, 64, 8):
-        x0, _, _, lost = batches(range(first, first + 8))
-        assert torch.equal(lost, x0[:, 0] > 0.1)
-        mirrored += sum(not torch.equal(x, images.x0(batches.index(first + i))) for i, x in enumerate(x0))
+        batch = batches(range(first, first + 8))
+        assert batch.mask.shape == (8, 1, *images.size)
+        for x, index, t, mask in zip(batch.x0, batch.index, batch.t, batch.mask[:, 0], strict=True):
+            assert torch.equal(mask, ~(x[0] > 0.1)) if t < 5 else mask.all()
+            mirrored += not torch.equal(x, images.x0(int(index)))
     assert 10 < mirrored < 54
-    whole_from = torch.full((len(images),), 5)
-    t, counters = torch.tensor([0, 4, 5, 9, 0, 0, 0, 0]), range(56, 64)
-    masks = dataclasses.replace(batches, whole_from=whole_from).masks(counters, t, lost)
-    assert masks.shape == (8, 1, *images.size)
-    assert torch.equal(masks[1, 0], ~lost[1])
-    assert masks[2:4].all()
-    assert batches.masks(counters, t, lost) is None
+    assert Batches(images, (), 0, True, **repair)(range(8)).mask is None
 
 
 @pytest.mark.slow
@@ -219,8 +219,8 @@ def test_it_is_fed_in_any_way_and_goes_on_exactly_with_what_it_found(config, tmp
         yield lambda: asked.append(1) or (130 if len(asked) == 3 else 0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "stop_signals", stopping)
-        with pytest.raises(trainer.Interrupted):
+        patch.setattr(loop, "stop_signals", stopping)
+        with pytest.raises(Interrupted):
             run(config, "stopped")
 
     def never(*_):
@@ -229,7 +229,7 @@ def test_it_is_fed_in_any_way_and_goes_on_exactly_with_what_it_found(config, tmp
     found = (tmp_path / "stopped" / "auto.json").read_bytes()
     sheets = {path.name: path.read_bytes() for path in (tmp_path / "stopped").glob("found-*.png")}
     assert {"found-noisy.png", "found-holed.png"} <= sheets.keys()
-    monkeypatch.setattr(trainer, "audit", never)
+    monkeypatch.setattr(training_set, "audit", never)
     assert same(whole, run(config, "stopped", resume=True, **STREAMED))
     assert (tmp_path / "stopped" / "auto.json").read_bytes() == found
     assert {path.name: path.read_bytes() for path in (tmp_path / "stopped").glob("found-*.png")} == sheets

@@ -92,10 +92,10 @@ def test_a_resumed_run_ends_with_the_same_lines_and_the_same_best(here, monkeypa
     assert train(here, "whole", *during(here)) == 0
     measured = EvaluationCallback.measure
 
-    def killed(self, pipeline, step):
+    def killed(self, pipeline, step, seen):
         if step == 9:
             raise KeyboardInterrupt
-        return measured(self, pipeline, step)
+        return measured(self, pipeline, step, seen)
 
     monkeypatch.setattr(EvaluationCallback, "measure", killed)
     assert train(here, "cut", *during(here)) == 130  # checkpoints at 4 and 8: step 6 was measured, 9 was not

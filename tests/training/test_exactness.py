@@ -17,11 +17,12 @@ from robustdiff.data.corruption import Corruption
 from robustdiff.data.dataset import load_images
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.losses.equivariance import EquivarianceLoss
-from robustdiff.training import trainer
+from robustdiff.training import loop
 from robustdiff.training.config import TrainConfig
 from robustdiff.training.loader import Batches, RankSampler, iterate_batches
 from robustdiff.training.setup import build_objective
 from robustdiff.training.trainer import train
+from robustdiff.utils.signals import Interrupted
 
 STEPS = 8
 DIRT = ("gaussian:sigma=0.2,fraction=0.5", "missing:amount=0.2")
@@ -114,11 +115,11 @@ def run(base: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
             yield status
 
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, "stop_signals", signals)
+            patch.setattr(loop, "stop_signals", signals)
             config = dataclasses.replace(base, output_dir=str(folder), **changes)
             if not after:
                 return train(config)
-            with pytest.raises(trainer.Interrupted, match=r"saved; go on with .*`resume`"):
+            with pytest.raises(Interrupted, match=r"saved; go on with .*`resume`"):
                 train(config)
             return folder
 
@@ -265,8 +266,9 @@ def one_by_one(batches: Batches, counters: range) -> list[tuple[torch.Tensor, to
     """Image, first draws and label of each counter, asked for alone and with no memory of the others."""
     result = []
     for counter in counters:
-        x0, (generator,), labels, _ = fresh(batches.images)(range(counter, counter + 1))
-        result.append((x0[0], torch.rand(5, generator=generator), int(labels[0])))
+        batch = fresh(batches.images)(range(counter, counter + 1))
+        (generator,) = batch.generators
+        result.append((batch.x0[0], torch.rand(5, generator=generator), int(batch.labels[0])))
     return result
 
 
@@ -277,12 +279,13 @@ def test_images_draws_and_labels_belong_to_the_counter(batches: Batches) -> None
     assert len({tuple(draws.tolist()) for _, draws, _ in alone}) == 30
     for size in (7, 5, 30, 2):
         for first in reversed(range(0, 30 - size + 1, size)):
-            x0, generators, labels, _ = batches(range(first, first + size))
+            batch = batches(range(first, first + size))
+            assert batch.index.tolist() == [batches.index(counter) for counter in batch.counters]
             for place in range(size):
                 image, draws, label = alone[first + place]
-                assert torch.equal(x0[place], image), (size, first, place)
-                assert torch.equal(torch.rand(5, generator=generators[place]), draws)
-                assert int(labels[place]) == label
+                assert torch.equal(batch.x0[place], image), (size, first, place)
+                assert torch.equal(torch.rand(5, generator=batch.generators[place]), draws)
+                assert int(batch.labels[place]) == label
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -291,12 +294,12 @@ def test_workers_and_processes_get_the_images_of_the_counter(batches: Batches, w
     seen = []
     for process in range(2):
         shares = RankSampler(1, 3, 8, 2, process, 2)
-        for counters, (x0, generators, labels, _) in iterate_batches(fresh(batches.images), shares, workers):
-            for place, counter in enumerate(counters):
+        for batch in iterate_batches(fresh(batches.images), shares, workers):
+            for place, counter in enumerate(batch.counters):
                 image, draws, label = alone[counter]
-                assert torch.equal(x0[place], image)
-                assert torch.equal(torch.rand(5, generator=generators[place]), draws)
-                assert int(labels[place]) == label
+                assert torch.equal(batch.x0[place], image)
+                assert torch.equal(torch.rand(5, generator=batch.generators[place]), draws)
+                assert int(batch.labels[place]) == label
                 seen.append(counter)
     assert sorted(seen) == list(range(8, 24))
 
@@ -304,10 +307,10 @@ def test_workers_and_processes_get_the_images_of_the_counter(batches: Batches, w
 def test_global_randomness_rules_nothing_and_is_left_alone(batches: Batches) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = [batch[0] for _, batch in iterate_batches(fresh(batches.images), RankSampler(0, 3, 4, 4, 0, 1), 1)]
+    first = [batch.x0 for batch in iterate_batches(fresh(batches.images), RankSampler(0, 3, 4, 4, 0, 1), 1)]
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    second = [batch[0] for _, batch in iterate_batches(fresh(batches.images), RankSampler(0, 3, 4, 4, 0, 1), 1)]
+    second = [batch.x0 for batch in iterate_batches(fresh(batches.images), RankSampler(0, 3, 4, 4, 0, 1), 1)]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -326,8 +329,8 @@ def test_timesteps_noise_and_perturbation_belong_to_the_counter(batches: Batches
     def inputs(counters: range) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Everything the network is given, row by row in the order of the counters, one list per pass."""
         model = Calls(Half())
-        x0, generators, _, _ = batches(counters)
-        objective(model, x0, generator=generators)
+        batch = batches(counters)
+        objective(model, batch.x0, generator=batch.generators)
         return [(x, t) for x, t, _ in model.seen]
 
     together = inputs(range(12))
@@ -348,8 +351,8 @@ def test_losses_of_a_real_network_follow(batches: Batches) -> None:
     network = SmallNet(channels=1, dtype=torch.float32)
 
     def totals(counters: range) -> torch.Tensor:
-        x0, generators, _, _ = batches(counters)
-        return objective(network, x0, generator=generators).total.detach()
+        batch = batches(counters)
+        return objective(network, batch.x0, generator=batch.generators).total.detach()
 
     split = torch.cat([totals(range(0, 3)), totals(range(3, 4)), totals(range(4, 12))])
     torch.testing.assert_close(split, totals(range(12)), atol=1e-6, rtol=1e-5)

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 
 from robustdiff.commands import main
 from robustdiff.losses.equivariance import EquivarianceLoss
-from robustdiff.training import trainer
+from robustdiff.training import processes
 from robustdiff.training.checkpoint import find_checkpoint, list_checkpoints
 from robustdiff.utils import atomic_io
 from runs import (
@@ -348,7 +348,7 @@ def test_a_failing_tracker_costs_one_warning_and_nothing_else(inputs, whole, tmp
 
     monkeypatch.setattr(Accelerator, "init_trackers", init_trackers)
     monkeypatch.setattr(Accelerator, "log", log)
-    monkeypatch.setattr(trainer, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    monkeypatch.setattr(processes, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
     monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [LoggerType.TENSORBOARD])
     folder = tmp_path / "run"
     assert main.main(command(inputs, folder, "--logger", "tensorboard")) == 0

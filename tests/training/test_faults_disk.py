@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from robustdiff.commands import main
 from robustdiff.data.dataset import load_images
 from robustdiff.losses.equivariance import EquivarianceLoss
-from robustdiff.training import trainer
+from robustdiff.training.callbacks import checkpointing, pipeline
 from robustdiff.training.checkpoint import list_checkpoints, verify
 from robustdiff.training.loader import Batches
 from runs import (
@@ -276,7 +276,7 @@ def test_out_of_memory_in_a_preview_names_its_batch_size_after_saving(inputs, wh
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "sample", fail)
+        patch.setattr(pipeline, "sample", fail)
         assert main.main(command(inputs, folder)) == 2
     message = complaint(capfd.readouterr().err)
     for word in ("--eval-batch-size", "--preview-images", "--resume", f"step {EVERY}"):
@@ -395,7 +395,7 @@ def test_ten_skipped_steps_in_a_row_stop_the_run_across_a_checkpoint_and_a_resum
 
     with monkeypatch.context() as patch:
         broken(patch, nine_good_one_bad)
-        original = trainer.save_checkpoint
+        original = checkpointing.save_checkpoint
 
         def save(place, step, *more):
             result = original(place, step, *more)
@@ -403,7 +403,7 @@ def test_ten_skipped_steps_in_a_row_stop_the_run_across_a_checkpoint_and_a_resum
                 raise KeyboardInterrupt
             return result
 
-        patch.setattr(trainer, "save_checkpoint", save)
+        patch.setattr(checkpointing, "save_checkpoint", save)
         assert main.main(arguments) == 130  # after the steps 4 to 8 of the row
     before = tensors(folder, 9)
     record = json.loads((checkpoint(folder, 9) / "state.json").read_text())["metrics"]

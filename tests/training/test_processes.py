@@ -24,7 +24,9 @@ from launches import LIMIT, command, environment, launch, launched
 from robustdiff.commands import main
 from robustdiff.data.dataset import load_images
 from robustdiff.training.config import TrainConfig
-from robustdiff.training.trainer import Batches, steps_between_votes, train
+from robustdiff.training.loader import Batches
+from robustdiff.training.processes import steps_between_votes
+from robustdiff.training.trainer import train
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.resources import check_launcher
 
@@ -171,11 +173,10 @@ def two(base: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_the_shares_of_two_processes_make_up_the_batch_of_one(photos: Path) -> None:
     """The counters of rank r, as training asks for them, in any grouping give the same images and generators."""
     batches = Batches(load_images(str(photos)), (), seed=3, random_flip=True)
-    whole, generators, _, _ = batches(range(8, 12))
-    parts = [batches(range(8, 10)), batches(range(10, 12))]
-    assert torch.equal(whole, torch.cat([x0 for x0, _, _, _ in parts]))
-    states = [generator.get_state() for _, part, _, _ in parts for generator in part]
-    assert all(torch.equal(a, b.get_state()) for a, b in zip(states, generators, strict=True))
+    whole, parts = batches(range(8, 12)), [batches(range(8, 10)), batches(range(10, 12))]
+    assert torch.equal(whole.x0, torch.cat([part.x0 for part in parts]))
+    states = [generator.get_state() for part in parts for generator in part.generators]
+    assert all(torch.equal(a, b.get_state()) for a, b in zip(states, whole.generators, strict=True))
 
 
 @pytest.mark.slow

@@ -42,11 +42,13 @@ from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.losses.baselines import InvarianceLoss
 from robustdiff.losses.denoising import DenoisingLoss, LossOutput
 from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
-from robustdiff.training import trainer
+from robustdiff.training import processes, trainer
+from robustdiff.training.callbacks import checkpointing, pipeline
 from robustdiff.training.config import TrainConfig
+from robustdiff.training.loader import Batches
 from robustdiff.training.metrics import Metrics
 from robustdiff.training.setup import build_objective
-from robustdiff.training.trainer import Batches, train
+from robustdiff.training.trainer import train
 from robustdiff.utils.errors import TrainingError, UsageError
 from robustdiff.utils.seeds import derive_seed
 
@@ -207,7 +209,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: TrainConfig, preset: 
     config = changed(config, preset=preset, random_flip=True, corrupt=("impulse:amount=0.1",))
     whole = train(changed(config, output_dir=config.output_dir + "-whole"))
 
-    original = trainer.save_pipeline
+    original = pipeline.save_pipeline
     saves = []
 
     def dies_after_the_second_checkpoint(*arguments: object) -> None:
@@ -216,10 +218,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: TrainConfig, preset: 
             raise RuntimeError("power cut")
         original(*arguments)
 
-    monkeypatch.setattr(trainer, "save_pipeline", dies_after_the_second_checkpoint)
+    monkeypatch.setattr(pipeline, "save_pipeline", dies_after_the_second_checkpoint)
     with pytest.raises(RuntimeError, match="power cut"):
         train(config)
-    monkeypatch.setattr(trainer, "save_pipeline", original)
+    monkeypatch.setattr(pipeline, "save_pipeline", original)
     resumed = train(changed(config, resume=True))
     assert same(weights(whole), weights(resumed))
     assert metrics(whole) == metrics(resumed)
@@ -273,7 +275,8 @@ def test_plain_training_is_the_ddpm_loop_everybody_writes(config: TrainConfig) -
     batches = Batches(load_images(config.data), (), 0, False)
     losses = []
     for step in range(12):
-        x0, generators, _, _ = batches(range(4 * step, 4 * step + 4))
+        batch = batches(range(4 * step, 4 * step + 4))
+        x0, generators = batch.x0, batch.generators
         t = torch.stack([(torch.rand((), generator=g, dtype=torch.float64) * 20).long() for g in generators])
         eps = torch.stack([torch.randn(1, 8, 8, generator=g) for g in generators])
         loss = torch.nn.functional.mse_loss(unet(scheduler.add_noise(x0, eps, t), t).sample, eps)
@@ -291,17 +294,17 @@ def test_batches_see_every_image_once_per_epoch_and_dirt_is_frozen(photos: Path)
     first, second = ([batches.index(k) for k in range(8 * e, 8 * e + 8)] for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(8))
     assert first != second
-    x0, _, _, _ = batches(range(16))
+    x0 = batches(range(16)).x0
     for place, index in enumerate(first):
         assert torch.equal(x0[place], x0[8 + second.index(index)])
-    again = batches(range(6, 10))[0]  # across the epoch's end, in another batch
+    again = batches(range(6, 10)).x0  # across the epoch's end, in another batch
     assert torch.equal(again, x0[6:10])
 
 
 def test_flips_are_mirrored_half_of_the_time(photos: Path) -> None:
     images = load_images(str(photos))
     flipped = Batches(images, (), seed=0, random_flip=True)
-    x0, _, _, _ = flipped(range(400))
+    x0 = flipped(range(400)).x0
     straight = torch.stack([images.x0(flipped.index(k)) for k in range(400)])
     mirrored = [(a.flip(-1) == b).all().item() for a, b in zip(x0, straight, strict=True)]
     kept = [(a == b).all().item() for a, b in zip(x0, straight, strict=True)]
@@ -482,7 +485,7 @@ def test_no_space_left_is_one_line(config: TrainConfig, monkeypatch, capsys) -> 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer, "save_checkpoint", full)
+    monkeypatch.setattr(checkpointing, "save_checkpoint", full)
     flags = ["--output-dir", config.output_dir, "--images", "4", "--train-batch-size", "4", "--preview-images", "0"]
     assert main.main(["train", config.data, *flags, "--network", "tiny"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -613,7 +616,7 @@ def test_metrics_that_wait_keep_no_graph_alive() -> None:
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_a_network_that_accelerate_would_split_is_refused(config: TrainConfig, monkeypatch, kind) -> None:
-    monkeypatch.setattr(trainer, "Accelerator", lambda **_: SimpleNamespace(distributed_type=kind))
+    monkeypatch.setattr(processes, "Accelerator", lambda **_: SimpleNamespace(distributed_type=kind))
     with pytest.raises(UsageError, match=f"{kind.value}, which splits the network: .*--multi_gpu"):
         train(config)
     assert not Path(config.output_dir).exists()

@@ -125,9 +125,8 @@ def masked_below(found: AuditResult, schedule: NoiseSchedule) -> Tensor | None:
         return None
     always = torch.full_like(found.min_sigma, schedule.num_timesteps, dtype=torch.long)
     inside = found.min_sigma < _largest(schedule)
-    first = first_timesteps(
-        schedule, torch.where(inside & found.has_missing, found.min_sigma, torch.zeros_like(found.min_sigma))
-    )
+    level = torch.where(inside & found.has_missing, found.min_sigma, torch.zeros_like(found.min_sigma))
+    first = schedule.first_timesteps(level)
     return torch.where(inside, first, always)
 
 
