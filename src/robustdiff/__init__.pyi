@@ -11,6 +11,7 @@ from .losses.baselines import PseudoHuberLoss as PseudoHuberLoss
 from .losses.denoising import DenoisingLoss as DenoisingLoss
 from .losses.equivariance import EquivarianceLoss as EquivarianceLoss
 from .training.config import TrainConfig as TrainConfig
+from .training.loop import fit as fit
 from .training.trainer import train as train
 
 __version__: str

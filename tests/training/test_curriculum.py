@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from helpers import seeded
-from robustdiff.training.curriculum import MOST_OFTEN, LevelBalancedSampler
+from robustdiff.training.curriculum import LevelBalancedSampler
 
 T = 10
 FIRST = torch.tensor([0, 3, 3, 7, 0, 9])
@@ -20,7 +20,7 @@ def table(first: Tensor, weight: Tensor, steps: int = T) -> Tensor:
         allowed = [i for i in range(len(first)) if first[i] <= t]
         n = sum(float(weight[i]) for i in allowed)
         for i in allowed:
-            p[i, t] = float(weight[i]) / max(n, float(weight.sum()) / MOST_OFTEN) if n else 0.0
+            p[i, t] = float(weight[i]) / max(n, float(weight.sum()) / 50) if n else 0.0
     return p / p.sum()
 
 
@@ -70,12 +70,20 @@ def test_images_and_timesteps_together_follow_the_table() -> None:
     torch.testing.assert_close(column[:4] / column[:4].sum(), WEIGHT[:4] / WEIGHT[:4].sum(), atol=0.02, rtol=0)
 
 
-def test_few_images_are_not_used_more_than_so_many_times_their_due() -> None:
+def test_few_images_are_used_at_most_fifty_times_their_due() -> None:
+    """One image for the lower half of the timesteps, where 999 others cannot be: every second visit would be its."""
     first, weight = torch.tensor([0] + [5] * 999), torch.ones(1000)
     visits, p = LevelBalancedSampler(first, weight, T), table(first, weight)
     torch.testing.assert_close(visits.share, p.sum(1))
-    assert p[:, 0].sum() == pytest.approx(MOST_OFTEN / 1000 * p[:, 9].sum())
-    assert p[0, 0] == pytest.approx(MOST_OFTEN * p[0, 9])
+    others, alone = p[1, 5:].mean(), p[0, :5].mean()  # per image and timestep: beside the others, and alone
+    assert alone / others == pytest.approx(50, rel=1e-9)
+    assert visits.share[0] / visits.share[1] == pytest.approx((5 * 50 + 5) / 5, rel=1e-9)
+    enough = LevelBalancedSampler(torch.tensor([0] * 20 + [5] * 980), weight, T)  # a fiftieth: every timestep alike
+    assert enough.share[0] / enough.share[-1] == pytest.approx((5 * 50 + 5) / 5, rel=1e-9)
+    fewer = LevelBalancedSampler(torch.tensor([0] * 10 + [5] * 990), weight, T)  # a hundredth: still fifty
+    assert fewer.share[0] / fewer.share[-1] == pytest.approx((5 * 50 + 5) / 5, rel=1e-9)
+    more = LevelBalancedSampler(torch.tensor([0] * 100 + [5] * 900), weight, T)  # a tenth: ten times
+    assert more.share[0] / more.share[-1] == pytest.approx((5 * 10 + 5) / 5, rel=1e-9)
 
 
 def test_a_pass_has_each_image_as_often_as_its_share_says_rounded_up_or_down() -> None:
