@@ -22,7 +22,7 @@ from robustdiff.attacks.optimizers import PGD
 from robustdiff.data.corruption import is_hit
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.data.match_model import labels_for, load_fitting
-from robustdiff.diffusion.model import Model, call_model
+from robustdiff.diffusion.model import Denoiser, Model, call_model
 from robustdiff.diffusion.pipeline import (
     load_pipeline,
     weights_sha256,
@@ -153,8 +153,8 @@ class Poison:
         Raises:
             UsageError: If the model's loss is not finite.
         """
-        unet = self.pipeline.unet
-        x0 = from_uint8(images).to(device=unet.device, dtype=unet.dtype)
+        network = Denoiser.of(self.pipeline).model
+        x0 = from_uint8(images).to(device=network.device, dtype=network.dtype)
         before = self.judge(images, places, seed)
         if not bool(torch.isfinite(before).all()):
             raise UsageError(f"`model` {self.model}: its loss is not finite at some images: name another model")
@@ -168,20 +168,21 @@ class Poison:
 
     def judge(self, images: Tensor, places: Sequence[int], seed: int) -> Tensor:
         """The model's denoising loss at uint8 images (B, C, H, W), over :data:`VERDICTS` draws, shape (B,)."""
-        unet = self.pipeline.unet
-        x0 = from_uint8(images).to(device=unet.device, dtype=unet.dtype)
+        network = Denoiser.of(self.pipeline).model
+        x0 = from_uint8(images).to(device=network.device, dtype=network.dtype)
         loss = self.loss(x0, places, seed, "poison verdict", VERDICTS)
-        was_training = unet.training
-        unet.eval()
+        was_training = network.training
+        network.eval()
         value = evaluate(loss, loss.like)
-        unet.train(was_training)
+        network.train(was_training)
         return value.cpu()
 
     def loss(self, x0: Tensor, places: Sequence[int], seed: int, what: str, terms: int) -> DenoisingLossGoal:
         """The objective at some images of the set."""
         schedule = NoiseSchedule.from_scheduler(self.pipeline.scheduler)
         kwargs = {} if self.labels is None else {"class_labels": self.labels[list(places)].to(x0.device)}
-        return DenoisingLossGoal(self.pipeline.unet, schedule, x0, place_generators(what, seed, places), terms, kwargs)
+        network, generators = Denoiser.of(self.pipeline).model, place_generators(what, seed, places)
+        return DenoisingLossGoal(network, schedule, x0, generators, terms, kwargs)
 
 
 def load_poison(config: CorruptConfig, /, **settings: Any) -> tuple[ImageDataset, Poison]:  # noqa: ANN401 - passed through

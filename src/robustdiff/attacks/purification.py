@@ -61,7 +61,7 @@ def purify(
 
     Args:
         image: In [-1, 1], shape (B, C, H, W), of the pipeline's size.
-        pipeline: Anything with a ``unet`` (``UNet2DModel``) and a DDPM-type ``scheduler``.
+        pipeline: A pipeline with a DDPM-type ``scheduler``, as :func:`robustdiff.load_pipeline` gives it.
         strength: t* as a share of the noise levels, above 0, at most 1: more removes more, of the image too.
         steps: Network calls, >= 1; at most t* are made.
         sampler: ``"ddim"``, whose only randomness is the noise added at the start, or ``"ddpm"``.
@@ -81,7 +81,7 @@ def purify(
         raise ValueError(f"purify needs 0 < strength <= 1, got {strength}")
     if steps < 1:
         raise ValueError(f"purify needs steps >= 1, got {steps}")
-    unet, denoiser = pipeline.unet, Denoiser.of(pipeline)
+    denoiser = Denoiser.of(pipeline)
     size = (denoiser.channels, *denoiser.size)
     if image.ndim != 4 or tuple(image.shape[1:]) != size:
         raise ValueError(
@@ -90,8 +90,8 @@ def purify(
     kwargs = denoiser.class_kwargs(class_labels)
     levels = max(1, round(strength * pipeline.scheduler.config.num_train_timesteps))
     trajectory = trajectory_of(pipeline, sampler, timesteps=trailing(levels, min(steps, levels)))
-    trajectory = dataclasses.replace(trajectory, model=_Fixed(unet), kwargs=kwargs)
-    x0 = image.to(device=unet.device, dtype=unet.dtype)
+    trajectory = dataclasses.replace(trajectory, model=_Fixed(denoiser.model), kwargs=kwargs)
+    x0 = image.to(device=denoiser.model.device, dtype=denoiser.model.dtype)
     t = torch.full((len(x0),), levels - 1, device=x0.device)
     noisy = trajectory.schedule.add_noise(x0, draw_normal(x0, generator), t)
     noise = trajectory.draw_noise(x0, generator)
@@ -132,7 +132,7 @@ class PurifiedLoss:
     @property
     def modules(self) -> Sequence[nn.Module]:
         """The classifier, if it is a module, and the network."""
-        return [m for m in (self.classifier, self.pipeline.unet) if isinstance(m, nn.Module)]
+        return [m for m in (self.classifier, Denoiser.of(self.pipeline).model) if isinstance(m, nn.Module)]
 
     @property
     def like(self) -> Tensor:

@@ -1,5 +1,6 @@
 from .config import SampleConfig as SampleConfig
 from .flow_matching import FlowSchedule as FlowSchedule
+from .model import Denoiser as Denoiser
 from .model import Model as Model
 from .networks import build_unet as build_unet
 from .pipeline import load_pipeline as load_pipeline
@@ -7,7 +8,11 @@ from .pipeline import make_scheduler as make_scheduler
 from .pipeline import sample as sample
 from .pipeline import save_pipeline as save_pipeline
 from .pipeline import trajectory_of as trajectory_of
+from .prediction import EpsilonPrediction as EpsilonPrediction
+from .prediction import FlowPrediction as FlowPrediction
 from .prediction import Prediction as Prediction
+from .prediction import SamplePrediction as SamplePrediction
+from .prediction import VPrediction as VPrediction
 from .samplers import DifferentiableSampler as DifferentiableSampler
 from .schedule import NoiseSchedule as NoiseSchedule
 from .schedule import Schedule as Schedule
