@@ -9,12 +9,14 @@ dirt.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ COMMON = [
 ]
 ROBUST = ["--preset", "gated", "--gate", "0:0.2", "--strength", "15"]
 STEPS = 50
+PATIENCE = 8.0
+"""Seconds after which the demo says again what it is at: it is never silent for ten."""
 FLOORS, RELABELS, SHRINKS = (0.05, 0.1, 0.15, 0.2, 0.3), (1.1, 1.2, 1.41), (0.95, 0.9, 0.8)
 
 
@@ -87,13 +91,31 @@ def train_all(folder: Path, data: Path, images: str, seed: int) -> dict[str, flo
     with ThreadPoolExecutor(2) as pool:
         queues = (("auto", "robust"), ("plain", "plain-on-clean"))
         waiting = [pool.submit(lambda names=names: {name: one(name) for name in names}) for names in queues]
-        while wait(waiting, timeout=30).not_done:
-            for name in runs:
-                log = folder / f"{name}.log"
-                lines = log.read_text().splitlines() if log.exists() else []
-                if lines and not lines[-1].startswith("done"):
-                    print(f"  {name}: {lines[-1]}", flush=True)
+        while wait(waiting, timeout=PATIENCE).not_done:
+            logs = {name: folder / f"{name}.log" for name in runs}
+            last = {name: log.read_text().splitlines()[-1:] for name, log in logs.items() if log.exists()}
+            said = [f"  {name}: {line}" for name, lines in last.items() for line in lines if line[:4] != "done"]
+            print("\n".join(said or ["  starting"]), flush=True)
         return {name: seconds for queue in waiting for name, seconds in queue.result().items()}
+
+
+@contextlib.contextmanager
+def saying(what: str) -> Iterator[None]:
+    """Print what is done now, and again, with the time it has taken, for as long as it lasts."""
+    started, done = time.perf_counter(), threading.Event()
+
+    def remind() -> None:
+        while not done.wait(PATIENCE):
+            print(f"  {what}: {time.perf_counter() - started:.0f} s", flush=True)
+
+    print(f"  {what}", flush=True)
+    reminder = threading.Thread(target=remind, daemon=True)
+    reminder.start()
+    try:
+        yield
+    finally:
+        done.set()
+        reminder.join()
 
 
 def main() -> None:
@@ -126,12 +148,15 @@ def main() -> None:
     print(f"== training four models of {arguments.images} images each, two at a time", flush=True)
     seconds = train_all(folder, folder / "data" / "train.npy", arguments.images, seed)
     logging.disable_progress_bar()
-    pipelines = {name: load_pipeline(folder / name) for name in seconds}
+    with saying("loading the four models"):
+        pipelines = {name: load_pipeline(folder / name) for name in seconds}
 
     # Rows
     def draw(name: str, count: int = n, first: int = 0, **settings: float) -> torch.Tensor:
         indices = range(first, first + count)
-        return to_uint8(sample(pipelines[name], indices, seed=10_000, steps=STEPS, batch_size=250, **settings))
+        asked = "".join(f", {setting} {value:g}" for setting, value in settings.items())
+        with saying(f"{count} images of {name}{asked}"):
+            return to_uint8(sample(pipelines[name], indices, seed=10_000, steps=STEPS, batch_size=250, **settings))
 
     def shrink(images: torch.Tensor, factor: float) -> torch.Tensor:
         pixels = images.float() / 127.5 - 1
@@ -189,7 +214,9 @@ def main() -> None:
     }
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / "table.md").write_text(table(results))
-    draw_figure(folder / "figure.png", {"training images": dirty, "plain samples": plain, "samples of --auto": auto})
+    with saying("drawing the figure"):
+        panels = {"training images": dirty, "plain samples": plain, "samples of --auto": auto}
+        draw_figure(folder / "figure.png", panels)
     print(table(results), end="")
     print(f"== {folder}/figure.png, table.md, results.json after {(time.perf_counter() - started) / 60:.1f} minutes")
 

@@ -1,9 +1,13 @@
 """The demo, small, and the estimate of noise: each is run as a person runs it."""
 
 import json
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+from experiments import digits_demo
 
 ROOT = Path(__file__).parents[2]
 
@@ -13,6 +17,18 @@ def module(*arguments: str) -> None:
     command = [sys.executable, "-m", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_takes_long_is_said_again_until_it_ends(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(digits_demo, "PATIENCE", 0.01)
+    with digits_demo.saying("sampling"):
+        time.sleep(0.2)
+    first, *again = capsys.readouterr().out.splitlines()
+    assert first == "  sampling"
+    assert len(again) >= 3
+    assert all(re.fullmatch(r"  sampling: \d+ s", line) for line in again)
+    time.sleep(0.05)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_demo_runs_and_writes_what_it_promises(tmp_path: Path) -> None:
