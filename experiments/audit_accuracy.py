@@ -7,7 +7,7 @@ For every set and dirt: how many of the dirty images were called clean, how many
 found, all as `robustdiff train --auto` would act on it. Dirt is added as training adds it, frozen and unclipped, or,
 with `8 bit`, clipped and rounded as in a file.
 
-Kinds of damage beyond those that --corrupt makes (docs/guide-detector.md) get a row for each of their strengths.
+Kinds of damage beyond those that --corrupt makes (docs/guide/detector.md) get a row for each of their strengths.
 
 Beside it, near copies: to every set, changed copies of its first 200 images are added, and counted if found with
 their original. And foreign pictures: to the first set of --data, images of every other, and how well their distance

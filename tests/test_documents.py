@@ -25,6 +25,8 @@ from experiments.paper.config import EXPERIMENTS
 from helpers import experiment
 from robustdiff.commands import main
 from robustdiff.commands.main import COMMANDS, known_flags
+from robustdiff.data import load_images
+from robustdiff.utils.images import save_png
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

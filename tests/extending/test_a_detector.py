@@ -1,4 +1,4 @@
-"""A stranger adds a kind of damage: the code of docs/guide-detector.md, put into one file, is found by everything."""
+"""A stranger adds a kind of damage: the code of docs/guide/detector.md, put into one file, is found by everything."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from robustdiff.training.config import TrainConfig
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.images import to_uint8
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "guide-detector.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "guide" / "detector.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
 COUNT = 600
 HIT = torch.arange(COUNT) % 3 == 0

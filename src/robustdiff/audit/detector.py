@@ -1,6 +1,6 @@
 """Kinds of damage: what one is, and the registry in which command, report and experiments find them all.
 
-A kind is one file in ``detectors/``, found by being there (docs/guide-detector.md). A kind from elsewhere is registered
+A kind is one file in ``detectors/``, found by being there (docs/guide/detector.md). A kind from elsewhere is registered
 by importing the file that defines it.
 """
 
