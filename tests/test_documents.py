@@ -95,7 +95,7 @@ def test_the_commands_of_the_readme_run_and_print_what_it_shows(folder: Path) ->
 @pytest.mark.parametrize("code", blocks(README, "python"), ids=("audit", "loss", "fit"))
 def test_the_python_of_the_readme_runs(code: str, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "photos").mkdir()
-    for index, image in enumerate(load_images("digits").images[:100, 0]):
+    for index, image in enumerate(load_images("digits").images[:100]):
         save_png(image, tmp_path / "photos" / f"{index:03}.png")
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
