@@ -19,9 +19,12 @@ from robustdiff.audit.spectral_model import Energies, SpectralFit
 K = 48
 
 
-def fit(sigma: Tensor, least: float = 1.0, blocks: float = 64, side: int = 8) -> SpectralFit:
-    """Estimates of images of one contrast, whose excess rises from ``least`` along the weakest direction to 1."""
-    v, values = sigma.double().square(), spectrum(K, 2.0) * 1e-3
+def fit(sigma: Tensor, least: float = 1.0, blocks: float = 64, side: int = 8, picture: float = 1e-4) -> SpectralFit:
+    """Estimates of images of one contrast, whose excess rises from ``least`` along the weakest direction to 1.
+
+    The pictures themselves have the variance ``picture``.
+    """
+    v, values = sigma.double().square(), spectrum(K, 2.0) * 10 * picture
     q = values + v[:, None] * torch.linspace(least, 1, K).double()
     energies = Energies(q, torch.ones(K).double(), blocks, torch.zeros(K), torch.eye(K), side)
     return SpectralFit(torch.ones(len(v)).double(), v, values, energies)
@@ -146,3 +149,53 @@ def test_scatter_that_is_chance_is_one_level_or_none_and_never_many() -> None:
         if vague is not None:
             assert torch.equal(vague[0], everyone)
             assert len(vague[1].unique()) == 1
+
+
+# -- borders, on both sides; by number, so that moving one is seen ---------------------------------------
+
+
+@pytest.mark.parametrize(("distance", "groups"), [(1.27, 0), (1.33, 1)])
+def test_groups_are_two_from_1_3_times_the_distance_that_chance_makes(distance: float, groups: int) -> None:
+    sigma = torch.cat([around(0.16, 50), around(0.2, 950)])
+    low = torch.arange(1000) < 50
+    reached = fit(sigma).beyond_chance(low, ~low)  # grows as the root of the blocks that the estimates are of
+    seen = fit(sigma, blocks=64 * (distance / reached) ** 2)
+    assert seen.beyond_chance(low, ~low) == pytest.approx(distance, rel=1e-3)
+    assert len(standing_apart(seen)) == groups
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, seen: SpectralFit) -> tuple[Tensor, list[noise.NoisyGroup]]:
+    """What is made of these estimates, whatever the images."""
+    monkeypatch.setattr(noise, "energies_of", lambda *_: seen.energies)
+    monkeypatch.setattr(noise, "separate", lambda *_: seen)
+    _, levels, groups, foreign = noisy_images(lambda places: pytest.fail("nothing to look at"), len(seen.sigma))
+    assert not foreign.any()
+    return levels, groups
+
+
+@pytest.mark.parametrize(("signal", "left_out"), [(0.245, True), (0.255, False)])
+def test_a_group_is_left_out_below_a_quarter_of_signal_to_noise(
+    monkeypatch: pytest.MonkeyPatch, signal: float, left_out: bool
+) -> None:
+    seen = fit(torch.cat([around(0.01, 1001), around(0.2, 999)]), picture=signal * 0.2**2)
+    levels, (group,) = judged(monkeypatch, seen)
+    assert group.members.sum() == 999
+    assert group.action is (Action.LEFT_OUT_AS_NOISE if left_out else Action.TRAINED_ABOVE)
+    assert torch.equal(levels > 0, group.members & (not left_out))
+
+
+@pytest.mark.parametrize(("spread", "own"), [(0.29, False), (0.31, True)])
+def test_a_group_has_a_common_level_up_to_a_spread_of_0_3(
+    monkeypatch: pytest.MonkeyPatch, spread: float, own: bool
+) -> None:
+    wide = 0.2 * (1 + spread * math.sqrt(3) * torch.linspace(-1, 1, 1000))
+    assert wide.std() / wide.mean() == pytest.approx(spread, rel=1e-2)
+    seen = fit(torch.cat([around(0.005, 1000), wide]), picture=0.1)
+    levels, (group,) = judged(monkeypatch, seen)
+    assert torch.equal(group.members, torch.arange(2000) >= 1000)
+    assert group.action is Action.TRAINED_ABOVE
+    if own:
+        assert torch.equal(levels[1000:], seen.sigma[1000:])
+    else:
+        assert levels[1000:].unique().tolist() == [group.level]
+    assert not levels[:1000].any()
