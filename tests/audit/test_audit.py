@@ -19,7 +19,7 @@ from robustdiff.audit import Action, AuditResult, Detector, audit, detector, reg
 from robustdiff.audit.parts import parts
 from robustdiff.data.dataset import load_images
 from robustdiff.diffusion.schedule import NoiseSchedule
-from robustdiff.training.curriculum import visits_of
+from robustdiff.training.curriculum import sampler_from_audit
 from robustdiff.utils.images import from_uint8, to_uint8
 
 
@@ -122,7 +122,7 @@ def test_a_wide_noise_group_trains_each_image_above_its_own_level() -> None:
     assert torch.equal(result.noise_std[members], result.sigma[members])
     assert (result.noise_std - sigma)[members & noisy].abs().quantile(0.9) < 0.04
     schedule = NoiseSchedule(torch.linspace(0.9999, 0.001, 200))
-    visits = visits_of(result, schedule)
+    visits = sampler_from_audit(result, schedule)
     assert visits is not None
     first, levels = visits.first[members], schedule.noise_to_signal(torch.arange(200)).double()
     assert (levels[first] > result.sigma[members]).all()
