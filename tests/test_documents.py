@@ -92,15 +92,19 @@ def test_the_commands_of_the_readme_run_and_print_what_it_shows(folder: Path) ->
     DiffusionPipeline.from_pretrained(folder / "model")
 
 
-@pytest.mark.parametrize("code", blocks(README, "python"), ids=("audit", "loss", "fit"))
-def test_the_python_of_the_readme_runs(code: str, tmp_path: Path, monkeypatch) -> None:
+TRAIN = (ROOT / "docs" / "guide" / "train.md").read_text()
+SNIPPETS = [*blocks(README, "python"), *blocks(TRAIN, "python")]
+
+
+@pytest.mark.parametrize("code", SNIPPETS, ids=("audit", "loss", "fit", "fit in the guide"))
+def test_the_python_of_the_documents_runs(code: str, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "photos").mkdir()
     for index, image in enumerate(load_images("digits").images[:100]):
         save_png(image, tmp_path / "photos" / f"{index:03}.png")
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(code, "snippet", "exec"), {})
 
 
 def test_the_readme_is_short() -> None:
