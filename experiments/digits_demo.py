@@ -47,7 +47,7 @@ FLOORS, RELABELS, SHRINKS = (0.05, 0.1, 0.15, 0.2, 0.3), (1.1, 1.2, 1.41), (0.95
 
 def frechet(generated: torch.Tensor, real: torch.Tensor) -> float:
     """Pixel Frechet distance of two uint8 sets (N, 1, 8, 8), in squared units of the [-1, 1] range."""
-    return distances.frechet(*(images.flatten(1).double() / 127.5 - 1 for images in (generated, real)))
+    return distances.frechet_distance(*(images.flatten(1).double() / 127.5 - 1 for images in (generated, real)))
 
 
 def noise_estimate(images: torch.Tensor) -> float:

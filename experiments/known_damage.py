@@ -33,8 +33,8 @@ from robustdiff.data.corruption import Corruption
 from robustdiff.data.dataset import ImageDataset, load_images
 from robustdiff.evaluation.extractors import Extractor, open_extractor
 from robustdiff.evaluation.features import default_cache, extract
-from robustdiff.evaluation.memorisation import memorisation
-from robustdiff.evaluation.metrics import judge
+from robustdiff.evaluation.memorisation import find_copies
+from robustdiff.evaluation.metrics import compute_metrics
 from robustdiff.utils.images import from_uint8, to_uint8
 from robustdiff.utils.seeds import derive_seed
 
@@ -196,10 +196,10 @@ def measure(draw: Draw, extractors: Sequence[Extractor], cache: Path | None, say
         images, at = draw.damaged(damage, strength), f"{strength:g}"
         for extractor, reference in zip(extractors, references, strict=True):
             fake = extract(extractor, images, cache=cache)
-            for value in judge(fake, reference, seed=draw.seed, intervals=False).values:
+            for value in compute_metrics(fake, reference, seed=draw.seed, intervals=False).values:
                 name = value.name.split("-")[0] if value.name.startswith(("FD-", "KID-", "FID")) else value.name
                 found[extractor.name, damage, at, name.replace("FID", "FD")] = value.value
-        copying = memorisation(images.flatten(1), draw.training.flatten(1), held_out.flatten(1))
+        copying = find_copies(images.flatten(1), draw.training.flatten(1), held_out.flatten(1))
         for value in copying.values():
             if value.name in SHARES:
                 found[COPYING, damage, at, value.name] = value.value

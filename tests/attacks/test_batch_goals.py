@@ -31,8 +31,7 @@ from robustdiff.attacks.goals import (
 from robustdiff.attacks.optimizers import APGD, PGD, RandomSearch
 from robustdiff.commands import main
 from robustdiff.diffusion.samplers import DifferentiableSampler
-from robustdiff.evaluation.differentiable_extractors import differentiable
-from robustdiff.evaluation.extractors import Extractor, open_extractor
+from robustdiff.evaluation.extractors import Extractor, differentiable, open_extractor
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.random import image_generators
 

@@ -114,17 +114,17 @@ def test_stopped_while_it_judges_it_goes_on_and_ends_as_a_whole_one(
     monkeypatch,
     capsys,
 ) -> None:
-    judge = quality.judge
+    judge = quality.compute_metrics
 
     def judge_and_stop(*arguments: Any, **settings: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return judge(*arguments, **settings)
 
-    monkeypatch.setattr(quality, "judge", judge_and_stop)
+    monkeypatch.setattr(quality, "compute_metrics", judge_and_stop)
     assert main.main(command(pipeline, tmp_path / "out", *MANY)) == 143
     assert "stopped; all parts are finished" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("attack-*.json"))
-    monkeypatch.setattr(quality, "judge", judge)
+    monkeypatch.setattr(quality, "compute_metrics", judge)
     monkeypatch.setattr(run.Batch, "run", lambda *_: pytest.fail("done again"))
     assert main.main(command(pipeline, tmp_path / "out", *MANY)) == 0
     for part in ("values", "details", "warnings"):

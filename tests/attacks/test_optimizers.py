@@ -444,6 +444,37 @@ def test_apgd_halves_its_step_where_it_overshoots_and_not_elsewhere() -> None:
     assert -adaptive.value < 0.03 < 0.5 < -fixed.value
 
 
+def test_apgd_by_hand() -> None:
+    """Croce and Hein (2020), Algorithm 1, on values and slopes that are written down here: one number in [-1, 1].
+
+    The slope is +1 and -1 in turn. Of 30 steps, progress is judged after 7, 13, 18, 21 ... The value rises
+
+    * in 7 of the first 7 steps: nothing is done;
+    * in 5 of the next 6, after a fall: enough, but never above the best, and the step was not halved before: it is
+      halved, and the search goes on from the best;
+    * in 4 of the next 5, never above the best: enough, and the step has just been halved: nothing is done;
+    * in 3 of the next 3, never above the best: halved, and back.
+    """
+    values = [*range(8), 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 6.1, 6.2, *[0] * 9]
+    seen: list[float] = []
+
+    def function(omega: Tensor) -> Tensor:
+        step = len(seen)
+        seen.append(omega.item())
+        slope = 1 - 2 * (step % 2)
+        return values[step] + slope * (omega - omega.detach()).flatten(1).sum(1)
+
+    best, _ = APGD(30)._ascend(CallableGoal(function), LpBall("linf", 1.0), torch.zeros(1, 1, 1).double(), lambda: None)
+    assert len(seen) == 31
+    # x1 = clip(0 + 2) = 1; then, with z = clip(x +- 2), x + 0.75 (z - x) + 0.25 (x - the x before)
+    by_hand = [0, 1, -0.25, 0.375, -0.5, 0.40625, -0.421875, 0.4375]
+    assert seen[:8] == pytest.approx(by_hand, abs=1e-12)
+    # From x7 at rest with steps of 1: 0.4375 - 0.75, then -0.3125 + 0.75 - 0.25 * 0.75
+    assert seen[14:16] == pytest.approx([-0.3125, 0.25], abs=1e-12)
+    assert seen[22] == pytest.approx(0.4375 - 0.75 / 2, abs=1e-12)  # halved twice, not three times
+    assert (best.value.item(), best.omega.item()) == (7, pytest.approx(0.4375, abs=1e-12))
+
+
 def classifier() -> nn.Module:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)

@@ -20,7 +20,7 @@ from robustdiff.commands import main as cli
 from robustdiff.evaluation.contact_sheets import GAP
 from robustdiff.evaluation.extractors import open_extractor
 from robustdiff.evaluation.features import extract
-from robustdiff.evaluation.metrics import LEAST, judge
+from robustdiff.evaluation.metrics import LEAST, compute_metrics
 from robustdiff.evaluation.model_card import BEGIN, END, UNMEASURED, fill_card
 from robustdiff.utils.errors import UsageError
 
@@ -123,13 +123,13 @@ def test_the_floor_is_real_against_real_of_the_same_size(sets) -> None:
         return extract(extractor, torch.from_numpy(np.load(sets[name]))[:, None], cache=None)
 
     fresh, reference, held_out = features("fresh"), features("reference"), features("held_out")
-    quality = judge(fresh, reference, held_out)
+    quality = compute_metrics(fresh, reference, held_out)
     assert quality.floor == f"{N} held-out real images against the {2 * N} of the reference"
-    swapped = judge(held_out, reference, fresh)
+    swapped = compute_metrics(held_out, reference, fresh)
     for value, other in zip(quality.values, swapped.values, strict=True):
         assert value.floor == pytest.approx(other.value, rel=1e-12)
         assert other.floor == pytest.approx(value.value, rel=1e-12)
-    halves = judge(fresh, reference)
+    halves = compute_metrics(fresh, reference)
     assert halves.floor.startswith(f"{N} images of the reference against the other {N}; the values are of {N} against")
     assert any("too high" in text for text in halves.warnings)
     floors = {value.name: value.floor for value in halves.values}
@@ -325,7 +325,7 @@ def test_the_neighbour_search_shows_how_far_it_is(sets, tmp_path, monkeypatch) -
             super().__init__(*arguments, **options)
             bars.append(self)
 
-    module = importlib.import_module("robustdiff.evaluation.evaluate")  # its package exports a function of that name
+    module = importlib.import_module("robustdiff.evaluation.run")  # its package exports a function of that name
     monkeypatch.setattr(module, "tqdm", Recorded)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     more = ("--training", sets["training"], "--held-out", sets["held_out"])

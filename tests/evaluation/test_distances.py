@@ -15,13 +15,13 @@ from helpers import normal
 from robustdiff.evaluation.distances import (
     MetricValue,
     clopper_pearson,
-    frechet,
     frechet_bias,
+    frechet_distance,
     frechet_gaussians,
     half_sampled,
-    kid,
+    kernel_distance,
 )
-from robustdiff.evaluation.neighbours import precision_recall_density_coverage
+from robustdiff.evaluation.neighbours import prdc
 
 
 def rotation(d: int, seed: int = 0) -> Tensor:
@@ -50,7 +50,7 @@ def test_frechet_of_gaussians_with_common_axes_is_exact(rank: int) -> None:
     cov_a, cov_b = (q * v_a) @ q.T, (q * v_b) @ q.T
     assert frechet_gaussians(mean_a, cov_a, mean_b, cov_b) == pytest.approx(expected, rel=1e-10)
     samples = [exact_sample(mean, v.sqrt()[:, None] * q.T, 40) for mean, v in ((mean_a, v_a), (mean_b, v_b))]
-    assert frechet(*samples) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(*samples) == pytest.approx(expected, rel=1e-12)
 
 
 def test_frechet_of_gaussians_without_common_axes_is_that_of_the_optimal_map() -> None:
@@ -68,18 +68,20 @@ def test_frechet_of_gaussians_without_common_axes_is_that_of_the_optimal_map() -
 @pytest.mark.parametrize(("n", "d"), [(300, 20), (15, 40)])
 def test_frechet_of_a_set_with_itself_is_zero_and_of_its_shift_the_squared_length(n: int, d: int) -> None:
     x, shift = normal(n, d), normal(d, seed=1)
-    assert frechet(x, x.flip(0)) == pytest.approx(0, abs=1e-12)
-    assert frechet(x, x + shift) == pytest.approx(float(shift.square().sum()), rel=1e-12)
-    assert frechet(x, 3 * x) == pytest.approx(float(4 * x.var(0).sum() + 4 * x.mean(0).square().sum()), rel=1e-12)
+    assert frechet_distance(x, x.flip(0)) == pytest.approx(0, abs=1e-12)
+    assert frechet_distance(x, x + shift) == pytest.approx(float(shift.square().sum()), rel=1e-12)
+    assert frechet_distance(x, 3 * x) == pytest.approx(
+        float(4 * x.var(0).sum() + 4 * x.mean(0).square().sum()), rel=1e-12
+    )
 
 
 def test_frechet_takes_float32_features_far_from_the_origin() -> None:
     """Accumulating squares in float32, or about zero instead of the mean, would be off by more than the distance."""
     x = normal(500, 8, dtype=torch.float32).round(decimals=2)
     y = normal(400, 8, seed=1, dtype=torch.float32).round(decimals=2)
-    near = frechet(x, y)
-    assert frechet((x + 4096).double(), (y + 4096).double()) == pytest.approx(near, rel=1e-4)
-    assert frechet(x, y) == pytest.approx(frechet(x.double(), y.double()), rel=1e-14)
+    near = frechet_distance(x, y)
+    assert frechet_distance((x + 4096).double(), (y + 4096).double()) == pytest.approx(near, rel=1e-4)
+    assert frechet_distance(x, y) == pytest.approx(frechet_distance(x.double(), y.double()), rel=1e-14)
 
 
 @pytest.mark.parametrize(("n", "m", "d"), [(600, 500, 32), (60, 50, 64)])
@@ -89,14 +91,16 @@ def test_frechet_is_its_formula_by_the_eigenvalues_of_the_product(n: int, m: int
     cov_a, cov_b = np.cov(a.numpy().T), np.cov(b.numpy().T)
     cross = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()
     wanted = float((a.mean(0) - b.mean(0)).square().sum()) + np.trace(cov_a + cov_b) - 2 * cross
-    assert frechet(a, b) == pytest.approx(wanted, rel=1e-6)
+    assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.5])
 def test_T11_the_bias_is_the_mean_distance_of_two_samples_of_one_law(decay: float) -> None:
     d, n, m = 24, 300, 200
     scale = torch.arange(1, d + 1, dtype=torch.float64) ** (-decay / 2)
-    found = [frechet(normal(n, d, seed=2 * i) * scale, normal(m, d, seed=2 * i + 1) * scale) for i in range(100)]
+    found = [
+        frechet_distance(normal(n, d, seed=2 * i) * scale, normal(m, d, seed=2 * i + 1) * scale) for i in range(100)
+    ]
     many = exact_sample(torch.ones(d), torch.diag(scale), 1000, seed=7)
     assert frechet_bias(many, n, m) == pytest.approx(sum(found) / len(found), rel=0.04)
     assert frechet_bias(many, n, n) > frechet_bias(many, 2 * n, n)
@@ -110,7 +114,7 @@ def third_moments(mean: float, sd: float) -> tuple[float, float, float]:
     return mean, mean**2 + sd**2, mean**3 + 3 * mean * sd**2
 
 
-def kernel_distance(a: tuple[float, float], b: tuple[float, float]) -> float:
+def exact_kernel_distance(a: tuple[float, float], b: tuple[float, float]) -> float:
     """In one dimension ``(x y + 1)^3`` has the features x^3, sqrt(3) x^2, sqrt(3) x, 1."""
     first, second, third = (p - q for p, q in zip(third_moments(*a), third_moments(*b), strict=True))
     return 3 * first**2 + 3 * second**2 + third**2
@@ -130,10 +134,10 @@ def test_kid_is_the_exact_unbiased_distance_of_two_sets() -> None:
             pairs = [(p, q) for p in range(4) for q in range(4) if p != q]
             within = sum(k(x[p], x[q]) + k(y[p], y[q]) for p, q in pairs) / 12
             wanted.append(within - 2 * sum(k(p, q) for p in x for q in y) / 16)
-    value, _, size = kid(a, b, subset_size=4, subsets=3000)
+    value, _, size = kernel_distance(a, b, subset_size=4, subsets=3000)
     assert size == 4
     assert value == pytest.approx(sum(wanted) / 25, abs=4 * float(torch.tensor(wanted).std()) / 3000**0.5)
-    single = [kid(a, b, subset_size=4, subsets=2, seed=s)[0] for s in range(10)]
+    single = [kernel_distance(a, b, subset_size=4, subsets=2, seed=s)[0] for s in range(10)]
     means = {round((p + q) / 2, 9) for p in wanted for q in wanted}
     assert {round(v, 9) for v in single} <= means
 
@@ -141,9 +145,9 @@ def test_kid_is_the_exact_unbiased_distance_of_two_sets() -> None:
 @pytest.mark.parametrize("b", [(0.0, 0.3), (0.15, 0.36)])
 def test_kid_is_unbiased_and_its_standard_error_honest(b: tuple[float, float]) -> None:
     """The mean of 100 repetitions is the closed form; the standard error is right where the laws differ."""
-    truth, repeats = kernel_distance((0.0, 0.3), b), 100
+    truth, repeats = exact_kernel_distance((0.0, 0.3), b), 100
     found = [
-        kid(0.3 * normal(120, 1, seed=2 * i), normal(120, 1, seed=2 * i + 1) * b[1] + b[0], subsets=40)
+        kernel_distance(0.3 * normal(120, 1, seed=2 * i), normal(120, 1, seed=2 * i + 1) * b[1] + b[0], subsets=40)
         for i in range(repeats)
     ]
     values, errors = (torch.tensor([f[j] for f in found]) for j in (0, 1))
@@ -158,12 +162,12 @@ def test_kid_is_unbiased_and_its_standard_error_honest(b: tuple[float, float]) -
 def test_kid_draws_from_its_seed_alone_and_takes_subsets_of_at_most_a_thousand() -> None:
     a, b = normal(50, 2), normal(40, 2, seed=1)
     torch.manual_seed(0)
-    first = kid(a, b, seed=3)
+    first = kernel_distance(a, b, seed=3)
     torch.manual_seed(1)
-    assert kid(a, b, seed=3) == first
-    assert kid(a, b, seed=4) != first
+    assert kernel_distance(a, b, seed=3) == first
+    assert kernel_distance(a, b, seed=4) != first
     assert first[2] == 20
-    assert kid(normal(2100, 1), normal(2200, 1), subsets=2)[2] == 1000
+    assert kernel_distance(normal(2100, 1), normal(2200, 1), subsets=2)[2] == 1000
 
 
 # -- intervals ---------------------------------------------------------------------------------------
@@ -174,8 +178,8 @@ def coverage_of_intervals(n: int, m: int, d: int, shift: float, scale: float, re
     values, intervals = [], []
     for i in range(repeats):
         a, b = normal(n, d, seed=2 * i) * scale + shift, normal(m, d, seed=2 * i + 1)
-        values.append(frechet(a, b))
-        found = half_sampled(lambda x, y: {"fd": frechet(x, y)}, a, b, repeats=20, seed=i)
+        values.append(frechet_distance(a, b))
+        found = half_sampled(lambda x, y: {"fd": frechet_distance(x, y)}, a, b, repeats=20, seed=i)
         intervals.append(found["fd"])
     mean, sd = sum(values) / repeats, float(torch.tensor(values).std())
     covered = sum(low < mean < high for low, high in intervals) / repeats
@@ -208,8 +212,8 @@ def test_half_sampled_intervals_of_balls_cover_also_where_nothing_varies() -> No
     intervals = []
     for i in range(60):
         real, fake = normal(80, 2, seed=2 * i), 1.5 * normal(80, 2, seed=2 * i + 1)
-        values.append(precision_recall_density_coverage(real, fake))
-        intervals.append(half_sampled(precision_recall_density_coverage, real, fake, repeats=20, seed=i, shares=rows))
+        values.append(prdc(real, fake))
+        intervals.append(half_sampled(prdc, real, fake, repeats=20, seed=i, shares=rows))
     assert sum(v["recall"] == 1 for v in values) > 20
     for name in values[0]:
         mean = sum(v[name] for v in values) / len(values)
@@ -231,7 +235,7 @@ def test_half_sampled_uses_the_mean_of_a_set_as_theory_says() -> None:
 
 def test_no_interval_reaches_below_zero() -> None:
     x = normal(8, 1)
-    assert half_sampled(lambda a, b: {"fd": frechet(a, b)}, x, x)["fd"][0] == 0.0
+    assert half_sampled(lambda a, b: {"fd": frechet_distance(a, b)}, x, x)["fd"][0] == 0.0
 
 
 @pytest.mark.parametrize("trials", [1, 7, 100, 20000])
@@ -249,17 +253,17 @@ def test_clopper_pearson_is_scipys(trials: int) -> None:
 def test_bad_sets_are_refused() -> None:
     x, nan = normal(10, 2), torch.full((10, 2), torch.nan)
     with pytest.raises(ValueError, match="b holds numbers that are not finite"):
-        frechet(x, nan)
+        frechet_distance(x, nan)
     with pytest.raises(ValueError, match="of one length"):
-        frechet(x, normal(10, 3))
+        frechet_distance(x, normal(10, 3))
     with pytest.raises(ValueError, match="a must have at least 2 rows, got 1"):
-        frechet(x[:1], x)
+        frechet_distance(x[:1], x)
     with pytest.raises(ValueError, match=r"a must have shape \(n, d\), got \(10,\)"):
-        frechet(x[:, 0], x)
+        frechet_distance(x[:, 0], x)
     with pytest.raises(ValueError, match="subset_size must be from 2 to 9"):
-        kid(x, x, subset_size=10)
+        kernel_distance(x, x, subset_size=10)
     with pytest.raises(ValueError, match="subsets"):
-        kid(x, x, subsets=1)
+        kernel_distance(x, x, subsets=1)
     with pytest.raises(ValueError, match="repeats"):
         half_sampled(lambda a, b: {}, x, x, repeats=9)
 

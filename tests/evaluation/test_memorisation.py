@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from helpers import normal, seeded
-from robustdiff.evaluation.memorisation import CopyTest, memorisation
+from robustdiff.evaluation.memorisation import CopyTest, find_copies
 
 
 def pixels(n: int, seed: int, size: int = 48) -> Tensor:
@@ -30,7 +30,7 @@ TRAINING, HELD_OUT = pixels(400, 1), pixels(300, 2)
 def test_replayed_training_images_are_caught_to_the_last(noise: int) -> None:
     which = torch.randint(0, 400, (250,), generator=seeded(3))
     replay = TRAINING[which] + torch.randint(-noise, noise + 1, (250, 48), generator=seeded(4)) / 127.5
-    found = memorisation(replay, TRAINING, HELD_OUT)
+    found = find_copies(replay, TRAINING, HELD_OUT)
     assert found.by_ratio.flagged == found.by_ratio.of == 250
     assert found.by_ratio.null_flagged == 0
     assert found.by_relative is not None
@@ -48,7 +48,7 @@ def test_replayed_training_images_are_caught_to_the_last(noise: int) -> None:
 
 def test_copies_are_counted_among_originals() -> None:
     generated = torch.cat([pixels(60, 5), TRAINING[[7, 7, 9]]])
-    found = memorisation(generated, TRAINING, HELD_OUT)
+    found = find_copies(generated, TRAINING, HELD_OUT)
     assert found.by_ratio.flagged == 3
     assert found.copied == ((7, 2), (9, 1))
     assert [pair[:2] for pair in found.pairs[:3]] == [(60, 7), (61, 7), (62, 9)]
@@ -66,7 +66,7 @@ def test_training_images_that_occur_twice_do_not_hide_their_copies(generated: st
     """With d2 to the second occurrence, d1 / d2 is 0 / 0 for a copy, and 1 for a noisy one."""
     training = torch.cat([TRAINING, TRAINING[:100], TRAINING[:50]])
     replay = training[400:500] + (0 if generated == "exact" else 1 / 127.5)
-    found = memorisation(replay, training, None)
+    found = find_copies(replay, training, None)
     assert found.by_ratio.flagged == 100
     assert found.repeated == 150
     # the first occurrence is named
@@ -75,19 +75,19 @@ def test_training_images_that_occur_twice_do_not_hide_their_copies(generated: st
 
 def test_an_image_at_the_threshold_is_no_copy() -> None:
     """At 1 and 3 from the two training images the ratio is the threshold; at 0.9 and 3.1 it is below."""
-    found = memorisation(torch.tensor([[1.0], [0.9]]), torch.tensor([[0.0], [4.0]]), None)
+    found = find_copies(torch.tensor([[1.0], [0.9]]), torch.tensor([[0.0], [4.0]]), None)
     assert found.ratio[0] == found.by_ratio.threshold
     assert found.by_ratio.flagged == 1
 
 
 def test_zero_of_either_sign_is_one_image() -> None:
     training = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [5.0, 5.0]])
-    assert memorisation(training[:1], training, None).repeated == 1
+    assert find_copies(training[:1], training, None).repeated == 1
 
 
 def test_indices_are_those_of_the_set_with_its_repetitions() -> None:
     training = torch.cat([TRAINING[:3], TRAINING[:3], TRAINING[3:]])
-    found = memorisation(TRAINING[[10]], training, None)
+    found = find_copies(TRAINING[[10]], training, None)
     assert found.nearest.tolist() == [13]
     assert found.copied == ((13, 1),)
     assert found.pairs[0] == (0, 13, 0.0)
@@ -96,12 +96,12 @@ def test_indices_are_those_of_the_set_with_its_repetitions() -> None:
 def test_fresh_draws_are_flagged_as_often_as_the_null_and_as_theory_says() -> None:
     """In the plane the ratio is below r with probability r^2 (d-dimensional points: r^d): 1/9 at the threshold."""
     uniform = [torch.rand(3000, 2, generator=seeded(seed), dtype=torch.float64) for seed in (1, 2, 3)]
-    found = memorisation(uniform[0], uniform[1], uniform[2])
+    found = find_copies(uniform[0], uniform[1], uniform[2])
     assert found.by_ratio.share == pytest.approx(1 / 9, abs=0.02)
     assert found.by_ratio.null_share == pytest.approx(1 / 9, abs=0.02)
     assert found.by_ratio.excess is not None
     assert found.by_ratio.excess[1][0] < 0 < found.by_ratio.excess[1][1]
-    high = memorisation(pixels(300, 6), TRAINING, HELD_OUT)
+    high = find_copies(pixels(300, 6), TRAINING, HELD_OUT)
     assert high.by_ratio.flagged == 0
     assert high.by_ratio.null_flagged == 0
 
@@ -111,7 +111,7 @@ def test_the_relative_threshold_flags_one_in_a_hundred_fresh_draws() -> None:
     rates = []
     for i in range(60):
         draws = [torch.rand(n, 3, generator=seeded(10 * i + j)) for j, n in enumerate((200, 300, 199))]
-        found = memorisation(draws[0], draws[1], draws[2]).by_relative
+        found = find_copies(draws[0], draws[1], draws[2]).by_relative
         assert found is not None
         rates.append(found.share)
         assert found.null_flagged == 1
@@ -119,10 +119,10 @@ def test_the_relative_threshold_flags_one_in_a_hundred_fresh_draws() -> None:
 
 
 def test_a_small_null_gives_its_smallest_score_for_a_threshold() -> None:
-    found = memorisation(HELD_OUT[100:], TRAINING, HELD_OUT[:50])
+    found = find_copies(HELD_OUT[100:], TRAINING, HELD_OUT[:50])
     assert found.by_relative is not None
     assert found.by_relative.null_flagged == 0
-    scores = memorisation(HELD_OUT[:50], TRAINING, None).relative
+    scores = find_copies(HELD_OUT[:50], TRAINING, None).relative
     assert found.by_relative.threshold == pytest.approx(float(scores.min()), rel=1e-12)
 
 
@@ -135,7 +135,7 @@ def test_the_histogram_counts_cosines_to_the_most_similar() -> None:
     angles = torch.tensor([0.0, 0.3, 0.6, 1.5])
     features = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([1.0, 4.0, 2.0, 0.1])[:, None]
     far = torch.tensor([[-1.0, -1.0], [0.0, 1.0]])
-    found = memorisation(pixels(4, 5), TRAINING[:2], HELD_OUT[:2], features=(features, training, far)).histogram
+    found = find_copies(pixels(4, 5), TRAINING[:2], HELD_OUT[:2], features=(features, training, far)).histogram
     assert found is not None
     assert found.null is not None
     edges = torch.tensor(found.edges)
@@ -154,9 +154,9 @@ def test_the_histogram_counts_cosines_to_the_most_similar() -> None:
 def test_features_of_other_images_are_refused() -> None:
     x = normal(4, 3)
     with pytest.raises(ValueError, match="3 features for 4 generated images"):
-        memorisation(x, TRAINING[:4, :3], None, features=(x[:3], x, None))
+        find_copies(x, TRAINING[:4, :3], None, features=(x[:3], x, None))
     with pytest.raises(ValueError, match="0 features for 4 held-out images"):
-        memorisation(x, TRAINING[:4, :3], x, features=(x, x, None))
+        find_copies(x, TRAINING[:4, :3], x, features=(x, x, None))
 
 
 # -- what is handed on -------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_features_of_other_images_are_refused() -> None:
 def test_the_result_is_json_with_every_share_beside_its_null() -> None:
     generated = torch.cat([TRAINING[:5], pixels(20, 5)])
     names = [f"{i}.png" for i in range(400)]
-    found = memorisation(generated, TRAINING, HELD_OUT, features=(generated, TRAINING, HELD_OUT))
+    found = find_copies(generated, TRAINING, HELD_OUT, features=(generated, TRAINING, HELD_OUT))
     entry: dict[str, Any] = json.loads(json.dumps(found.to_json(names), allow_nan=False))
     values = entry["values"]
     assert list(values) == ["near-copies", "near-copies above null", "close copies", "close copies above null"]
@@ -187,7 +187,7 @@ def test_the_result_is_json_with_every_share_beside_its_null() -> None:
 
 
 def test_without_held_out_images_there_is_no_null() -> None:
-    found = memorisation(pixels(30, 5), TRAINING, None)
+    found = find_copies(pixels(30, 5), TRAINING, None)
     assert found.by_relative is None
     assert [value.name for value in found.values()] == ["near-copies"]
     assert found.values()[0].floor is None
@@ -215,4 +215,4 @@ def test_the_interval_of_the_excess_covers_it() -> None:
 
 def test_one_training_image_is_refused() -> None:
     with pytest.raises(ValueError, match="at least two different"):
-        memorisation(TRAINING[:3], TRAINING[:1].expand(5, -1), None)
+        find_copies(TRAINING[:3], TRAINING[:1].expand(5, -1), None)

@@ -14,7 +14,7 @@ from robustdiff.evaluation.neighbours import (
     diversity,
     k_nearest,
     mean_distance,
-    precision_recall_density_coverage,
+    prdc,
 )
 
 
@@ -85,7 +85,7 @@ def test_too_few_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="the same set on both sides"):
         k_nearest(x, x[:3], 1, exclude_self=True)
     with pytest.raises(ValueError, match="fake must have at least 6 rows, got 4"):
-        precision_recall_density_coverage(normal(9, 2), x)
+        prdc(normal(9, 2), x)
 
 
 # -- balls -------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def test_balls_on_a_line_are_counted_by_hand() -> None:
     real = torch.tensor([[0.0], [1.0], [10.0], [14.0]])
     fake = torch.tensor([[0.5], [1.6], [30.0], [60.0], [0.9]])
     # real balls: (-1, 1), (0, 2), (6, 14), (10, 18)
-    found = precision_recall_density_coverage(real, fake, 1)
+    found = prdc(real, fake, 1)
     # 0.5 in two real balls, 1.6 in one, 0.9 in two; 30 and 60 in none
     assert found["precision"] == pytest.approx(3 / 5)
     assert found["density"] == pytest.approx(5 / 5)
@@ -109,20 +109,20 @@ def test_balls_on_a_line_are_counted_by_hand() -> None:
 def test_copies_lie_on_the_rims_and_not_inside(chunk_bytes: int) -> None:
     """Of a copied set every ball holds its centre and k - 1 others: density is 1 exactly, whatever the rounding."""
     real = 100 + normal(150, 30, dtype=torch.float32)
-    found = precision_recall_density_coverage(real, real.flip(0), 5, chunk_bytes=chunk_bytes)
+    found = prdc(real, real.flip(0), 5, chunk_bytes=chunk_bytes)
     assert found == {"precision": 1.0, "recall": 1.0, "density": 1.0, "coverage": 1.0}
 
 
 def test_balls_are_open() -> None:
     """Balls of radius zero, about images that occur more than k times, hold nothing."""
     same = torch.ones(6, 2)
-    assert set(precision_recall_density_coverage(same, same, 2).values()) == {0.0}
+    assert set(prdc(same, same, 2).values()) == {0.0}
 
 
 def test_far_sets_share_nothing_and_a_collapsed_one_covers_nothing() -> None:
     real = normal(100, 3)
-    assert set(precision_recall_density_coverage(real, real + 100).values()) == {0.0}
-    collapsed = precision_recall_density_coverage(real, real[:1] + 1e-3 * normal(100, 3, seed=1))
+    assert set(prdc(real, real + 100).values()) == {0.0}
+    collapsed = prdc(real, real[:1] + 1e-3 * normal(100, 3, seed=1))
     assert collapsed["precision"] == 1.0
     assert collapsed["recall"] == pytest.approx(0.0, abs=0.011)
     assert collapsed["coverage"] < 0.2
@@ -131,15 +131,12 @@ def test_far_sets_share_nothing_and_a_collapsed_one_covers_nothing() -> None:
 def test_T11_coverage_and_density_of_one_law() -> None:
     """Coverage is the closed form, density 1, and both tell their set from its half."""
     n, k, repeats = 150, 4, 40
-    found = [
-        precision_recall_density_coverage(normal(n, 3, seed=2 * i), normal(n, 3, seed=2 * i + 1), k)
-        for i in range(repeats)
-    ]
+    found = [prdc(normal(n, 3, seed=2 * i), normal(n, 3, seed=2 * i + 1), k) for i in range(repeats)]
     mean = {name: sum(f[name] for f in found) / repeats for name in found[0]}
     assert mean["coverage"] == pytest.approx(coverage_of_one_law(n, k), abs=0.006)
     assert mean["density"] == pytest.approx(1, abs=0.03)
     assert mean["precision"] == pytest.approx(mean["recall"], abs=0.01)
-    swapped = precision_recall_density_coverage(normal(n, 3, seed=1), normal(n, 3), k)
+    swapped = prdc(normal(n, 3, seed=1), normal(n, 3), k)
     assert swapped["precision"] == found[0]["recall"]
     assert swapped["recall"] == found[0]["precision"]
 

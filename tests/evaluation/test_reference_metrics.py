@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from helpers import normal
-from robustdiff.evaluation import distances
-from robustdiff.evaluation.neighbours import precision_recall_density_coverage
+from robustdiff.evaluation import distances, neighbours
 
 
 def fidelity(module: str) -> Any:
@@ -43,7 +42,7 @@ def test_frechet_equals_torch_fidelity(n: int, m: int, d: int, kind: str) -> Non
     # in float64, which is what torch-fidelity makes of Inception's features before it takes the moments
     statistics = [theirs.fid_features_to_statistics(x.double()) for x in (a, b)]
     wanted = theirs.fid_statistics_to_metric(*statistics, verbose=False)[theirs.KEY_METRIC_FID]
-    assert distances.frechet(a, b) == pytest.approx(wanted, rel=1e-6)
+    assert distances.frechet_distance(a, b) == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize(("n", "m", "d", "kind"), CASES)
@@ -72,7 +71,7 @@ def test_kid_equals_torch_fidelity_on_the_same_subsets(
             return order[:size]
 
     monkeypatch.setattr(torch, "randperm", remember)
-    mean, error, size = distances.kid(a, b, subsets=20)
+    mean, error, size = distances.kernel_distance(a, b, subsets=20)
     monkeypatch.setattr(theirs.np.random, "RandomState", Repeat)
     settings = {"kid_subsets": 20, "kid_subset_size": size, "verbose": False}
     wanted = theirs.kid_features_to_metric(a, b, **settings)
@@ -88,6 +87,6 @@ def test_balls_equal_prdc(n: int, m: int, d: int, kind: str, k: int) -> None:
     real, fake = features(n, d, 0, kind), features(m, d, 1, kind)
     # in float64: its distances of float32 rows are rounded to float32, and ties there change a count
     wanted = prdc.compute_prdc(real.double().numpy(), fake.double().numpy(), nearest_k=k)
-    found = precision_recall_density_coverage(real, fake, k)
+    found = neighbours.prdc(real, fake, k)
     assert found == pytest.approx({name: float(value) for name, value in wanted.items()}, rel=1e-12, abs=0)
     assert 0 < found["coverage"] < 1

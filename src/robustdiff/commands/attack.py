@@ -10,7 +10,7 @@ from robustdiff.commands.flags import Say
 def run(config: AttackConfig, say: Say) -> int:
     """Run the command; returns the exit status."""
     from robustdiff.attacks.benchmark.run import attack
-    from robustdiff.evaluation.evaluate import summary
+    from robustdiff.evaluation.run import summary
 
     quiet_libraries()
     try:

@@ -9,7 +9,7 @@ from robustdiff.evaluation.config import EvaluateConfig
 
 def run(config: EvaluateConfig, say: Say) -> int:
     """Run the command; returns the exit status."""
-    from robustdiff.evaluation.evaluate import evaluate, summary
+    from robustdiff.evaluation.run import evaluate, summary
 
     quiet_libraries()
     written = evaluate(config)

@@ -98,7 +98,7 @@ def _distance(mean_a: Tensor, root_a: Tensor, mean_b: Tensor, root_b: Tensor) ->
     return max(float(total), 0.0)
 
 
-def frechet(a: Tensor, b: Tensor) -> float:
+def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Squared Frechet distance between the Gaussians fitted to two sets: FID, if the features are Inception's.
 
     ``|mean_a - mean_b|^2 + tr(S_a + S_b - 2 sqrt(S_a S_b))`` with unbiased covariances; the trace of the root from
@@ -153,7 +153,7 @@ def frechet_bias(features_real: Tensor, n: int, m: int) -> float:
 # -- kernel distance -----------------------------------------------------------------------------------------
 
 
-def kid(
+def kernel_distance(
     a: Tensor, b: Tensor, *, subset_size: int | None = None, subsets: int = 100, seed: int = 0
 ) -> tuple[float, float, int]:
     """Kernel distance: the unbiased squared MMD of ``(x . y / d + 1)^3``, mean over random subsets.
@@ -235,8 +235,8 @@ def half_sampled(
     distance, and break nearest-neighbour balls.
 
     It covers the expected value at least as often as stated, nearly. Where the laws agree, distances such as
-    :func:`frechet` vary with 1/n, and the interval is up to sqrt(3) too wide. A share near 0 or 1 may not vary at all
-    between halves: intervals of shares are widened to :func:`clopper_pearson`.
+    :func:`frechet_distance` vary with 1/n, and the interval is up to sqrt(3) too wide. A share near 0 or 1 may not
+    vary at all between halves: intervals of shares are widened to :func:`clopper_pearson`.
 
     Args:
         metric: Maps two sets to named values, none below zero; called ``repeats + 1`` times.

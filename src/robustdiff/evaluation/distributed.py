@@ -18,8 +18,8 @@ from robustdiff.evaluation.features import (
     Images,
     compute,
     extract,
+    feature_cache,
     rows_of,
-    shelf_of,
 )
 from robustdiff.utils.errors import UsageError
 
@@ -78,28 +78,28 @@ def extract_together(
     state = PartialState()
     if state.num_processes == 1:
         return extract(extractor, images, batch_size=batch_size, cache=cache, progress=progress)
-    shelf = shelf_of(extractor, images, batch_size=batch_size, cache=cache)
-    if len(set(gather_object([shelf.key]))) > 1:
+    place = feature_cache(extractor, images, batch_size=batch_size, cache=cache)
+    if len(set(gather_object([place.key]))) > 1:
         raise UsageError(
             f"{what} or `extractor` {extractor.name}: not all processes read the same images and weights: make them "
             "the same on all machines"
         )
-    values = shelf.fetch() if state.is_main_process else None
+    values = place.get() if state.is_main_process else None
     (cached,) = broadcast_object_list([values is not None])
     rows = rows_of(images)
     if cached:
         if progress is not None:
-            progress(shelf.count)
+            progress(place.count)
     elif extractor.kind == "pixels":
         values = compute(extractor, rows, batch_size, progress) if state.is_main_process else None
     else:
-        with state.split_between_processes(list(range(0, shelf.count, batch_size))) as starts:
-            part = compute(extractor, rows, batch_size, _of_all(progress, shelf.count, state.num_processes), starts)
+        with state.split_between_processes(list(range(0, place.count, batch_size))) as starts:
+            part = compute(extractor, rows, batch_size, _of_all(progress, place.count, state.num_processes), starts)
         parts = gather_object([part])
         if state.is_main_process:
             values = _joined(extractor, parts)
-            shelf.keep(values)
-    return None if values is None else Features(values, extractor, shelf.images_sha256, cached)
+            place.put(values)
+    return None if values is None else Features(values, extractor, place.images_sha256, cached)
 
 
 def release() -> None:

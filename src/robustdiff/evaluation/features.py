@@ -96,15 +96,15 @@ def extract(
             memory runs out.
         ValueError: If the images are not as said above.
     """
-    shelf = shelf_of(extractor, images, batch_size=batch_size, cache=cache)
-    values = shelf.fetch()
+    place = feature_cache(extractor, images, batch_size=batch_size, cache=cache)
+    values = place.get()
     cached = values is not None
     if values is None:
         values = compute(extractor, rows_of(images), batch_size, progress)
-        shelf.keep(values)
+        place.put(values)
     elif progress is not None:
         progress(len(values))
-    return Features(values, extractor, shelf.images_sha256, cached)
+    return Features(values, extractor, place.images_sha256, cached)
 
 
 def rows_of(images: Images | ImageDataset) -> Images:
@@ -279,17 +279,17 @@ class FeatureCache:
     count: int
     path: Path | None
 
-    def fetch(self) -> Tensor | None:
+    def get(self) -> Tensor | None:
         """What is there; None if there is nothing, or nothing that is whole, which is told."""
-        return None if self.path is None else _fetch(self.path, self.key, self.count)
+        return None if self.path is None else _read(self.path, self.key, self.count)
 
-    def keep(self, values: Tensor) -> None:
+    def put(self, values: Tensor) -> None:
         """Put features there; that it cannot be done is told."""
         if self.path is not None:
-            _keep(self.path, self.key, values)
+            _write(self.path, self.key, values)
 
 
-def shelf_of(
+def feature_cache(
     extractor: Extractor, images: Images | ImageDataset, *, batch_size: int, cache: Path | None
 ) -> FeatureCache:
     """The place in the cache; arguments as for :func:`extract`.
@@ -316,7 +316,7 @@ def shelf_of(
     return FeatureCache(key, digest, len(rows), cache / name if cache and extractor.kind != "pixels" else None)
 
 
-def _fetch(path: Path, key: str, count: int) -> Tensor | None:
+def _read(path: Path, key: str, count: int) -> Tensor | None:
     """What the cache has under this key; None if it has nothing, or nothing that is whole."""
     try:
         with safe_open(path, "pt") as file:
@@ -338,7 +338,7 @@ def _fetch(path: Path, key: str, count: int) -> Tensor | None:
     return None
 
 
-def _keep(path: Path, key: str, values: Tensor) -> None:
+def _write(path: Path, key: str, values: Tensor) -> None:
     """Put features into the cache: whole or not at all, also when several processes do."""
     aside = path.with_name(f".{path.stem[:16]}.{uuid.uuid4().hex}.tmp")  # not NAME.tmp: others may be writing the same
     header = {"format": FORMAT, "about": key, "shape": _shape(values), "sha256": _digest(values)}

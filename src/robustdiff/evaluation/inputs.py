@@ -30,10 +30,9 @@ from robustdiff.diffusion.pipeline import (
     without_accelerator,
 )
 from robustdiff.diffusion.sample_files import class_labels, draw
-from robustdiff.evaluation import few_step
 from robustdiff.evaluation.config import EvaluateConfig
 from robustdiff.evaluation.distributed import share
-from robustdiff.evaluation.metrics import check_enough
+from robustdiff.evaluation.metrics import check_enough, timesteps_of
 from robustdiff.utils import atomic_io
 from robustdiff.utils.errors import RobustdiffWarning, UsageError
 
@@ -156,7 +155,7 @@ def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated:
     sampler = {
         "scheduler": config.scheduler,
         "steps": config.steps,
-        "timesteps": few_step.timesteps_of(pipeline, config.scheduler, config.steps),
+        "timesteps": timesteps_of(pipeline, config.scheduler, config.steps),
         "seed": config.seed,
         "relabel": config.relabel,
         "label_floor": config.label_floor,

@@ -101,7 +101,7 @@ class Histogram:
 
 @dataclass(frozen=True, eq=False)
 class Memorisation:
-    """What :func:`memorisation` found. Indices are those of the tensors it was given.
+    """What :func:`find_copies` found. Indices are those of the tensors it was given.
 
     Args:
         by_ratio: Near-copies by ``d1 / d2 < 1/3``.
@@ -164,7 +164,7 @@ def distinct(x: Tensor) -> Tensor:
     return torch.tensor(list(seen.values()))
 
 
-def memorisation(
+def find_copies(
     generated: Tensor,
     training: Tensor,
     held_out: Tensor | None,

@@ -1,30 +1,29 @@
-"""Two sets of features -> every quality metric with its floor and interval, and what a reader must be warned of."""
+"""Two sets of features -> every metric with its floor and interval, and what a reader must be warned of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from robustdiff.diffusion.pipeline import make_scheduler
 from robustdiff.evaluation.distances import (
     NORMAL_95,
     Interval,
     MetricValue,
-    frechet,
     frechet_bias,
+    frechet_distance,
     half_sampled,
-    kid,
+    kernel_distance,
 )
-from robustdiff.evaluation.features import Features
-from robustdiff.evaluation.neighbours import (
-    Progress,
-    diversity,
-    precision_recall_density_coverage,
-)
+from robustdiff.evaluation.features import Extractor, Features
+from robustdiff.evaluation.metric import Better, Estimate, Metric, register_metric, registered_metrics, silent
+from robustdiff.evaluation.neighbours import Progress, diversity, prdc
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.seeds import derive_seed
 
@@ -38,16 +37,120 @@ REPEATS = 40
 Bars = Callable[[str, int], AbstractContextManager[Progress]]
 """(what, rows) -> a progress bar: entered, it is told of finished rows, and closed at the end."""
 
+# -- the package's own metrics ---------------------------------------------------------------------------------
+
+
+@register_metric
+class FrechetDistance(Metric):
+    """Between the Gaussians of the two sets: FID of Inception's features, FD-NAME of others."""
+
+    better: ClassVar[Mapping[str, Better]] = {"frechet": "lower"}
+
+    def compute(self, fake: Tensor, real: Tensor, *, seed: int = 0, progress: Progress = silent) -> dict[str, float]:
+        """See :func:`~robustdiff.evaluation.distances.frechet_distance`."""
+        return {"frechet": frechet_distance(fake, real)}
+
+    def estimate(
+        self, fake: Tensor, real: Tensor, *, seed: int = 0, progress: Progress = silent
+    ) -> dict[str, Estimate]:
+        """With the distance that so few images of one law have."""
+        about = {"predicted_floor": frechet_bias(real, len(fake), len(real))}
+        return {"frechet": Estimate(frechet_distance(fake, real), about=about)}
+
+    def label(self, name: str, extractor: Extractor) -> str:
+        """FID, or FD-NAME."""
+        return extractor.metric
+
+    def cost(self, n: int, m: int, d: int) -> float:
+        """Of the smaller factorisation."""
+        return float((n + m) * d * min(d, max(n, m)))
+
+
+@register_metric
+class KernelDistance(Metric):
+    """Mean over subsets: KID, or KID-NAME."""
+
+    better: ClassVar[Mapping[str, Better]] = {"kernel": "lower"}
+
+    def compute(self, fake: Tensor, real: Tensor, *, seed: int = 0, progress: Progress = silent) -> dict[str, float]:
+        """See :func:`~robustdiff.evaluation.distances.kernel_distance`."""
+        return {"kernel": kernel_distance(fake, real, seed=seed)[0]}
+
+    def estimate(
+        self, fake: Tensor, real: Tensor, *, seed: int = 0, progress: Progress = silent
+    ) -> dict[str, Estimate]:
+        """With the standard error of the mean over subsets, and the interval by it."""
+        mean, error, size = kernel_distance(fake, real, seed=seed)
+        about = {"standard_error": error, "subset_size": size, "subsets": 100}
+        return {"kernel": Estimate(mean, (mean - NORMAL_95 * error, mean + NORMAL_95 * error), about)}
+
+    def label(self, name: str, extractor: Extractor) -> str:
+        """KID, or KID-NAME."""
+        return "KID" if extractor.metric == "FID" else f"KID-{extractor.name}"
+
+
+@register_metric
+class Neighbours(Metric):
+    """Shares of points in the other set's nearest-neighbour balls."""
+
+    better: ClassVar[Mapping[str, Better]] = {
+        "precision": "higher",
+        "recall": "higher",
+        "density": "neither",
+        "coverage": "higher",
+    }
+
+    def compute(self, fake: Tensor, real: Tensor, *, seed: int = 0, progress: Progress = silent) -> dict[str, float]:
+        """See :func:`~robustdiff.evaluation.neighbours.prdc`."""
+        return prdc(real, fake, NEIGHBOURS, progress=progress)
+
+    def estimate(
+        self, fake: Tensor, real: Tensor, *, seed: int = 0, progress: Progress = silent
+    ) -> dict[str, Estimate]:
+        """With the number of neighbours."""
+        found = self.compute(fake, real, progress=progress)
+        return {name: Estimate(value, about={"k": NEIGHBOURS}) for name, value in found.items()}
+
+    def rows(self, n: int, m: int) -> int:
+        """Two searches and a comparison."""
+        return n + 2 * m
+
+    def cost(self, n: int, m: int, d: int) -> float:
+        """Of about four comparisons of all with all."""
+        return 4.0 * n * m * d
+
+    def shares(self, n: int, m: int) -> dict[str, int]:
+        """All but the density."""
+        return {"precision": n, "recall": m, "coverage": m}
+
+
+@register_metric
+class Diversity(Metric):
+    """Mean distance of two generated images, in units of that of two real ones."""
+
+    better: ClassVar[Mapping[str, Better]] = {"diversity": "neither"}
+
+    def compute(self, fake: Tensor, real: Tensor, *, seed: int = 0, progress: Progress = silent) -> dict[str, float]:
+        """See :func:`~robustdiff.evaluation.neighbours.diversity`."""
+        return {"diversity": diversity(fake, real, progress=progress)}
+
+    def rows(self, n: int, m: int) -> int:
+        """Once each."""
+        return n + m
+
+
+# -- all of them -----------------------------------------------------------------------------------------------
+
 
 @contextmanager
 def no_bar(what: str, rows: int) -> Iterator[Progress]:
     """A bar that shows nothing."""
-    yield lambda done: None
+    yield silent
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What :func:`judge` found.
+    """What :func:`compute_metrics` found.
 
     Attributes:
         values: Every metric.
@@ -60,7 +163,7 @@ class Quality:
     warnings: tuple[str, ...]
 
 
-def judge(
+def compute_metrics(
     generated: Features,
     reference: Features,
     held_out: Features | None = None,
@@ -69,7 +172,7 @@ def judge(
     intervals: bool = True,
     bars: Bars = no_bar,
 ) -> Quality:
-    """Frechet and kernel distance, precision, recall, density, coverage and diversity of generated images.
+    """Every registered metric of generated images: distances, precision, recall, density, coverage, diversity ...
 
     The floor of each is the same metric between real images and real images: ``held_out`` (as many as were generated,
     if there are) against the whole reference; or else a random part of the reference, at most half of it and at most
@@ -113,36 +216,22 @@ def judge(
             f"beside its floor, compare it at equal n only, and trust KID more"
         )
 
-    metric, about = generated.extractor.metric, {"floor_n": [len(base), len(other)]}
-    kernel_name = "KID" if metric == "FID" else f"KID-{generated.extractor.name}"
-    # -- Frechet
-    found, least = frechet(fake, real), frechet(base, other)
-    interval = None
-    if intervals and (n + m) * d * min(d, max(n, m)) <= CHEAP:
-        halves = half_sampled(lambda a, b: {"frechet": frechet(a, b)}, fake, real, repeats=REPEATS, seed=seed)
-        interval = halves["frechet"]
-    bias = {"predicted_floor": frechet_bias(real, n, m)}
-    values = [MetricValue(metric, found, least, "lower", interval, {**about, **bias})]
-    # -- kernel
-    mean, error, size = kid(fake, real, seed=seed)
-    kernel = {"standard_error": error, "subset_size": size, "subsets": 100}
-    around = (mean - NORMAL_95 * error, mean + NORMAL_95 * error)
-    values.append(MetricValue(kernel_name, mean, kid(base, other, seed=seed)[0], "lower", around, {**about, **kernel}))
-    # -- neighbours
-    sizes = (len(base), len(other))
-    with bars("neighbours", 3 * (m + sizes[1]) + 2 * (n + sizes[0])) as tell:
-        shares, floors = _shares(real, fake, tell), _shares(other, base, tell)
-        spreads = diversity(fake, real, progress=tell), diversity(base, other, progress=tell)
-    around_shares: Mapping[str, Interval] = {}
-    if intervals and n * m * d <= CHEAP / 4:
-        rows = {"precision": n, "recall": m, "coverage": m}
-        around_shares = half_sampled(lambda a, b: _shares(b, a), fake, real, repeats=REPEATS, seed=seed, shares=rows)
-    for name, share in shares.items():
-        better: Literal["neither", "higher"] = "neither" if name == "density" else "higher"
-        values.append(
-            MetricValue(name, share, floors[name], better, around_shares.get(name), {**about, "k": NEIGHBOURS})
-        )
-    values.append(MetricValue("diversity", *spreads, "neither", None, about))
+    extractor, metrics = generated.extractor, registered_metrics()
+    values = []
+    sizes = ((n, m), (len(base), len(other)))
+    with bars("neighbours", sum(metric.rows(*size) for metric in metrics for size in sizes)) as tell:
+        for metric in metrics:
+            found = metric.estimate(fake, real, seed=seed, progress=tell)
+            floors = metric.compute(base, other, seed=seed, progress=tell)
+            around: Mapping[str, Interval] = {}
+            if intervals and metric.cost(n, m, d) <= CHEAP:
+                shares = metric.shares(n, m)
+                around = half_sampled(metric.compute, fake, real, repeats=REPEATS, seed=seed, shares=shares)
+            for name, one in found.items():
+                about = {"floor_n": [len(base), len(other)], **one.about}
+                interval = around.get(name) if one.interval is None else one.interval
+                label, better = metric.label(name, extractor), metric.better[name]
+                values.append(MetricValue(label, one.value, floors[name], better, interval, about))
     return Quality(tuple(values), floor, tuple(warnings))
 
 
@@ -160,5 +249,51 @@ def check_enough(what: str, count: int) -> None:
         raise UsageError(f"{what} has {count} images; at least {LEAST} are needed: give more")
 
 
-def _shares(real: Tensor, fake: Tensor, progress: Progress | None = None) -> dict[str, float]:
-    return precision_recall_density_coverage(real, fake, NEIGHBOURS, progress=progress)
+# -- fewer network calls: equal calls, trailing spacing, exact divisors ------------------------------------------
+
+
+def timesteps_of(pipeline: DiffusionPipeline, scheduler: str, steps: int) -> list[float]:
+    """The timesteps that a sampler visits.
+
+    Raises:
+        UsageError: If the steps do not fit the sampler.
+    """
+    times = make_scheduler(scheduler, pipeline.scheduler, steps).timesteps.tolist()
+    return [int(t) if float(t).is_integer() else float(t) for t in times]
+
+
+def few_step_curve(
+    fakes: Sequence[Features],
+    pipeline: DiffusionPipeline,
+    reference: Features,
+    scheduler: str,
+    steps: Sequence[int],
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """One curve of a result file: distances at each number of network calls.
+
+    Args:
+        fakes: Features of the images drawn with each of ``steps``, from the same starting noise.
+        pipeline: For its noise levels.
+        reference: Features of real images.
+        scheduler: Name of the sampler.
+        steps: Network calls per image.
+        progress: Told of finished rows of the neighbour search.
+    """
+    extractor: Extractor = reference.extractor
+    metric = extractor.metric
+    kernel = KernelDistance().label("kernel", extractor)
+    values: dict[str, list[float]] = {metric: [], kernel: [], "recall": [], "precision": []}
+    for features in fakes:
+        fake = features.values
+        values[metric].append(frechet_distance(fake, reference.values))
+        values[kernel].append(kernel_distance(fake, reference.values)[0])
+        shares = prdc(reference.values, fake, NEIGHBOURS, progress=progress)
+        values["precision"].append(shares["precision"])
+        values["recall"].append(shares["recall"])
+    return {
+        "scheduler": scheduler,
+        "steps": list(steps),
+        "values": values,
+        "timesteps": [timesteps_of(pipeline, scheduler, count) for count in steps],
+    }

@@ -84,7 +84,7 @@ def k_nearest(
     return distances, indices
 
 
-def precision_recall_density_coverage(
+def prdc(
     real: Tensor, fake: Tensor, k: int = 5, *, chunk_bytes: int = CHUNK_BYTES, progress: Progress | None = None
 ) -> dict[str, float]:
     """Four shares of points that lie in the other set's nearest-neighbour balls.

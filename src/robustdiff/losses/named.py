@@ -1,4 +1,4 @@
-"""Losses by the name that ``robustdiff train --objective`` knows: one entry each, read without importing torch."""
+"""Losses by the name that ``objective`` knows: one entry each, read without importing torch."""
 
 from __future__ import annotations
 

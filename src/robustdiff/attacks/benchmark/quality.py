@@ -14,12 +14,11 @@ from robustdiff.attacks.batch_goals import FeatureDistance
 from robustdiff.attacks.benchmark.grid import is_joint
 from robustdiff.attacks.config import AttackConfig
 from robustdiff.evaluation.config import EvaluateConfig
-from robustdiff.evaluation.differentiable_extractors import differentiable
-from robustdiff.evaluation.evaluate import account, bar, describe
-from robustdiff.evaluation.extractors import Extractor, open_extractor
+from robustdiff.evaluation.extractors import Extractor, differentiable, open_extractor
 from robustdiff.evaluation.features import Features, Images, default_cache, extract
 from robustdiff.evaluation.inputs import TrainingUnread, left_out, load_real, trained_on
-from robustdiff.evaluation.metrics import LEAST, judge
+from robustdiff.evaluation.metrics import LEAST, compute_metrics
+from robustdiff.evaluation.run import account, bar, describe
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.seeds import derive_seed
 
@@ -152,7 +151,7 @@ def quality(
         described.append(describe(extractor, real))
         for which, images in pictures.items():
             tell()
-            found = judge(features_of(config, extractor, images, tell), real, seed=config.seed, bars=bar)
+            found = compute_metrics(features_of(config, extractor, images, tell), real, seed=config.seed, bars=bar)
             floors[extractor.name] = found.floor
             warnings += found.warnings
             for value in found.values:

@@ -51,10 +51,10 @@ from robustdiff.diffusion.pipeline import (
 )
 from robustdiff.diffusion.sample_files import class_labels
 from robustdiff.diffusion.samplers import DifferentiableSampler, frozen
-from robustdiff.evaluation import contact_sheets, few_step
+from robustdiff.evaluation import contact_sheets
 from robustdiff.evaluation.config import EvaluateConfig
 from robustdiff.evaluation.inputs import digest, name_of, output_folder
-from robustdiff.evaluation.metrics import LEAST
+from robustdiff.evaluation.metrics import LEAST, timesteps_of
 from robustdiff.evaluation.result_file import write_result
 from robustdiff.utils import atomic_io
 from robustdiff.utils.errors import RobustdiffWarning, UsageError
@@ -160,7 +160,7 @@ def _protocol(config: AttackConfig, pipeline: DiffusionPipeline, shape: Sequence
     sampler = {
         "scheduler": config.scheduler,
         "steps": config.steps,
-        "timesteps": few_step.timesteps_of(pipeline, config.scheduler, config.steps),
+        "timesteps": timesteps_of(pipeline, config.scheduler, config.steps),
         "seed": config.seed,
     }
     return {

@@ -12,7 +12,7 @@ from robustdiff.data.dataset import ImageDataset
 from robustdiff.diffusion.pipeline import sample, save_pipeline, to_uint8
 from robustdiff.evaluation.extractors import Extractor
 from robustdiff.evaluation.features import Features, default_cache, extract
-from robustdiff.evaluation.metrics import judge
+from robustdiff.evaluation.metrics import compute_metrics
 from robustdiff.training.callbacks.base import Callback
 from robustdiff.training.callbacks.pipeline import memory_explained
 from robustdiff.training.metrics import JsonlLog
@@ -107,7 +107,7 @@ class EvaluationCallback(Callback):
             batch_size=self.batch_size,
             class_labels=[i % self.classes for i in range(self.n)] if self.classes else None,
         )
-        quality = judge(self._features(to_uint8(images), cached=False), self.reference, intervals=False)
+        quality = compute_metrics(self._features(to_uint8(images), cached=False), self.reference, intervals=False)
         values = {value.name: value.to_json() for value in quality.values}
         (self.folder / "evaluation").mkdir(exist_ok=True)
         self.lines.write({"step": step, "images": seen, "n": self.n, "values": values})

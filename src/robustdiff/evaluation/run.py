@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.diffusion.pipeline import without_accelerator
-from robustdiff.evaluation import contact_sheets, few_step
+from robustdiff.evaluation import contact_sheets
 from robustdiff.evaluation.config import EvaluateConfig
 from robustdiff.evaluation.distributed import extract_together, release
 from robustdiff.evaluation.extractors import Extractor, open_extractor
@@ -32,8 +32,8 @@ from robustdiff.evaluation.inputs import (
     open_generated,
     output_folder,
 )
-from robustdiff.evaluation.memorisation import memorisation
-from robustdiff.evaluation.metrics import Quality, judge
+from robustdiff.evaluation.memorisation import find_copies
+from robustdiff.evaluation.metrics import Quality, compute_metrics, few_step_curve
 from robustdiff.evaluation.model_card import fill_card
 from robustdiff.evaluation.neighbours import k_nearest
 from robustdiff.evaluation.result_file import write_result
@@ -131,7 +131,7 @@ class _Evaluation:
         """Every result by one extractor."""
         started = time.perf_counter() - found.seconds
         extractor, fake, real = found.extractor, found.fake, found.real
-        quality = judge(fake, real, found.held_out, seed=self.config.seed, bars=bar)
+        quality = compute_metrics(fake, real, found.held_out, seed=self.config.seed, bars=bar)
         written = [self._quality(extractor, fake, real, quality, started)]
         if found.training is not None:
             written.append(self._copying(extractor, fake, real, found.training, time.perf_counter()))
@@ -181,7 +181,7 @@ class _Evaluation:
             )
         features = (fake.values, training.values, null_features)
         with bar("copies", 2 * (len(fake.values) + (0 if null is None else len(null))), "row") as tell:
-            found = memorisation(
+            found = find_copies(
                 _flat(self.generated.images),
                 _flat(self.training.images[:]),
                 None if null is None else _flat(null.images[:]),
@@ -210,7 +210,7 @@ class _Evaluation:
         rows = sum(2 * len(real.values) + len(fake.values) for fake in drawn.values())
         with bar("few steps", rows, "row") as tell:
             curves = [
-                few_step.curve([drawn[name, n] for n in counts], self.generated.pipeline, real, name, counts, tell)
+                few_step_curve([drawn[name, n] for n in counts], self.generated.pipeline, real, name, counts, tell)
                 for name in names
             ]
         protocol = self._protocol(extractor, None, quality.floor)
