@@ -190,7 +190,7 @@ def parse(arguments: list[str], commands: Mapping[str, Command] = COMMANDS, prog
         with contextlib.redirect_stderr(errors):
             if len(commands) == 1:
                 return tyro.cli(commands[arguments[0]].config, prog=prog, args=arguments[1:])
-            configs = {name: command.config for name, command in commands.items()}
+            configs: dict[str, Callable[..., Any]] = {name: command.config for name, command in commands.items()}
             return tyro.extras.subcommand_cli_from_dict(configs, prog=prog, description=DESCRIPTION, args=arguments)
     except SystemExit as stop:
         if not stop.code:

@@ -90,7 +90,7 @@ def write_dirty_copy(
             for index, file in enumerate(png_names(images.names))
         ],
     }
-    pictures = (to_uint8(corrupt(images.x0(i), corruptions, seed, i)[0]) for i in range(len(images)))
+    pictures: Iterator[Tensor] = (to_uint8(corrupt(images.x0(i), corruptions, seed, i)[0]) for i in range(len(images)))
     if poison is not None:
         entries = manifest.pop("images")
         manifest |= {"poison": poison.describe(), "images": entries}  # the long list last

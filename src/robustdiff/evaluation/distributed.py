@@ -39,7 +39,8 @@ def share(images: Tensor | None) -> Tensor:
     (shape,) = broadcast_object_list([None if images is None else list(images.shape)])
     everything = torch.empty(shape, dtype=torch.uint8) if images is None else images.contiguous()
     step = max(1, SENT // max(1, everything[:1].nbytes))
-    for part in everything.split(step):
+    for start in range(0, len(everything), step):
+        part = everything[start : start + step]
         there = broadcast(part.to(state.device))  # the network may only carry what lies on the accelerator
         if images is None:
             part.copy_(there)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -129,7 +129,7 @@ def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated:
     folder = output_folder(config) / "drawn"
 
     def drawing(scheduler: str, steps: int) -> Tensor:
-        this = dataclasses.replace(asked, scheduler=scheduler, steps=steps)
+        this = dataclasses.replace(asked, scheduler=cast(Any, scheduler), steps=steps)  # validate() knows the names
         key = {**dataclasses.asdict(this), "run": weights, "batch_size": None, "overwrite": None}
         path = folder / f"{scheduler}-{steps}-n{this.n}-{digest(key)}.npy"
         state = PartialState(cpu=without_accelerator())
@@ -231,10 +231,10 @@ def load_training(
         _same_size(images, "`training`", size)
         return images, None
     try:
-        images = trained_on(config.run, resolution, channels, size)
+        found = trained_on(config.run, resolution, channels, size)
     except TrainingUnread as error:
         return None, f"copying was not looked for, as the training images cannot be read ({error}): give `training`"
-    return images, None if images else "copying was not looked for: name the training images with `training`"
+    return found, None if found else "copying was not looked for: name the training images with `training`"
 
 
 class TrainingUnread(UsageError):
@@ -251,10 +251,15 @@ def trained_on(run: str, resolution: int | None, channels: int, size: tuple[int,
     settings = _settings(run)
     if not settings:
         return None
-    options = {"split": settings.get("split"), "config": settings.get("dataset_config_name")}
-    options["image_column"] = settings.get("image_column")
     try:
-        images = load_images(settings["data"], resolution=resolution, channels=channels, **options)
+        images = load_images(
+            settings["data"],
+            resolution=resolution,
+            channels=channels,
+            split=settings.get("split"),
+            config=settings.get("dataset_config_name"),
+            image_column=settings.get("image_column"),
+        )
         _same_size(images, "the training images", size)
     except UsageError as error:
         raise TrainingUnread(str(error)) from None

@@ -250,8 +250,16 @@ class _Run:
             return step.x_t + sigmas[k] * omega[:, k]
 
         labels = None if self.labels is None else [self.labels[i] for i in images]
-        settings = {"scheduler": self.config.scheduler, "steps": self.config.steps, "batch_size": len(images)}
-        return sample(self.pipeline, images, seed=self.config.seed, class_labels=labels, callback=push, **settings)
+        return sample(
+            self.pipeline,
+            images,
+            seed=self.config.seed,
+            scheduler=self.config.scheduler,
+            steps=self.config.steps,
+            batch_size=len(images),
+            class_labels=labels,
+            callback=push,
+        )
 
     def _cells(self, cells: Sequence[Cell], everyone: Sequence[Batch]) -> dict[str, Outcome]:
         """Every cell of every batch: from disk, or computed and kept."""

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from robustdiff.data import decode
 from robustdiff.data.decode import Item, Pixels
 from robustdiff.data.sources import celeba_lsun
-from robustdiff.data.sources.base import Files, Rows, Source, by_name, numbers
+from robustdiff.data.sources.base import Files, Rows, Source, by_name, numbers, short_reason
 from robustdiff.data.sources.cifar import cifar, is_cifar
 from robustdiff.data.sources.huggingface import table
 from robustdiff.utils.errors import DataError
@@ -297,9 +297,7 @@ def _read(archive: zipfile.ZipFile, key: str) -> NDArray[Any]:
 
 
 def _unreadable(error: Exception) -> DataError:
-    return DataError(
-        f"cannot be read as an array ({celeba_lsun.short_reason(error)}); save uint8 images with numpy.save"
-    )
+    return DataError(f"cannot be read as an array ({short_reason(error)}); save uint8 images with numpy.save")
 
 
 def _digits() -> Source:
