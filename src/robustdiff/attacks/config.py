@@ -11,10 +11,20 @@ from tyro.conf import Positional, UseAppendAction, arg
 from robustdiff.data.corruption import check_corruptions
 from robustdiff.utils.options import (
     MAX_SEED,
+    BadFraction,
+    CacheFolder,
+    HubConfig,
+    ImageColumn,
+    MemoryGiB,
     OptionalFloat,
-    OptionalGiB,
     OptionalInt,
     OptionalText,
+    ReferenceColumn,
+    ReferenceConfig,
+    ReferenceSplit,
+    Split,
+    Title,
+    Told,
     check_bad_fraction,
     check_extractors,
     check_given,
@@ -88,23 +98,17 @@ class AttackConfig:
     reads. Default: 2000 of those that the run folder names as its data; `none` = leave it out."""
     extractor: UseAppendAction[tuple[str, ...]] = ()
     """What turns images into features for that (repeatable), as of `robustdiff evaluate`. Default: pixels."""
-    split: OptionalText = None
-    """Part of the reference, if it comes in parts (train, test ..., or all). Default: train."""
-    dataset_config_name: OptionalText = None
-    """Configuration of the reference, if it is a hub data set that has several."""
-    image_column: OptionalText = None
-    """Column of the reference that holds the images, if it is a table. Default: the only one that can."""
+    split: ReferenceSplit = None
+    dataset_config_name: ReferenceConfig = None
+    image_column: ReferenceColumn = None
     max_bad_fraction: float = 0.01
     """Largest share of unreadable images of the reference that is skipped rather than an error, 0 to 1."""
-    cache: OptionalText = None
-    """Folder that keeps features by content, or `none`. Default: ~/.cache/robustdiff (see ROBUSTDIFF_CACHE)."""
+    cache: CacheFolder = None
     output: Annotated[str | None, arg(aliases=["-o", "--output-dir"], metavar="FOLDER")] = None
     """Folder for the result and its pictures. Default: RUN/evaluation of a pipeline folder, else
     evaluation/NAME/evaluation here."""
-    title: OptionalText = None
-    """What tables call it. Default: the name of the folder."""
-    told: OptionalText = None
-    """What the method knew beside its training images, for the tables. Default: not stated."""
+    title: Title = None
+    told: Told = None
     overwrite: bool = False
     """Attack anew, even what is finished; without, finished parts are kept and the rest is done."""
 
@@ -222,18 +226,13 @@ class PurifyConfig:
     """Images per forward pass, >= 1."""
     resolution: OptionalInt = None
     """Resize the shorter side to this many pixels and crop the centre square first: the model's own size."""
-    split: OptionalText = None
-    """Part of a data set that comes in parts (train, test ..., or all). Default: train."""
-    dataset_config_name: OptionalText = None
-    """Configuration of a hub data set that has several."""
-    image_column: OptionalText = None
-    """Column of a table that holds the images. Default: the only one that can."""
+    split: Split = None
+    dataset_config_name: HubConfig = None
+    image_column: ImageColumn = None
     label_column: OptionalText = None
     """Column of a table that holds the class labels, for class-conditional models. Default: as `robustdiff train`."""
-    max_bad_fraction: float = 0.01
-    """Largest share of unreadable images that is skipped rather than an error, 0 to 1."""
-    max_memory_gib: OptionalGiB = None
-    """Hold the decoded images if they take at most this much. Default: half of the free memory."""
+    max_bad_fraction: BadFraction = 0.01
+    max_memory_gib: MemoryGiB = None
     overwrite: bool = False
     """Replace FOLDER, if it holds purified images."""
 
@@ -286,16 +285,11 @@ class CorruptConfig:
     """Rules which images are hit and every draw; a whole number >= 0."""
     resolution: OptionalInt = None
     """Resize the shorter side to this many pixels and crop the centre square first."""
-    split: OptionalText = None
-    """Part of a data set that comes in parts (train, test ..., or all). Default: train."""
-    dataset_config_name: OptionalText = None
-    """Configuration of a hub data set that has several."""
-    image_column: OptionalText = None
-    """Column of a table that holds the images. Default: the only one that can."""
-    max_bad_fraction: float = 0.01
-    """Largest share of unreadable images that is skipped rather than an error, 0 to 1."""
-    max_memory_gib: OptionalGiB = None
-    """Hold the decoded images if they take at most this much. Default: half of the free memory."""
+    split: Split = None
+    dataset_config_name: HubConfig = None
+    image_column: ImageColumn = None
+    max_bad_fraction: BadFraction = 0.01
+    max_memory_gib: MemoryGiB = None
     overwrite: bool = False
     """Replace DST."""
 

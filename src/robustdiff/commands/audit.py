@@ -13,8 +13,11 @@ from tyro.conf import Positional, arg
 from robustdiff.commands.flags import Say
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.options import (
+    HubConfig,
+    ImageColumn,
     OptionalInt,
     OptionalText,
+    Split,
     check_given,
     check_resolution,
     require,
@@ -33,12 +36,9 @@ class AuditConfig:
     resolution: OptionalInt = None
     """Resize the shorter side to this many pixels and crop the centre square first; resizing hides noise.
     Default: images as they are."""
-    split: OptionalText = None
-    """Part of a data set that comes in parts (train, test ..., or all). Default: train."""
-    dataset_config_name: OptionalText = None
-    """Configuration of a hub data set that has several."""
-    image_column: OptionalText = None
-    """Column of a table that holds the images. Default: the only one that can."""
+    split: Split = None
+    dataset_config_name: HubConfig = None
+    image_column: ImageColumn = None
     extractor: OptionalText = None
     """Look for foreign pictures too: the farthest from the others in these features, as --extractor of
     `robustdiff evaluate` takes them. They are shown, and not acted on."""

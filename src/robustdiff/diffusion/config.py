@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from robustdiff.utils.options import MAX_SEED, require
+from robustdiff.utils.options import MAX_SEED, SamplerSteps, require
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class SampleConfig:
     """Folder for PNGs and grid.png, or a file ending in .npz. Default: RUN/samples/SCHEDULER-STEPS-seedSEED."""
     scheduler: Literal["ddim", "ddpm", "dpm", "unipc", "euler"] = "ddim"
     """Sampler. ddim, dpm, unipc and euler are deterministic."""
-    steps: int = 50
-    """Network calls per image, trailing spacing; ddim and ddpm need a divisor of the noise levels (1000)."""
+    steps: SamplerSteps = 50
     seed: int = 0
     """Image i is drawn from its own generator, seeded with SEED + i (SEED >= 0), whatever the batch size."""
     batch_size: Annotated[int, arg(aliases=["--eval-batch-size"])] = 64

@@ -10,8 +10,16 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from robustdiff.utils.options import (
     MAX_SEED,
+    BadFraction,
+    CacheFolder,
     OptionalInt,
     OptionalText,
+    ReferenceColumn,
+    ReferenceConfig,
+    ReferenceSplit,
+    SamplerSteps,
+    Title,
+    Told,
     check_bad_fraction,
     check_extractors,
     check_given,
@@ -41,16 +49,13 @@ class EvaluateConfig:
     held_out: OptionalText = None
     """More clean real images: the floor is theirs against the reference. Default: one half of the reference against the
     other, which is too few."""
-    split: OptionalText = None
-    """Part of the reference, if it comes in parts (train, test ..., or all). Default: train."""
+    split: ReferenceSplit = None
     training_split: OptionalText = None
     """Part of --training. Default: train."""
     held_out_split: OptionalText = None
     """Part of --held-out. Default: train."""
-    dataset_config_name: OptionalText = None
-    """Configuration of the reference, if it is a hub data set that has several."""
-    image_column: OptionalText = None
-    """Column of the reference that holds the images, if it is a table. Default: the only one that can."""
+    dataset_config_name: ReferenceConfig = None
+    image_column: ReferenceColumn = None
     resolution: OptionalInt = None
     """Resize the shorter side of every image to this many pixels and crop the centre square. Default: as the generated
     images are; real images of another size are brought to that if it is square."""
@@ -60,8 +65,7 @@ class EvaluateConfig:
     """Samplers of --few-step, for example ddim,dpm. Default: ddim."""
     scheduler: Literal["ddim", "ddpm", "dpm", "unipc", "euler"] = "ddim"
     """Sampler of a pipeline."""
-    steps: int = 50
-    """Network calls per image, trailing spacing; ddim and ddpm need a divisor of the noise levels (1000)."""
+    steps: SamplerSteps = 50
     seed: int = 0
     """Image i is drawn from its own generator, seeded with SEED + i; SEED >= 0."""
     relabel: float = 1.0
@@ -73,14 +77,10 @@ class EvaluateConfig:
     output: Annotated[str | None, arg(aliases=["-o", "--output-dir"], metavar="FOLDER")] = None
     """Folder for the JSON files and sheets. Default: RUN/evaluation of a pipeline folder, else
     evaluation/NAME/evaluation here."""
-    title: OptionalText = None
-    """What tables call it. Default: the name of the folder."""
-    told: OptionalText = None
-    """What the method knew beside its training images, for the tables. Default: not stated."""
-    cache: OptionalText = None
-    """Folder that keeps features by content, or `none`. Default: ~/.cache/robustdiff (see ROBUSTDIFF_CACHE)."""
-    max_bad_fraction: float = 0.01
-    """Largest share of unreadable images that is skipped rather than an error, 0 to 1."""
+    title: Title = None
+    told: Told = None
+    cache: CacheFolder = None
+    max_bad_fraction: BadFraction = 0.01
 
     def validate(self) -> None:
         """Check ranges, and refuse flags that would do nothing.

@@ -22,10 +22,14 @@ from robustdiff.utils.options import (
     MAX_SEED,
     MAX_SIDE,
     MAX_WORKERS,
+    BadFraction,
+    HubConfig,
+    ImageColumn,
     OptionalFloat,
     OptionalGiB,
     OptionalInt,
     OptionalText,
+    Split,
     check_memory,
     listed,
     parse_count,
@@ -71,12 +75,9 @@ class TrainConfig:
     """Rules the order of data, the initial weights and every random draw; a whole number >= 0."""
 
     # -- data --
-    split: OptionalText = None
-    """Part of a data set that comes in parts (train, test ..., or all). Default: train."""
-    dataset_config_name: OptionalText = None
-    """Configuration of a hub data set that has several."""
-    image_column: OptionalText = None
-    """Column of a table that holds the images. Default: the only one that can."""
+    split: Split = None
+    dataset_config_name: HubConfig = None
+    image_column: ImageColumn = None
     label_column: OptionalText = None
     """Column of a table that holds the class labels. Default: the only one declared so, or called label, class ..."""
     class_conditional: bool = False
@@ -92,8 +93,7 @@ class TrainConfig:
     Per image, frozen, a function of (seed, index) alone; in the [-1, 1] range, unclipped."""
     clean_subset: bool = False
     """Train only on the images that --corrupt does not hit: what knowing the clean ones is worth, for experiments."""
-    max_bad_fraction: float = 0.01
-    """Largest share of unreadable images that is skipped rather than an error, 0 to 1."""
+    max_bad_fraction: BadFraction = 0.01
     max_memory_gib: OptionalGiB = None
     """Hold the decoded images if they take at most this much, else decode them at every use; 0 = always the latter.
     Default: half of the free memory, divided by the processes on this machine."""

@@ -28,6 +28,55 @@ OptionalFloat = Annotated[float | None, arg(metavar="NUMBER")]
 
 OptionalGiB = Annotated[float | None, arg(metavar="GIB")]
 
+# -- what several commands take, said once ------------------------------------------------------------------
+
+Split = Annotated[
+    str | None,
+    arg(metavar="TEXT", help="Part of a data set that comes in parts (train, test ..., or all). Default: train."),
+]
+HubConfig = Annotated[str | None, arg(metavar="TEXT", help="Configuration of a hub data set that has several.")]
+ImageColumn = Annotated[
+    str | None, arg(metavar="TEXT", help="Column of a table that holds the images. Default: the only one that can.")
+]
+ReferenceSplit = Annotated[
+    str | None,
+    arg(metavar="TEXT", help="Part of the reference, if it comes in parts (train, test ..., or all). Default: train."),
+]
+ReferenceConfig = Annotated[
+    str | None, arg(metavar="TEXT", help="Configuration of the reference, if it is a hub data set that has several.")
+]
+ReferenceColumn = Annotated[
+    str | None,
+    arg(
+        metavar="TEXT",
+        help="Column of the reference that holds the images, if it is a table. Default: the only one that can.",
+    ),
+]
+BadFraction = Annotated[
+    float, arg(help="Largest share of unreadable images that is skipped rather than an error, 0 to 1.")
+]
+MemoryGiB = Annotated[
+    float | None,
+    arg(
+        metavar="GIB", help="Hold the decoded images if they take at most this much. Default: half of the free memory."
+    ),
+]
+SamplerSteps = Annotated[
+    int, arg(help="Network calls per image, trailing spacing; ddim and ddpm need a divisor of the noise levels (1000).")
+]
+Title = Annotated[str | None, arg(metavar="TEXT", help="What tables call it. Default: the name of the folder.")]
+Told = Annotated[
+    str | None,
+    arg(metavar="TEXT", help="What the method knew beside its training images, for the tables. Default: not stated."),
+]
+CacheFolder = Annotated[
+    str | None,
+    arg(
+        metavar="TEXT",
+        help="Folder that keeps features by content, or `none`. Default: ~/.cache/robustdiff (see ROBUSTDIFF_CACHE).",
+    ),
+]
+
 
 def parse_count(text: str, name: str) -> int:
     """A count with an optional suffix: ``"500k"``, ``"1.5M"``, ``"20000"``.
