@@ -5,6 +5,7 @@ from .data.dataset import load_images as load_images
 from .diffusion.pipeline import load_pipeline as load_pipeline
 from .diffusion.pipeline import sample as sample
 from .diffusion.schedule import NoiseSchedule as NoiseSchedule
+from .evaluation.run import evaluate as evaluate
 from .losses.baselines import InputPerturbationLoss as InputPerturbationLoss
 from .losses.baselines import InvarianceLoss as InvarianceLoss
 from .losses.baselines import PseudoHuberLoss as PseudoHuberLoss

@@ -1,6 +1,6 @@
 """Attacks against closed forms and other implementations: the sampler, the balls, the objectives, the optimisers.
 
-Long, because it mirrors trajectory.py, threat.py and attack.py, which are tested on the same samplers.
+Long, because samplers, goals, constraints and optimisers are tested on the same few cases.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The command line: what it costs to ask for help, what mistakes get, ``corrupt``, and what bad data get.
 
-Long, because it mirrors cli.py and config.py: one section per claim.
+Long, because it holds every command and its settings: one section per claim.
 """
 
 import ast

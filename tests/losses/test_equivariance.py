@@ -1,6 +1,6 @@
 """The robust objective: plain training bit for bit where it is off, no side effects where it is on.
 
-Long, because it mirrors objective.py: one section per claim.
+Long, because it holds all that the two losses share: one section per claim.
 """
 
 from __future__ import annotations

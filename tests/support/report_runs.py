@@ -128,8 +128,8 @@ def training_run(folder: Path, *, preset: str, seed: int = 0, lines: int = 60, q
         "corrupt": ["gaussian:sigma=0.2,fraction=0.9"], "train_batch_size": 64, "ddpm_num_inference_steps": 50,
     }  # fmt: skip
     objective = "DenoisingLoss()" if preset == "plain" else (
-        "EquivarianceLoss(perturbation=RandomPerturbation(distribution='uniform'), strength=Gate(low=0.0, high=0.15, "
-        "value=15.0), radius=Radius(exponent=0.0, scale=1.0, floor=0.0, random=False), gradient='both')"
+        "EquivarianceLoss(perturbation=RandomPerturbation(distribution='uniform'), strength=SigmaRange(low=0.0, "
+        "high=0.15, value=15.0), radius=Radius(exponent=0.0, scale=1.0, floor=0.0, random=False), gradient='both')"
     )  # fmt: skip
     plan = {"images": 500_000, "batch": 64, "steps": 7813, "objective": objective, "network": "tiny"}
     write(folder / "config.json", {"settings": flags, "plan": plan, "versions": {"robustdiff": "0.1.0"}})

@@ -163,7 +163,7 @@ def test_where_all_are_noisy_the_regulariser_begins_below(config: TrainConfig, c
     plan = plan_of(config, capsys, corrupt=ALL)
     assert "EquivarianceLoss(perturbation=RandomPerturbation(" in plan
     (gate,) = [line for line in plan.splitlines() if line.startswith("objective:")]
-    edge = float(gate.split("Gate(low=0.0, high=")[1].split(",")[0])
+    edge = float(gate.split("SigmaRange(low=0.0, high=")[1].split(",")[0])
     assert edge == pytest.approx(0.75 * 0.3, rel=0.1)
     assert "value=15.0)" in gate
     assert f"found clean:    0 of {COUNT} images" in plan

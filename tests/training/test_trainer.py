@@ -1,6 +1,6 @@
 """Training: the run folder, resume, accumulation, fine-tuning, interruption, and what bad input gets.
 
-Long, because it mirrors training.py, planning.py and recording.py, which share its fixtures: one section per claim.
+Long, because the parts of a run share its fixtures: one section per claim.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """Attacks as objective x constraint x optimiser; on sampling trajectories, and on anything else that is differentiable.
 
-The optimisers are here, objectives and constraints in ``threat.py``::
+The optimisers are here, goals and constraints in ``goals.py`` and ``constraints.py``::
 
-    objective = Displacement(trajectory, x_T, attacked=[0, 10, 20])
-    ball = Ball("linf", 0.1)
+    objective = FinalImageShift(sampler, x_T, attacked=[0, 10, 20])
+    ball = LpBall("linf", 0.1)
     found = PGD(steps=40)(objective, ball, objective.like, generator)
     found.value.sqrt()    # how far each image moved, shape (B,)
 
