@@ -77,8 +77,8 @@ class FinalImageShift:
         x: The state before step ``attacked[0]``, shape (B, ...); the steps before it are not run.
         attacked: Sampler steps, rising.
         noise: For stochastic samplers: maps a term to the noise of every step
-            (:meth:`DifferentiableSampler.draw_noise`). The same noise for the same term: fixed seeds. New noise every time: fresh ones. The undisturbed image is computed
-            with the same noise.
+            (:meth:`DifferentiableSampler.draw_noise`). The same noise for the same term: fixed seeds. New noise every
+            time: fresh ones. The undisturbed image is computed with the same noise.
         terms: Draws of the noise that are averaged.
         target: If given, shape (B, ...): come near it instead; the value is minus the squared distance to it.
         fresh: Whether ``noise`` is new every time, so that undisturbed images cannot be kept.
