@@ -1,6 +1,6 @@
 """The blind noise estimate against known noise; bad files, duplicates and blank images found; the report on disk.
 
-Long, because it mirrors noise.py and audit.py: one section per claim.
+Long: one section per claim.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Folders and arrays of every kind to 8-bit images; damaged files; dirty copies and their manifest.
 
-Long, because it mirrors images.py, decoding.py and dirty_copy.py: one section per claim.
+Long, because image sets, decoding and dirty copies share its fixtures: one section per claim.
 """
 
 import hashlib
@@ -350,14 +350,14 @@ def test_every_bad_file_is_skipped_and_named_with_its_reason(tmp_path, monkeypat
     save(tmp_path / "bomb.png", pixels(70, 70, 1))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4500)
     save(tmp_path / "locked.png")
-    real_open = module.decoding._open
+    real_open = module.decode._open
 
     def guarded_open(path):  # root may read everything, so the refusal is simulated
         if path.name == "locked.png":
             raise PermissionError(13, "Permission denied", str(path))
         return real_open(path)
 
-    monkeypatch.setattr(module.decoding, "_open", guarded_open)
+    monkeypatch.setattr(module.decode, "_open", guarded_open)
     loaded = load_images(tmp_path, max_bad_fraction=1)
     reasons = dict(loaded.skipped)
     assert loaded.names == ("good0.png", "good1.png", "good2.png")

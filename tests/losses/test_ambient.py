@@ -1,6 +1,7 @@
 """Images that say how noisy they are train above that noise only: the same as plain training where they are clean.
 
-The second half is T13 of docs/explanation/theory.md. ``tests/test_told.py`` has the command line. Long, because every
+The second half is T13 of docs/explanation/theory.md. The command line: ``tests/training/test_annotations.py``.
+Long, because every
 objective and every prediction is held against the same formulas.
 """
 

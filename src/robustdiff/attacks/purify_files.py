@@ -101,7 +101,7 @@ def purified(
     labels: Tensor | None,
     config: PurifyConfig,
 ) -> Iterator[Tensor]:
-    """Every image after :func:`robustdiff.purify`, uint8 (C, H, W), in order.
+    """Every image after :func:`robustdiff.attacks.purify`, uint8 (C, H, W), in order.
 
     Image i draws from its own generator, a function of the seed and i, whatever the batch size.
 

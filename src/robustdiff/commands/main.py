@@ -1,6 +1,6 @@
 """The ``robustdiff`` command: flags in, one line per error out; everything else is imported when it is needed.
 
-A little over 400 lines, so that every command and every way in which one can fail stand in one place.
+Every way in which a command can fail stands here; what a command does stands in its own file.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustdiff.data import decode as decoding
+from robustdiff.data import decode
 from robustdiff.data.decode import Pixels
 from robustdiff.data.decode_pool import in_parallel
 from robustdiff.data.sources.open import Source, open_source
@@ -78,10 +78,10 @@ class StreamedImages:
         return torch.from_numpy(np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8))
 
     def _decode(self, place: int, check: int) -> Pixels:
-        work = partial(decoding.decode, channels=self.shape[1], resolution=self.resolution, crop=self.source.crop)
+        work = partial(decode.decode, channels=self.shape[1], resolution=self.resolution, crop=self.source.crop)
         with warnings.catch_warnings():  # remarks on metadata were passed over when the set was loaded, too
             warnings.filterwarnings("ignore", module="PIL")
-            decoded, reason = decoding.guarded(work, self.source.read, place)
+            decoded, reason = decode.guarded(work, self.source.read, place)
         if decoded is not None and decoded[0].shape != self.shape[1:]:
             reason = "another size"
         elif decoded is not None and zlib.crc32(np.ascontiguousarray(decoded[0]).data) != check:
@@ -233,7 +233,7 @@ def _load(
     readable: list[int] = []
     modes: set[str] = set()
     sizes: Counter[tuple[int, ...]] = Counter()
-    for place, (header, reason) in in_parallel(source, partial(decoding.header, crop=source.crop), None, "headers"):
+    for place, (header, reason) in in_parallel(source, partial(decode.header, crop=source.crop), None, "headers"):
         if header is None:
             skipped.append((source.names[place], reason))
             if _counts_as_image(source, source.names[place]):
@@ -253,7 +253,7 @@ def _load(
         raise _mixed_sizes(sizes)
 
     # -- pixels: all are decoded once; what fits is kept
-    target = channels or (1 if all(map(decoding.is_grey, modes)) else 3)
+    target = channels or (1 if all(map(decode.is_grey, modes)) else 3)
     pixels: Pixels | None = None
     digest = hashlib.sha256()
     shape: tuple[int, ...] = ()
@@ -261,8 +261,8 @@ def _load(
     checks: list[int] = []
     notes: Counter[str] = Counter()
     sizes, any_colour = Counter(), False
-    decode = partial(decoding.decode, channels=target, resolution=resolution, crop=source.crop)
-    for place, (decoded, reason) in in_parallel(source, decode, readable, "decoding"):
+    decoder = partial(decode.decode, channels=target, resolution=resolution, crop=source.crop)
+    for place, (decoded, reason) in in_parallel(source, decoder, readable, "decoding"):
         if decoded is None:
             skipped.append((source.names[place], reason))
             bad.append(skipped[-1])
@@ -320,7 +320,7 @@ def _labels(source: Source, names: Sequence[str], kept: Sequence[int]) -> tuple[
 
 def _counts_as_image(source: Source, name: str) -> bool:
     """Whether a file that cannot be read is a bad image rather than some other file in the folder."""
-    return source.what != "folder" or decoding.is_image_name(name)
+    return source.what != "folder" or decode.is_image_name(name)
 
 
 def _check_bad(bad: Sequence[tuple[str, str]], total: int, max_bad_fraction: float) -> float:

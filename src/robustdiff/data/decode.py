@@ -1,6 +1,6 @@
 """One image, a file or bytes or an array -> 8-bit pixels: guarded opening, and every conversion remarked upon.
 
-Reading order: ``sources.py`` says where images come from, ``images.py`` what must agree between them.
+``sources/`` says where images come from, ``dataset.py`` what must agree between them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A sampler as a differentiable function of its start and of what is done to its states.
 
-``sampling.py`` draws images with diffusers' own schedulers; here the same steps (DDIM and DDPM) are written out as
+``pipeline.py`` draws images with diffusers' own schedulers; here the same steps (DDIM and DDPM) are written out as
 numbers, so that gradients flow through all of them in bounded memory, and the noise of every step is an argument. The
 tests hold both equal, and ``robustdiff attack`` replays what it finds in the stock sampler.
 
@@ -233,7 +233,7 @@ class DifferentiableSampler:
     ) -> Tensor:
         """The state after the sampler's steps ``first`` .. ``last - 1``.
 
-        Before step k in ``attacked`` the state becomes ``x_t + s_k omega_k``, as by ``sampling.py``'s step callback.
+        Before step k in ``attacked`` the state becomes ``x_t + s_k omega_k``, as by a step callback.
 
         Args:
             x: The state before step ``first``, shape (B, ...).

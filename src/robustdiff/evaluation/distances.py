@@ -252,7 +252,7 @@ def half_sampled(
     Raises:
         ValueError: If a set is too small or not finite, or there are too few repeats.
 
-    Source: Shao and Wu (1989); coverage measured in tests/test_evaluation_quality.py.
+    Source: Shao and Wu (1989); coverage measured in tests/evaluation/test_distances.py.
     """
     check_sets(4, a=a, b=b)
     if repeats < 10:

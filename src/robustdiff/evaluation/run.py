@@ -41,7 +41,7 @@ from robustdiff.utils import atomic_io
 from robustdiff.utils.resources import check_launcher
 
 RESHAPED = ("reduced", "enlarged", "cropped to a square", "colour reduced to grey", "grey expanded to RGB")
-"""Conversions of ``images.py`` that change what is compared."""
+"""Conversions of ``data/dataset.py`` that change what is compared."""
 
 
 def evaluate(config: EvaluateConfig) -> list[Path]:

@@ -1,6 +1,6 @@
 """What a source of images is, and CelebA and LSUN as they are published.
 
-Reading order: ``cifar.py`` and ``tables.py`` read more formats, ``sources.py`` decides who reads a path.
+``cifar.py`` and ``huggingface.py`` read more formats, ``open.py`` decides who reads a path.
 """
 
 from __future__ import annotations

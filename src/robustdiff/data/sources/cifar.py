@@ -1,6 +1,6 @@
 """CIFAR-10 and CIFAR-100 as published for Python: pickles, of which only the plain data are taken.
 
-Reading order: ``formats.py`` defines what a source is, ``sources.py`` decides when this reader is called.
+``base.py`` defines what a source is, ``open.py`` decides when this reader is called.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tables of encoded images in Hugging Face's formats: parquet, ``save_to_disk``, the hub.
 
-Reading order: ``formats.py`` defines what a source is, ``sources.py`` decides when this reader is called.
+``base.py`` defines what a source is, ``open.py`` decides when this reader is called.
 """
 
 from __future__ import annotations

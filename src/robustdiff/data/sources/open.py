@@ -1,6 +1,6 @@
 """Where images come from: one word or path -> :class:`Source`, whatever lies there.
 
-Reading order: ``formats.py``, ``cifar.py`` and ``tables.py`` read published formats; ``images.py`` decodes the items.
+``celeba_lsun.py``, ``cifar.py`` and ``huggingface.py`` read published formats; ``data/dataset.py`` decodes the items.
 """
 
 from __future__ import annotations
