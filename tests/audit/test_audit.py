@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,17 @@ from torch.nn.functional import avg_pool2d
 import robustdiff
 from fields import natural, scenes
 from helpers import normal, seeded
-from robustdiff.audit import Action, AuditResult, Detector, audit, detector, register_detector, registered_detectors
+from robustdiff.audit import (
+    Action,
+    AuditResult,
+    Detector,
+    Finding,
+    Survey,
+    audit,
+    detector,
+    register_detector,
+    registered_detectors,
+)
 from robustdiff.audit.parts import parts
 from robustdiff.data.dataset import load_images
 from robustdiff.diffusion.schedule import NoiseSchedule
@@ -79,6 +91,81 @@ def test_what_is_no_set_of_images_is_refused_in_one_line(blurred: Tensor) -> Non
         audit(blurred, features=torch.zeros(299, 4))
     with pytest.raises(ValueError, match="dust: not one of "):
         audit(blurred, without=("dust",))
+    for given, message in (
+        ([1.0, 2.0], "images must be a tensor, a NumPy array, a set or a source, got list"),
+        (np.full((2, 1, 8, 8), "a"), "images must be an array of numbers"),
+        (OneSet(torch.full((70, 1, 8, 8), torch.nan)), "images must be finite: one of 0"),
+        (OneSet(torch.zeros(0, 1, 8, 8)), "images: there is none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            audit(given)
+    with pytest.raises(ValueError, match="features must be finite"):
+        audit(blurred, features=torch.full((300, 4), torch.nan))
+    with pytest.raises(ValueError, match="features must be a tensor or a NumPy array, got list"):
+        audit(blurred, features=[1.0])
+
+
+class OneSet:
+    """A set as a stranger writes it."""
+
+    def __init__(self, images: Tensor) -> None:
+        """Hold them."""
+        self.images, self.names = images, tuple(map(str, range(len(images))))
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.images)
+
+    def x0(self, index: list[int]) -> Tensor:
+        """Some."""
+        return self.images[index]
+
+
+def test_arrays_and_tensors_of_any_precision_are_taken() -> None:
+    images, features = natural(80), normal(80, 3)
+    known = audit(images, features=features)
+    of_numpy = audit(images.numpy()[:, ::-1], features=features.numpy())
+    assert of_numpy.sha256 == known.sha256
+    assert of_numpy.signs["distance"].equal(known.signs["distance"])
+    assert audit(images.clone().requires_grad_()).sha256 == known.sha256
+    half = images.bfloat16()
+    assert audit(half).sha256 == audit(half.float()).sha256
+    assert audit(images, without="noise").sha256 == audit(images, without=("noise",)).sha256
+    assert inspect.signature(robustdiff.audit) == inspect.signature(audit)
+
+
+@pytest.mark.parametrize(
+    ("detect", "message"),
+    [
+        (lambda survey: survey.left.float(), "^detector dust: `detect` must return bool of shape"),
+        (lambda survey: survey.left[:1], "^detector dust: `detect` must return bool of shape"),
+        (lambda survey: survey.low_group(lambda images: images.flatten(1).mean(1), 0.0), "^detector dust: a sign"),
+        (lambda survey: survey.low_group(noise, 0.0), "^detector dust: a sign cannot be called noise"),
+    ],
+)
+def test_a_detector_that_answers_wrongly_is_named(detect: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered_detectors()
+    monkeypatch.setattr(detector, "_registered", dict(detector._registered))
+    register_detector(type("Dust", (Detector,), {"name": "dust", "title": "dusty", "detect": lambda _, s: detect(s)}))
+    with pytest.raises(ValueError, match=message):
+        audit(natural(80))
+
+
+def noise(images: Tensor) -> Tensor:
+    """A sign with the name of a column of the file."""
+    return images.flatten(1).mean(1)
+
+
+def test_what_is_no_detector_is_not_registered_and_a_finding_of_no_image_is_kept() -> None:
+    with pytest.raises(ValueError, match="detector int must be a subclass of Detector"):
+        register_detector(int)
+    with pytest.raises(ValueError, match="'regulariser' is the name of another part"):
+        register_detector(type("Other", (Detector,), {"name": "regulariser", "title": "w"}))
+    images = natural(4)
+    survey = Survey(lambda places: images[list(places)], 4)
+    survey.add(Finding("set", 4, "of one camera", Action.LEFT_ALONE))
+    assert [one.kind for one in survey.result.findings] == ["set"]
+    assert survey.result.groups == {}
 
 
 def test_features_measure_a_distance_and_change_nothing_else(blurred: Tensor) -> None:

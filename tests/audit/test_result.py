@@ -304,6 +304,22 @@ def test_the_table_is_that_of_the_rows_or_one_line_without_pandas(monkeypatch: p
         trusted().to_dataframe()
 
 
+def test_the_file_keeps_the_name_of_the_features(tmp_path: Path) -> None:
+    clean = AuditResult.of_clean(3)
+    far = replace(clean, signs={"distance": torch.tensor([1.0, 3.0, 2.0]).double()}, features="pixels")
+    far.save(tmp_path / "far.json")
+    assert AuditResult.load(tmp_path / "far.json").summary() == far.summary()
+    older = {key: value for key, value in json.loads((tmp_path / "far.json").read_text()).items() if key != "features"}
+    (tmp_path / "far.json").write_text(json.dumps(older))
+    assert AuditResult.load(tmp_path / "far.json").features == "features"
+
+
+@pytest.mark.parametrize("action", [Action.TRAINED_WHERE_HIDDEN, Action.FILLED_IN])
+def test_an_action_above_a_level_needs_one(action: Action) -> None:
+    with pytest.raises(ValueError, match=f"^finding of dust: {action.value} needs a level$"):
+        Finding("dust", 1, "w", action)
+
+
 def test_every_action_has_its_words() -> None:
     words = {action_words(Finding("k", 1, "w", action, 0.25, None, 7), (0.0, 0.125)) for action in Action}
     assert len(words) == len(Action)
@@ -324,7 +340,10 @@ def test_the_summary_says_what_was_found_or_that_nothing_was() -> None:
     ]
     clean = AuditResult.of_clean(3)
     assert clean.names == ("0", "1", "2")
-    assert clean.summary() == "damage: none stands apart; `auto` would train plainly"
+    assert clean.summary() == "damage: not looked for, too few images to compare"
+    assert AuditResult.of_clean(64).summary() == "damage: none stands apart; `auto` would train plainly"
+    one = replace(AuditResult.of_clean(64), groups={"dust": torch.ones(64, dtype=torch.bool)})
+    assert one.summary().startswith("damage, and what `auto` would do about it")
     far = replace(clean, signs={"distance": torch.tensor([1.0, 3.0, 2.0]).double()}, features="pixels")
     assert far.summary().splitlines()[1] == (
         "farthest from the others in pixels, typical 1, not acted on: 1 (3.00), 2 (2.00), 0 (1.00)"

@@ -107,5 +107,44 @@ def test_names_are_taken_once_and_a_file_read_again_replaces_its_own(added: str,
         load(tmp_path / "third.py", FILE.replace("    better =", "    worse ="))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('"mean shift":', '"FD-pixels":'), "metric MeanShift: 'FD-pixels' is taken"),
+        (('return {"mean shift"', 'return {"shift"'), "metric MeanShift: found shift, but `better` names mean shift"),
+        (("float((fake", "((fake"), None),  # a tensor of one number is one
+        (("float((fake.double().mean(0) - real.double().mean(0)).norm())", "fake"), "MeanShift: found what is no num"),
+    ],
+)
+def test_what_a_metric_finds_is_what_it_declares(
+    change: tuple[str, str], message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metric.registered_metrics()
+    monkeypatch.setattr(metric, "_registered", dict(metric._registered))
+    load(tmp_path / "changed.py", FILE.replace(*change))
+    fake, real = features(pictures(40, 0, 20)), features(pictures(60, 1))
+    if message is None:
+        assert type(compute_metrics(fake, real).values[-1].value) is float
+        return
+    with pytest.raises(ValueError, match=message):
+        compute_metrics(fake, real)
+
+
+def test_a_metric_below_zero_has_no_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metric.registered_metrics()
+    monkeypatch.setattr(metric, "_registered", dict(metric._registered))
+    load(tmp_path / "below.py", FILE.replace("float((fake", "-float((fake"))
+    value = compute_metrics(features(pictures(40, 0, 20)), features(pictures(60, 1))).values[-1]
+    assert value.value < 0
+    assert value.interval is None
+
+
+def test_what_is_no_metric_is_not_registered(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="metric MeanShift must be a subclass of Metric"):
+        load(tmp_path / "plain.py", FILE.replace("MeanShift(Metric)", "MeanShift"))
+    with pytest.raises(ValueError, match="`better` of 'mean shift' 'up' is not one of lower, higher, neither"):
+        load(tmp_path / "up.py", FILE.replace('"lower"', '"up"'))
+
+
 def test_without_the_file_nobody_knows_it() -> None:
     assert [name for one in metric.registered_metrics() for name in one.better][2:] == OWN[2:]

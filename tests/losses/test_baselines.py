@@ -298,6 +298,21 @@ def test_the_default_width_falls_from_one_to_a_tenth_with_the_noise_level(predic
     torch.testing.assert_close(terms.total, huber(error, widths).mean((1, 2, 3)), rtol=3e-4, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        (lambda level: level[:1], "the width function returned shape"),
+        (lambda level: level * -1 - 1, "the width function returned a value that is negative"),
+        (lambda level: level * 0, "the width function returned a value that is 0 or not finite"),
+        (lambda level: level + math.inf, "the width function returned a value that is 0 or not finite"),
+    ],
+)
+def test_a_width_function_is_checked(width: Any, message: str) -> None:
+    loss = PseudoHuberLoss(ddpm_schedule(), width=width)
+    with pytest.raises(ValueError, match=message):
+        loss(SmallNet(), images(), t=T, generator=seeded(3))
+
+
 def test_a_width_function_sees_noise_levels() -> None:
     schedule, model, x0 = ddpm_schedule(), SmallNet(), images()
     terms = PseudoHuberLoss(schedule, width=lambda level: 0.2 + level / (1 + level))(
@@ -330,7 +345,7 @@ def test_pseudo_huber_of_small_errors_keeps_float32_precision(size: float) -> No
     torch.testing.assert_close(terms.total, torch.full((3,), wanted), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("width", [0, 0.0, -1, float("nan")])
+@pytest.mark.parametrize("width", [0, 0.0, -1, float("nan"), float("inf")])
 def test_a_bad_width_is_refused(width: float) -> None:
     with pytest.raises(ValueError, match="width"):
         PseudoHuberLoss(ddpm_schedule(), width=width)

@@ -719,3 +719,8 @@ def test_bad_gates_are_refused(low: float, high: float, value: float) -> None:
 def test_an_unknown_preset_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="papre"):
         EquivarianceLoss.preset("papre", ddpm_schedule())
+
+
+def test_a_radius_that_is_a_number_is_refused_with_the_constant_one() -> None:
+    with pytest.raises(ValueError, match=r"radius must be a Radius or a function, got 0\.1: Radius\(exponent=0"):
+        EquivarianceLoss(ddpm_schedule(), radius=0.1)

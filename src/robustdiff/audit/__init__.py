@@ -1,5 +1,6 @@
 """What is wrong with each image of a set, and from which noise level on it can be trusted."""
 
+import inspect
 import sys
 import types
 from typing import Any
@@ -14,6 +15,11 @@ class _Room(types.ModuleType):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - those of audit
         return __getattr__("audit")(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """For help and editors."""
+        return inspect.signature(__getattr__("audit"))
 
 
 # A module's class may be replaced: so one name serves those who call it and those who import from it.

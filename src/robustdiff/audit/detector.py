@@ -11,6 +11,7 @@ import pkgutil
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from robustdiff.audit.finding import Action, Finding
+from robustdiff.audit.parts import REGULARISER
 
 if TYPE_CHECKING:  # it holds a result, which is made with detectors
     import torch
@@ -80,11 +81,15 @@ def register_detector(kind: Kind) -> Kind:
     """Class decorator: from now on every audit looks for this kind.
 
     Raises:
-        ValueError: If it has no name or title, or another kind has the name.
+        ValueError: If it is no :class:`Detector`, has no name or title, or something else has the name.
     """
+    if not (isinstance(kind, type) and issubclass(kind, Detector)):
+        raise ValueError(f"detector {getattr(kind, '__name__', kind)} must be a subclass of Detector")
     name = getattr(kind, "name", "")
     if not (name.isidentifier() and getattr(kind, "title", "")):
         raise ValueError(f"detector {kind.__name__} needs a name, one word, and a title")
+    if name == REGULARISER:
+        raise ValueError(f"detector {kind.__name__}: {name!r} is the name of another part; choose another")
     other = type(_registered.get(name))
     # A file that is read again, as notebooks do, replaces its own.
     if name in _registered and (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):

@@ -120,7 +120,9 @@ def write_found(result: AuditResult, pixels: Callable[[Sequence[int]], Tensor], 
 
 
 def write_sheets(result: AuditResult, pixels: Callable[[Sequence[int]], Tensor], folder: Path) -> None:
-    """Write a contact sheet of each kind that was found, ``found-KIND.png``, into an existing folder.
+    """Write those contact sheets of :data:`SHEETS` that have images, ``found-SHEET.png``, into an existing folder.
+
+    Kinds from elsewhere are in ``soft`` or ``odd``, by what is done about their images.
 
     Args:
         result: What was found.

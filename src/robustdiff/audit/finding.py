@@ -49,6 +49,9 @@ class Finding:
             where nothing stands apart, or where that was not measured.
         measured_on: Images that ``level`` was measured on, where these are a sample.
         otherwise: What is done beside it where no image is whole.
+
+    Raises:
+        ValueError: If the action is to train above a level, and there is none.
     """
 
     kind: str
@@ -59,3 +62,8 @@ class Finding:
     confidence: float | None = None
     measured_on: int | None = None
     otherwise: Action | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse an action whose level is not known."""
+        if self.action in (Action.TRAINED_WHERE_HIDDEN, Action.FILLED_IN) and self.level is None:
+            raise ValueError(f"finding of {self.kind}: {self.action.value} needs a level")

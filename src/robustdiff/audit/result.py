@@ -200,7 +200,10 @@ class AuditResult:
             known = {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in row.items()}
             images.append({IN_FILE.get(key, key): value for key, value in known.items()})
         alike = [[self.names[place] for place in group] for group in self.copies]
-        atomic_io.write_json(Path(path), {"format": FORMAT, **self.describe(), "copies": alike, "images": images})
+        told = {"features": self.features} if "distance" in self.signs else {}
+        atomic_io.write_json(
+            Path(path), {"format": FORMAT, **self.describe(), **told, "copies": alike, "images": images}
+        )
 
     @classmethod
     def load(cls, path: str | Path, count: int | None = None) -> AuditResult:
@@ -257,6 +260,7 @@ def _of_the_set(found: Mapping[str, Any]) -> dict[str, Any]:
         "findings": tuple(map(_read_finding, found["findings"])),
         "copies": tuple(tuple(place[name] for name in group) for group in found.get("copies", ())),
         "lost": tuple(Gap(float(value), int(block)) for value, block in zip(values, blocks, strict=True)),
+        "features": str(found.get("features", "features")),
         "masked": bool(found.get("masked", False)),
         "regularise": None if gate is None else (float(gate[0]), float(gate[1])),
     }

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,9 @@ LARGEST = 16.0
 """Pixels beyond this, in units of [-1, 1], are those of another scale: the strongest noise of `corrupt` seldom is."""
 
 
+Array = Tensor | np.ndarray[Any, Any]
+
+
 class ImageSet(Protocol):
     """Images of one size, as :class:`robustdiff.data.dataset.ImageDataset` holds them."""
 
@@ -46,10 +50,10 @@ class ImageSet(Protocol):
 
 
 def audit(
-    images: ImageSet | Tensor | str | Path,
+    images: ImageSet | Array | str | Path,
     *,
     without: Sequence[str] = (),
-    features: Tensor | tuple[str, Tensor] | None = None,
+    features: Array | tuple[str, Array] | None = None,
     memory: int = 0,
     **options: Any,  # noqa: ANN401 - those of load_images
 ) -> AuditResult:
@@ -58,9 +62,9 @@ def audit(
     Nothing is random: the same images are always judged alike.
 
     Args:
-        images: A set of one size: an :class:`~robustdiff.data.dataset.ImageDataset`; a tensor, shape (N, C, H, W),
-            uint8 or floating point in [-1, 1] (noise may exceed it); or what :func:`robustdiff.load_images` takes, a
-            folder say.
+        images: A set of one size: an :class:`~robustdiff.data.dataset.ImageDataset`; a tensor or NumPy array, shape
+            (N, C, H, W), uint8 or floating point in [-1, 1] (noise may exceed it); or what
+            :func:`robustdiff.load_images` takes, a folder say.
         without: Parts not to look for, or not to act on: names of detectors, or ``regulariser``.
         features: Of every image, shape (N, d), in which foreign pictures are far away; or their name and them. The
             distance is ``signs["distance"]`` of the result, and not acted on.
@@ -68,20 +72,47 @@ def audit(
         options: Those of :func:`robustdiff.load_images`, if ``images`` is a source.
 
     Raises:
-        ValueError: If a part is unknown, or the images are no images.
+        ValueError: If a part is unknown, the images are no images, or the features not finite.
     """
     if isinstance(images, str | Path):
         images = load_images(images, **options)
     elif options:
         raise ValueError(f"{', '.join(options)}: only for a source that load_images reads; leave it out")
-    if isinstance(images, Tensor):
-        images = _TensorImages.of(images)
+    if isinstance(images, Tensor | np.ndarray):
+        images = _TensorImages.of(_tensor("images", images))
+    if not hasattr(images, "x0"):
+        raise ValueError(f"images must be a tensor, a NumPy array, a set or a source, got {type(images).__name__}")
     count, x0 = len(images), images.x0
-    if features is not None and not isinstance(features, tuple):
-        features = ("features", features)
-    if features is not None and (features[1].ndim != 2 or len(features[1]) != count):
-        raise ValueError(f"features must have shape ({count}, d), got {tuple(features[1].shape)}")
-    return detect(lambda places: x0(list(places)), count, without, memory, images.names, features)
+    known = None
+    if features is not None:
+        name, values = features if isinstance(features, tuple) else ("features", features)
+        values = _tensor("features", values)
+        if values.ndim != 2 or len(values) != count:
+            raise ValueError(f"features must have shape ({count}, d), got {tuple(values.shape)}")
+        if not bool(values.isfinite().all()):
+            raise ValueError("features must be finite: leave the images out whose features are not")
+        known = name, values
+
+    def load(places: range) -> Tensor:
+        some = x0(list(places))
+        if not bool(some.isfinite().all()):
+            raise ValueError(f"images must be finite: one of {images.names[places[0]]} ... is not")
+        return some
+
+    return detect(load, count, without, memory, images.names, known)
+
+
+def _tensor(what: str, given: Array) -> Tensor:
+    """A user's array without its history, of a precision that can be computed in."""
+    if isinstance(given, np.ndarray):
+        as_it_is = given.flags.writeable and min(given.strides, default=0) >= 0
+        try:
+            given = torch.from_numpy(given if as_it_is else given.copy())
+        except (TypeError, ValueError):  # words, or bytes in another order
+            raise ValueError(f"{what} must be an array of numbers, got {given.dtype}") from None
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{what} must be a tensor or a NumPy array, got {type(given).__name__}")
+    return given.detach().float() if given.dtype in (torch.bfloat16, torch.float16) else given.detach()
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,14 +153,17 @@ def detect(
     Args:
         load: Images by place, as they will be trained on.
         count: N >= 1.
-        without: Parts (:func:`robustdiff.audit.parts.parts`) that are not looked for, or not acted on.
+        without: Parts (:func:`robustdiff.audit.parts.parts`) that are not looked for, or not acted on; or one.
         memory: As for :func:`audit`.
         names: Of all images. Default: their numbers.
         features: A name, and features of every image, shape (N, d).
 
     Raises:
-        ValueError: If a part is unknown.
+        ValueError: If a part is unknown, there is no image, or a detector does not answer as it should.
     """
+    without = (without,) if isinstance(without, str) else without
+    if count == 0:
+        raise ValueError("images: there is none; give one at least")
     check_parts(without)
     load = held(load, count, memory)
     side = min(load(range(1)).shape[2:])
@@ -137,8 +171,11 @@ def detect(
     kinds = [kind for kind in registered_detectors() if kind.name not in without and side >= kind.least_side]
     found = {}
     for kind in sorted(kinds, key=lambda kind: not kind.repairs):
-        found[kind.name] = kind.detect(survey)
-        if (shows := found[kind.name]) is not None:
+        survey.asking = kind.name
+        shows = found[kind.name] = kind.detect(survey)
+        if shows is not None:
+            if not (isinstance(shows, Tensor) and shows.dtype == torch.bool and shows.shape == (count,)):
+                raise ValueError(f"detector {kind.name}: `detect` must return bool of shape ({count},), or None")
             survey.claim(shows)
     for kind in kinds:
         kind.measure(survey, found[kind.name])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from robustdiff.audit.finding import Action, Finding
 
 if TYPE_CHECKING:  # whose methods call what is here
@@ -25,6 +27,9 @@ ACTIONS = {
     Action.AS_SAID: "",
 }
 """What training does, in the words of the plan."""
+
+
+TOO_FEW = "damage: not looked for, too few images to compare"
 
 
 def action_words(finding: Finding, regularise: tuple[float, float] | None) -> str:
@@ -56,9 +61,13 @@ def plan_rows(result: AuditResult) -> dict[str, str]:
 
 def text(result: AuditResult) -> str:
     """The findings for a terminal, and what ``auto`` would do about them."""
+    from robustdiff.audit.survey import FEWEST  # which holds a result
+
     rows = plan_rows(result)
-    if result.trivial and result.regularise is None:
-        lines = ["damage: none stands apart; `auto` would train plainly"]
+    claimed = bool(result.groups) and bool(torch.stack(list(result.groups.values())).any(0).all())
+    if result.trivial and result.regularise is None and not claimed:
+        few = len(result) < FEWEST
+        lines = [TOO_FEW if few else "damage: none stands apart; `auto` would train plainly"]
         del rows["found clean"]
     else:
         lines = ["damage, and what `auto` would do about it"]

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from robustdiff.audit import mixture
 from robustdiff.audit.finding import Finding
-from robustdiff.audit.result import AuditResult
+from robustdiff.audit.result import IN_FILE, AuditResult
 from robustdiff.audit.spectral_model import Energies, Load, batches, energies_of, same_above
 
 FEWEST = 64
 """Fewer images say nothing about one another."""
+TAKEN = {"name", "groups", "distance", "oddness", "<lambda>", *IN_FILE, *IN_FILE.values()}
+"""What no other sign may be called: columns of the result and of its file, and the signs that others have."""
 NEAR_CONSTANT = 2 * 2 / 255
 """Largest standard deviation of an image of one colour: two grey levels."""
 
@@ -31,6 +33,7 @@ class Survey:
         blank: Images of one colour, bool, shape (N,).
         foreign: Pictures of another kind than most, which noise cannot be told of, bool, shape (N,).
         features: A name, and features of every image, shape (N, d), if they were given.
+        asking: Name of the detector that is asked now, for errors.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Survey:
     ) -> None:
         """Begin with nothing found."""
         self.load, self.count, self.features = load, count, features
+        self.asking = ""
         self.result = AuditResult.of_clean(count, names)
         self.blank = self.each(lambda images: images.flatten(2).std(2, correction=0).amax(1) <= NEAR_CONSTANT)
         self.foreign = torch.zeros(count, dtype=torch.bool)
@@ -93,9 +97,15 @@ class Survey:
 
         Returns:
             bool, shape (N,), some of :attr:`left`.
+
+        Raises:
+            ValueError: If the sign has no name of its own.
         """
+        name = getattr(sign, "__name__", "<lambda>")
+        if name in TAKEN or name in self.result.signs:
+            raise ValueError(f"detector {self.asking}: a sign cannot be called {name}; give the function another name")
         values = self.each(sign, self.repaired).double()
-        self.add(signs={**self.result.signs, sign.__name__: values})
+        self.add(signs={**self.result.signs, name: values})
         asked = self.left & values.isfinite()
         low = torch.zeros_like(asked)
         if int(asked.sum()) >= FEWEST:
@@ -127,11 +137,12 @@ class Survey:
 
         Args:
             finding: For people, and what is done.
-            shows: The images it is of, bool, shape (N,): they join the group of its kind.
+            shows: The images it is of, bool, shape (N,): they join the group of its kind. Default: no image's.
             changes: Fields of :class:`AuditResult` that it changes.
         """
-        if finding is not None and shows is not None:
-            already = self.result.groups.get(finding.kind, torch.zeros_like(shows))
-            changes["groups"] = {**self.result.groups, finding.kind: already | shows}
+        if finding is not None:
+            if shows is not None:
+                already = self.result.groups.get(finding.kind, torch.zeros_like(shows))
+                changes["groups"] = {**self.result.groups, finding.kind: already | shows}
             changes["findings"] = (*self.result.findings, finding)
         self.result = replace(self.result, **changes)

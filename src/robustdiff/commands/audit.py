@@ -63,6 +63,7 @@ def run(config: AuditConfig, say: Say) -> int:
     from robustdiff.audit.files import check_output, write_audit, write_found
     from robustdiff.audit.run import audit
     from robustdiff.audit.statistics import image_statistics
+    from robustdiff.audit.summary import TOO_FEW
     from robustdiff.audit.survey import FEWEST
     from robustdiff.data.dataset import load_images
     from robustdiff.data.sources.open import open_source
@@ -91,7 +92,7 @@ def run(config: AuditConfig, say: Say) -> int:
     if len({record.size for record in statistics.records}) > 1:
         say("damage: not looked for, images differ in size: add `resolution` N, the size you would train at")
     elif 0 < len(statistics.records) < FEWEST:
-        say("damage: not looked for, too few images to compare")
+        say(TOO_FEW)
     elif statistics.records:
         images = statistics.images
         if images is None:

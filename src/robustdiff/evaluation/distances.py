@@ -239,7 +239,7 @@ def half_sampled(
     vary at all between halves: intervals of shares are widened to :func:`clopper_pearson`.
 
     Args:
-        metric: Maps two sets to named values, none below zero; called ``repeats + 1`` times.
+        metric: Maps two sets to named values, for which zero is the least; called ``repeats + 1`` times.
         a: Shape (n, d), n >= 4 and large enough for the metric on half of it.
         b: Shape (m, d), likewise.
         repeats: Pairs of halves, >= 10.
@@ -247,7 +247,7 @@ def half_sampled(
         shares: Those values that are shares of rows, with the number of rows on the whole.
 
     Returns:
-        (lower, upper) by name.
+        (lower, upper) by name; none of a value below zero, which no interval from zero on would hold.
 
     Raises:
         ValueError: If a set is too small or not finite, or there are too few repeats.
@@ -263,6 +263,8 @@ def half_sampled(
     quantile = float(student.ppf(0.975, repeats - 1))
     found = {}
     for name, value in whole.items():
+        if value < 0:
+            continue
         half_width = quantile * float(torch.tensor([half[name] for half in halves], dtype=torch.float64).std())
         lower, upper = max(value - half_width, 0.0), value + half_width
         if shares is not None and name in shares:

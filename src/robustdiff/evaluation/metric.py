@@ -18,13 +18,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from torch import Tensor
 
 from robustdiff.evaluation.distances import Interval
 from robustdiff.evaluation.features import Extractor
 from robustdiff.evaluation.neighbours import Progress
+from robustdiff.utils.errors import check_choice
 
 Better = Literal["lower", "higher", "neither"]
 """Which way a number is better."""
@@ -87,7 +88,7 @@ class Metric(ABC):
     def cost(self, n: int, m: int, d: int) -> float:
         """Multiply-adds of n images against m with d features; inf: no interval by halves.
 
-        Intervals by halves are for numbers that are never below 0.
+        Intervals by halves are for numbers that are never below 0; one that is has none.
         """
         return math.inf
 
@@ -104,11 +105,16 @@ def register_metric(kind: Kind) -> Kind:
     """Class decorator: from now on every evaluation computes this metric.
 
     Raises:
-        ValueError: If another metric has a number of the same name, or it names none.
+        ValueError: If it is no :class:`Metric`, names no number or an unknown direction, or another metric has a number
+            of the same name.
     """
+    if not (isinstance(kind, type) and issubclass(kind, Metric)):
+        raise ValueError(f"metric {getattr(kind, '__name__', kind)} must be a subclass of Metric")
     names = list(getattr(kind, "better", {}))
     if not names:
         raise ValueError(f"metric {kind.__name__} needs `better`: its numbers, and which way each is better")
+    for name in names:
+        check_choice(f"metric {kind.__name__}: `better` of {name!r}", kind.better[name], get_args(Better))
     place = f"{kind.__module__}.{kind.__qualname__}"
     for other, metric in _registered.items():
         if other != place and (twice := sorted({*names} & {*metric.better})):

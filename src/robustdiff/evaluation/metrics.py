@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -188,6 +189,7 @@ def compute_metrics(
 
     Raises:
         UsageError: If there are too few images.
+        ValueError: If a metric does not keep to what it declares, or has the label of another.
     """
     for name, features in (("`run`", generated), ("`reference`", reference), ("`held_out`", held_out)):
         if features is not None:
@@ -217,22 +219,50 @@ def compute_metrics(
         )
 
     extractor, metrics = generated.extractor, registered_metrics()
-    values = []
+    values: list[MetricValue] = []
     sizes = ((n, m), (len(base), len(other)))
     with bars("neighbours", sum(metric.rows(*size) for metric in metrics for size in sizes)) as tell:
         for metric in metrics:
-            found = metric.estimate(fake, real, seed=seed, progress=tell)
-            floors = metric.compute(base, other, seed=seed, progress=tell)
+            found = _complete(metric, metric.estimate(fake, real, seed=seed, progress=tell))
+            floors = _numbers(metric, metric.compute(base, other, seed=seed, progress=tell))
             around: Mapping[str, Interval] = {}
             if intervals and metric.cost(n, m, d) <= CHEAP:
                 shares = metric.shares(n, m)
-                around = half_sampled(metric.compute, fake, real, repeats=REPEATS, seed=seed, shares=shares)
-            for name, one in found.items():
+                compute = partial(_computed, metric)
+                around = half_sampled(compute, fake, real, repeats=REPEATS, seed=seed, shares=shares)
+            for name, value in _numbers(metric, {name: one.value for name, one in found.items()}).items():
+                one = found[name]
                 about = {"floor_n": [len(base), len(other)], **one.about}
                 interval = around.get(name) if one.interval is None else one.interval
                 label, better = metric.label(name, extractor), metric.better[name]
-                values.append(MetricValue(label, one.value, floors[name], better, interval, about))
+                if any(label == other.name for other in values):
+                    raise ValueError(f"metric {type(metric).__name__}: {label!r} is taken; choose another name")
+                values.append(MetricValue(label, value, floors[name], better, interval, about))
     return Quality(tuple(values), floor, tuple(warnings))
+
+
+Found = TypeVar("Found")
+
+
+def _complete(metric: Metric, found: Mapping[str, Found]) -> Mapping[str, Found]:
+    if set(found) != set(metric.better):
+        raise ValueError(
+            f"metric {type(metric).__name__}: found {', '.join(map(str, found)) or 'nothing'}, but `better` names "
+            f"{', '.join(metric.better)}; make them the same"
+        )
+    return found
+
+
+def _numbers(metric: Metric, found: Mapping[str, float]) -> dict[str, float]:
+    _complete(metric, found)
+    try:
+        return {name: float(value) for name, value in found.items()}
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"metric {type(metric).__name__}: found what is no number; return one for each name") from None
+
+
+def _computed(metric: Metric, fake: Tensor, real: Tensor) -> dict[str, float]:
+    return _numbers(metric, metric.compute(fake, real))
 
 
 def check_enough(what: str, count: int) -> None:

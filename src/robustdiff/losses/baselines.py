@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustdiff.losses.ambient import NoisyBatch
 from robustdiff.losses.denoising import DenoisingLoss
-from robustdiff.losses.equivariance import EquivarianceLoss, FunctionOfSigma
+from robustdiff.losses.equivariance import EquivarianceLoss, FunctionOfSigma, checked
 from robustdiff.losses.perturbation import AdversarialPerturbation
 from robustdiff.utils.random import Generators, draw_normal
 from robustdiff.utils.tensors import expand_to, to_device
@@ -74,8 +74,8 @@ class PseudoHuberLoss(DenoisingLoss):
 
     Args:
         schedule: The noise schedule.
-        width: c > 0: a number, or a function of sigma/alpha. Default: falls from 1 (no noise) to ``0.1`` (all noise) as
-            ``0.1 + 0.9 / (1 + sigma/alpha)^2``.
+        width: c > 0, finite: a number, or a function of sigma/alpha, shape (B,) -> (B,).
+            Default: falls from 1 (no noise) to ``0.1`` (all noise) as ``0.1 + 0.9 / (1 + sigma/alpha)^2``.
 
     Differences from the source: its width falls exponentially in the step index and so changes meaning with the noise
     schedule; ours is a function of the noise-to-signal ratio.
@@ -88,8 +88,8 @@ class PseudoHuberLoss(DenoisingLoss):
 
     def __post_init__(self) -> None:
         """Check a constant width."""
-        if isinstance(self.width, int | float) and not self.width > 0:
-            raise ValueError(f"PseudoHuberLoss needs width > 0, got {self.width}")
+        if self.width is not None and not callable(self.width) and not 0 < self.width < float("inf"):
+            raise ValueError(f"PseudoHuberLoss needs a finite width > 0, got {self.width}")
 
     def _denoising(self, noised: NoisyBatch, output: Tensor) -> Tensor:
         level = self.schedule.noise_to_signal(noised.t)
@@ -97,6 +97,9 @@ class PseudoHuberLoss(DenoisingLoss):
             width = 0.1 + 0.9 / (1 + level).square()
         else:
             width = self.width(level) if callable(self.width) else torch.full_like(level, self.width)
+            width = checked("width", width, noised.t)
+            if not bool(((width > 0) & width.isfinite()).all()):
+                raise ValueError("the width function returned a value that is 0 or not finite")
         error = output - noised.target
         width = expand_to(to_device(width, error.device).to(error.dtype), error)
         return noised.mean(2 * width * error.square() / (torch.sqrt(error.square() + width.square()) + width))

@@ -106,6 +106,11 @@ class EquivarianceLoss(DenoisingLoss):
             object.__setattr__(self, "perturbation", named_perturbation(self.perturbation))
         if not callable(self.strength) and not 0 <= self.strength < float("inf"):
             raise ValueError(f"strength must be a finite number >= 0, got {self.strength}")
+        if not callable(self.radius):
+            raise ValueError(
+                f"radius must be a Radius or a function, got {self.radius}: "
+                f"Radius(exponent=0, scale=..., floor=0, random=False) is constant"
+            )
         check_choice("gradient", self.gradient, ("both", "perturbed", "clean"))
         check_choice("target", self.target, ("output", "noise"))
         if self.target == "noise" and self.gradient == "clean":
@@ -157,12 +162,12 @@ class EquivarianceLoss(DenoisingLoss):
         """Lambda per image, shape (B,), where ``t`` lies."""
         if not callable(self.strength):
             return torch.full(t.shape, float(self.strength), dtype=dtype, device=t.device)
-        return _checked("strength", self.strength(self.schedule.noise_to_signal(t)).to(dtype), t)
+        return checked("strength", self.strength(self.schedule.noise_to_signal(t)).to(dtype), t)
 
     def _radius(self, t: Tensor, dtype: torch.dtype, generator: Generators) -> Tensor:
         """The bound on omega per image, shape (B,), where ``t`` lies."""
         radius = self.radius(self.schedule.sigma(t).to(dtype), generator)
-        return radius if isinstance(self.radius, Radius) else _checked("radius", radius, t)
+        return radius if isinstance(self.radius, Radius) else checked("radius", radius, t)
 
     def _regulariser(
         self,
@@ -209,7 +214,7 @@ class EquivarianceLoss(DenoisingLoss):
         return (perturbed.detach() if self.gradient == "clean" else perturbed) - output
 
 
-def _checked(what: str, values: Tensor, t: Tensor) -> Tensor:
+def checked(what: str, values: Tensor, t: Tensor) -> Tensor:
     """What a user's function returned.
 
     Raises:

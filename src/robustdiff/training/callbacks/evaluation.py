@@ -12,7 +12,7 @@ from robustdiff.data.dataset import ImageDataset
 from robustdiff.diffusion.pipeline import sample, save_pipeline, to_uint8
 from robustdiff.evaluation.extractors import Extractor
 from robustdiff.evaluation.features import Features, default_cache, extract
-from robustdiff.evaluation.metrics import compute_metrics
+from robustdiff.evaluation.metrics import KernelDistance, compute_metrics
 from robustdiff.training.callbacks.base import Callback
 from robustdiff.training.callbacks.pipeline import memory_explained
 from robustdiff.training.metrics import JsonlLog
@@ -62,7 +62,7 @@ class EvaluationCallback(Callback):
         self.folder, self.extractor, self.every, self.n = Path(folder), extractor, every, n
         self.seed, self.steps, self.batch_size, self.classes = seed, steps, batch_size, classes
         self.reference = self._features(reference)
-        kernel = "KID" if extractor.metric == "FID" else f"KID-{extractor.name}"
+        kernel = KernelDistance().label("kernel", extractor)
         self.metric = {"fd": extractor.metric, "kid": kernel}[metric]
 
     def on_start(self, run: TrainingRun) -> None:
