@@ -110,6 +110,7 @@ def test_foreign_pictures_are_shown_and_not_acted_on(tmp_path: Path, capsys) -> 
     assert "farthest from the others in pixels, typical 1, not acted on: " in said
     found = json.loads((tmp_path / "with" / "found.json").read_text())
     far = [image.pop("distance") for image in found["images"]]
+    assert found.pop("features") == "pixels"
     assert found == without
     assert sorted(range(count), key=lambda i: -far[i])[:4] == sorted(range(count - 4, count), key=lambda i: -far[i])
     assert (tmp_path / "with" / "found-far.png").is_file()
