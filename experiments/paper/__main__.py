@@ -35,7 +35,7 @@ def run(config: ReproduceConfig, say: Say) -> int:
 def reproduce(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     command = Command(ReproduceConfig, run, MEMORY_REMEDY, goes_on="the same command goes on")
-    return main(argv, {"reproduce": command}, prog="python -m experiments.paper")
+    return main(argv, {"experiments.paper": command}, prog="python -m experiments.paper")
 
 
 if __name__ == "__main__":
