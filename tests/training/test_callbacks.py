@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import TINY_UNET
+from robustdiff import load_images
 from robustdiff.commands import main
-from robustdiff.training.callbacks import EvaluationCallback
+from robustdiff.evaluation import open_extractor
+from robustdiff.evaluation.metrics import compute_metrics
+from robustdiff.training.callbacks import EvaluationCallback, evaluation
 
 
 def digits_like(n: int, seed: int) -> np.ndarray:
@@ -135,3 +140,27 @@ def test_bad_input_is_known_before_training(here, capsys, more, says) -> None:
     assert says in message
     assert message.count("\n") == 1
     assert not (here / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"every": 0}, "every >= 1, got 0"), ({"n": 13}, "n >= 14, got 13"), ({"metric": "is"}, "metric to be fd or kid")],
+)
+def test_an_evaluation_that_cannot_be_is_refused_when_it_is_made(here, changes, says) -> None:
+    reference = load_images(str(here / "clean.npy"))
+    with pytest.raises(ValueError, match=f"EvaluationCallback needs {says}"):
+        EvaluationCallback(here, reference, open_extractor("pixels"), **{"every": 1, **changes})
+
+
+def test_a_value_that_is_not_finite_is_written_as_null_and_training_goes_on(here, monkeypatch, capfd) -> None:
+    def spoilt(*arguments, **settings):
+        quality = compute_metrics(*arguments, **settings)
+        values = tuple(replace(value, value=math.nan, floor=math.inf) for value in quality.values)
+        return replace(quality, values=values)
+
+    monkeypatch.setattr(evaluation, "compute_metrics", spoilt)
+    assert train(here, "run", *during(here)) == 0
+    assert [line["values"]["FD-pixels"]["value"] for line in lines(here, "run")] == [None] * 4
+    assert "FD-pixels" in next(line for line in capfd.readouterr().err.splitlines() if "written as null" in line)
+    assert not (here / "run" / "best").exists()
+    assert (here / "run" / "checkpoints" / "step-00000012").is_dir()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, EDMEulerScheduler, UNet2DModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,13 +29,16 @@ from robustdiff.training import (
     LogCallback,
     PipelineCallback,
     PreviewCallback,
+    TrackerCallback,
     TrainingRun,
     fit,
     loop,
     train_step,
 )
 from robustdiff.training.checkpoint import find_checkpoint
-from robustdiff.training.metrics import NonFinite
+from robustdiff.training.metrics import Metrics, NonFinite
+from robustdiff.training.processes import build_accelerator
+from robustdiff.utils.errors import RobustdiffWarning, UsageError
 from robustdiff.utils.signals import Interrupted
 
 LOOK = 0.1, -0.2
@@ -204,7 +209,9 @@ def test_a_callback_sees_every_step_and_all_hooks_in_their_order() -> None:
 def test_a_bare_network_trains_on_a_loader_of_ones_own() -> None:
     loader = DataLoader(TensorDataset(X, torch.arange(8)), batch_size=4, shuffle=True)
     line, loss = Line(), Regression()
-    result = fit(line, loss, loader, options(90, ema_max_decay=0.5, log_every=30), optimizer=sgd(0.3))
+    with pytest.warns(RobustdiffWarning, match="labels that data gives are not used") as warned:
+        result = fit(line, loss, loader, options(90, ema_max_decay=0.5, log_every=30), optimizer=sgd(0.3))
+    assert len([one for one in warned if one.category is RobustdiffWarning]) == 1
     assert line.weights == pytest.approx([3, -1], abs=1e-3)
     assert result.network is line
     assert [result.average[name].item() for name in "ab"] == pytest.approx([3, -1], abs=1e-3)
@@ -267,9 +274,11 @@ def test_a_callback_may_end_the_run_which_is_then_saved() -> None:
                 run.stop()
 
     recorder = Enough()
-    result = fit(Line(), Regression(), [X], options(100), [recorder], optimizer=sgd(0.05))
+    result = fit(Line(), Regression(), [X], options(100, log_every=2), [recorder], optimizer=sgd(0.05))
     assert result.steps == 3
-    assert recorder.events == ["setup", "start", 1, 2, 3, "sync", "checkpoint", "end"]
+    assert [record["step"] for record in result.records] == [2, 3]
+    assert len(recorder.records) == 1  # what is resumed logs the lines of a run that was not stopped
+    assert recorder.events == ["setup", "start", 1, "log", 2, 3, "sync", "checkpoint", "end"]
 
 
 def test_ctrl_c_ends_after_the_step_with_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,14 +398,170 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         ({"lr_warmup_steps": 5}, "lr_warmup_steps"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite"),
+        ({"adam_beta1": 1.0}, "adam_beta1"),
+        ({"adam_beta2": -0.1}, "adam_beta2"),
+        ({"adam_epsilon": 0.0}, "adam_epsilon"),
+        ({"adam_weight_decay": math.inf}, "adam_weight_decay"),
+        ({"workers": -1}, "workers"),
+        ({"steps": 2.5}, "steps"),
+        ({"seed": "1"}, "seed"),
+        ({"checkpoint_every": True}, "checkpoint_every"),
     ):
         with pytest.raises(ValueError, match=f"FitOptions needs .*{name}"):
             FitOptions(**{"steps": 3, **changes})
     with pytest.raises(ValueError, match="data ended after 2 batches"):
         fit(Line(), Regression(), iter([X, X]), options(3), optimizer=sgd(0.05))
-    with pytest.raises(ValueError, match="data gave Tensor: give tensors of images"):
+    with pytest.raises(ValueError, match="data gave Tensor of int64: give float tensors of images"):
         fit(Line(), Regression(), [X.long()], options(), optimizer=sgd(0.05))
     with pytest.raises(ValueError, match="data gave str"):
         fit(Line(), Regression(), ["x"], options(), optimizer=sgd(0.05))
     with pytest.raises(TypeError, match="loss must return a LossOutput, got Tensor"):
         fit(Line(), lambda model, x0, **_: model(x0, None).mean(), [X], options(), optimizer=sgd(0.05))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (X, "Tensor, which has no batches: wrap it in a DataLoader"),
+        (TensorDataset(X), "TensorDataset, which has no batches: wrap it in a DataLoader"),
+        ([X[:0]], "give at least one"),
+        ([Batch(X[:0])], "without images"),
+        ([torch.zeros(2, 3, dtype=torch.uint8)], "Tensor of uint8"),
+    ],
+)
+def test_data_without_batches_of_images_is_refused(data, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(Line(), Regression(), data, options(), optimizer=sgd(0.05))
+
+
+def test_a_loss_that_is_not_per_image_is_refused() -> None:
+    class Mean(Regression):
+        def __call__(self, model, x0, **known) -> LossOutput:
+            output = super().__call__(model, x0, **known)
+            return dataclasses.replace(output, total=output.total.mean())
+
+    with pytest.raises(ValueError, match=r"total per image, shape \(8,\), got shape \(\)"):
+        fit(Line(), Mean(), [X], options(), optimizer=sgd(0.05))
+
+
+def test_an_accelerator_that_contradicts_the_options_is_refused() -> None:
+    accelerator = build_accelerator("bf16")
+    with pytest.raises(ValueError, match="mixed_precision bf16, FitOptions has no"):
+        TrainingRun(Line(), Regression(), options(), accelerator=accelerator)
+    accelerator = build_accelerator()
+    accelerator.gradient_accumulation_steps = 2
+    with pytest.raises(ValueError, match="gradient_accumulation_steps 2: give it to FitOptions"):
+        TrainingRun(Line(), Regression(), options(), accelerator=accelerator)
+    accelerator.gradient_accumulation_steps = 1
+    assert TrainingRun(Line(), Regression(), options(), accelerator=accelerator).accelerator is accelerator
+
+
+@pytest.fixture
+def images(tmp_path: Path):
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8))
+    return load_images(str(tmp_path / "images.npy"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_seed_of_the_options_rules_batches_that_have_none(images, workers: int) -> None:
+    class Flat(Regression):
+        def __call__(self, model, x0, **known) -> LossOutput:
+            return super().__call__(model, x0.flatten(1), **known)
+
+    def seen(data: object, seed: int, workers: int = 0) -> list[Tensor]:
+        loss = Flat()
+        fit(Line().float(), loss, data, options(2, batch_size=4, seed=seed, workers=workers), optimizer=sgd(0.0))
+        return [x0 for x0, _ in loss.seen]
+
+    data = Batches(images, random_flip=True)
+    one, other = seen(data, 5, workers), seen(data, 6, workers)
+    assert data.seed is None
+    assert not torch.equal(torch.cat(one), torch.cat(other))
+    assert torch.equal(torch.cat(one), torch.cat(seen(Batches(images, seed=5, random_flip=True), 5)))
+    with pytest.raises(ValueError, match="Batches has seed 5, FitOptions has seed 6"):
+        seen(Batches(images, seed=5), 6)
+    with pytest.raises(ValueError, match="Batches has no seed yet"):
+        data(range(2))
+
+
+def test_a_checkpoint_is_gone_on_with_by_the_rules_that_it_was_made_with(tmp_path: Path) -> None:
+    fit(Line(), Regression(), [X], options(4, seed=3), [CheckpointCallback(tmp_path)], optimizer=sgd(0.05))
+    saved = find_checkpoint(tmp_path)
+
+    def resume(steps: int = 6, **changes: object) -> int:
+        made, callback = options(steps, **{"seed": 3, **changes}), CheckpointCallback(tmp_path / "on", resume=saved)
+        return fit(Line(), Regression(), [X], made, [callback], optimizer=sgd(0.05), say=lambda text: None).steps
+
+    for changes, message in (
+        ({"seed": 4}, "with seed 3, not 4"),
+        ({"gradient_accumulation_steps": 2}, "with images per step 64, not 128"),
+        ({"steps": 3}, "later than the last step, 3"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            resume(**changes)
+    assert resume() == 6
+
+
+def test_labels_reach_a_network_that_takes_any_keyword() -> None:
+    class Open(Line):
+        def forward(self, x: Tensor, t: Tensor, **_: object) -> Tensor:
+            return super().forward(x, t)
+
+    loss, labels = Regression(), torch.arange(8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RobustdiffWarning)
+        fit(Open(), loss, [(X, labels)], options(), optimizer=sgd(0.05))
+        fit(Line(), Regression(), [Batch(X, labels=labels)], options(), optimizer=sgd(0.05))
+    assert torch.equal(loss.seen[0][1]["class_labels"], labels)
+
+
+def test_noise_levels_are_those_of_the_loss_and_else_of_the_pipeline() -> None:
+    unet = UNet2DModel.from_config({**TINY_UNET, "sample_size": 8})
+    ours = NoiseSchedule(torch.linspace(0.9, 0.1, 10))
+    theirs = DDPMScheduler(num_train_timesteps=10)
+    t = torch.tensor([5])
+
+    def levels(scheduler, loss) -> Callable | None:
+        return TrainingRun(DDPMPipeline(unet, scheduler), loss, options()).noise_to_signal
+
+    assert levels(theirs, DenoisingLoss(ours))(t) == ours.noise_to_signal(t)
+    assert levels(theirs, Regression())(t) == NoiseSchedule.from_scheduler(theirs).noise_to_signal(t)
+    assert levels(EDMEulerScheduler(), Regression()) is None
+
+
+def test_the_average_can_be_loaded_with_buffers_and_shared_weights() -> None:
+    class Shared(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.same = self.a
+            self.register_buffer("scale", torch.ones(()))
+
+    result = fit(Shared(), Regression(), [X], options(3, ema_max_decay=0.5), optimizer=sgd(0.1))
+    loaded = Shared()
+    loaded.load_state_dict(result.average)
+    assert loaded.a.item() == result.average["a"].item() == result.average["same"].item() != result.network.a.item()
+
+
+@pytest.mark.parametrize("make", [PipelineCallback, PreviewCallback])
+def test_callbacks_that_draw_need_a_pipeline(tmp_path: Path, make) -> None:
+    with pytest.raises(ValueError, match=f"{make.__name__} needs a pipeline"):
+        fit(Line(), Regression(), [X], options(), [make(tmp_path)], optimizer=sgd(0.05))
+
+
+def test_callbacks_make_their_folders_and_say_what_they_lack(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="CheckpointCallback needs keep >= 1, got 0"):
+        CheckpointCallback(tmp_path, keep=0)
+    callbacks = [LogCallback(tmp_path / "new" / "run"), TrackerCallback("tensorboard", {})]
+    with pytest.warns(RobustdiffWarning, match="tensorboard failed .the accelerator was not made with it"):
+        fit(Line(), Regression(), [X], options(), callbacks, optimizer=sgd(0.05))
+    assert (tmp_path / "new" / "run" / "metrics.jsonl").is_file()
+
+
+def test_images_of_a_bad_step_are_named_only_if_every_pass_has_them() -> None:
+    run = TrainingRun(Line(), Regression(), options(), optimizer=sgd(0.05))
+    bad = LossOutput(*(torch.full((2,), math.nan) for _ in range(3)), torch.zeros(2), *torch.zeros(2, 2))
+    for indices, expected in (([torch.tensor([4, 5]), None], None), ([torch.tensor([4]), torch.tensor([7])], [4, 7])):
+        metrics = Metrics(run.accelerator, skip=False)
+        metrics.add(0, [bad, bad], torch.tensor(1.0), 0, indices)
+        _, found = metrics.flush(None)
+        assert found.record()["indices"] == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from robustdiff.data.corruption import Corruption, corrupt
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.training.curriculum import LevelBalancedSampler
-from robustdiff.utils.errors import UsageError
+from robustdiff.utils.errors import RobustdiffWarning, UsageError
 from robustdiff.utils.seeds import derive_seed
 
 LoadedBatch = tuple[Tensor, Tensor | None]
@@ -28,12 +29,14 @@ class Batch:
 
     Attributes:
         x0: In [-1, 1], shape (B, ...).
-        first: Counter of the first image: how many the run saw before it. Rules the network's own draws (dropout).
+        first: Counter of the first image: how many the run saw before it. Rules the network's own draws (dropout). In
+            what a loader of your own gives, ``fit`` sets it.
         generators: Each image's own, for every draw that is made on it; None: made from the seed and the counter.
         index: Place of each in its data set, int64, shape (B,), if it has one.
         t: Timestep of each, int64, shape (B,); None: the loss draws them.
         noise_level: sigma_n, the noise that each carries already, in the units of ``x0``, shape (B,); None: none.
-        mask: Where ``x0`` counts in the loss, bool, of a shape that broadcasts to that of ``x0``; None: everywhere.
+        mask: Where ``x0`` counts in the loss, bool, shape (B, ...) with as many axes as ``x0``, of its sizes or (but
+            for the first) 1; None: everywhere.
         labels: Class of each, int64, shape (B,), for networks that take ``class_labels``.
     """
 
@@ -64,7 +67,7 @@ class Batches:
     Args:
         images: The data.
         corruptions: Frozen dirt, a function of (seed, index of the image).
-        seed: The run's seed.
+        seed: The run's seed. None: ``fit`` fills in that of its options.
         random_flip: Mirror left-right with probability 1/2, a function of (seed, counter).
         only: Indices of the images that are used, int64; their dirt is the same. Default: all.
         noise_level: Standard deviation of the noise that each image carries, by index, shape (N,), if it is known.
@@ -77,7 +80,7 @@ class Batches:
 
     images: ImageDataset
     corruptions: tuple[Corruption, ...] = ()
-    seed: int = 0
+    seed: int | None = None
     random_flip: bool = False
     only: Tensor | None = None
     noise_level: Tensor | None = None
@@ -87,13 +90,19 @@ class Batches:
     _epoch: int = -1
     _order: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
+    @property
+    def _seed(self) -> int:
+        if self.seed is None:
+            raise ValueError("Batches has no seed yet: give `seed`, or hand it to fit, which has one")
+        return self.seed
+
     def index(self, counter: int) -> int:
         """Which image the run sees as its ``counter``-th: a fresh permutation per pass over the data."""
         only = self.only if self.sampler is None else self.sampler.used
         count = len(self.images) if only is None else len(only)
         epoch, place = divmod(counter, count)
         if self._epoch != epoch:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self._seed, "order", epoch))
             if self.sampler is not None:
                 order = self.sampler.order(generator)
             else:
@@ -117,14 +126,14 @@ class Batches:
         images = self.images.x0(list(indices))
         if self.corruptions:
             pairs = zip(images, indices, strict=True)
-            images = torch.stack([corrupt(x0, self.corruptions, self.seed, index)[0] for x0, index in pairs])
+            images = torch.stack([corrupt(x0, self.corruptions, self._seed, index)[0] for x0, index in pairs])
         return images
 
     def draw(self, counters: range, loaded: LoadedBatch) -> Batch:
         """Everything random about these visits (generators, mirroring, timesteps), and what is known of the images."""
         images, filled = loaded
         index = torch.tensor([self.index(counter) for counter in counters])
-        generators = draw_generators(self.seed, counters)
+        generators = draw_generators(self._seed, counters)
         if self.random_flip:
             mirrored = torch.tensor([bool(torch.rand((), generator=generator) < 0.5) for generator in generators])
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
@@ -235,7 +244,7 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
 
 
 def repeat_batches(
-    data: Iterable[Any], seed: int, first: int = 0, process: int = 0, processes: int = 1
+    data: Iterable[Any], seed: int, first: int = 0, process: int = 0, processes: int = 1, labels: bool = True
 ) -> Generator[Batch, None, None]:
     """Batches of somebody else's loader, over and over.
 
@@ -246,15 +255,20 @@ def repeat_batches(
         first: Images seen before, by all processes.
         process: This process, from 0.
         processes: Of how many.
+        labels: Whether the network takes those of pairs; if not, one warning says that they are not used.
 
     Raises:
-        ValueError: If it gives something else, or is used up.
+        ValueError: If it gives something else, an empty batch, or is used up.
     """
     count = 0
     while True:
         before = count
         for item in data:
             batch = _as_batch(item)
+            if not labels and batch.labels is not None and batch is not item:
+                message = "the labels that data gives are not used: the network takes no `class_labels`"
+                warnings.warn(message, RobustdiffWarning, stacklevel=2)
+                labels = True
             batch = dataclasses.replace(batch, first=first + process * len(batch.x0))
             if batch.generators is None:
                 batch = dataclasses.replace(batch, generators=draw_generators(seed, batch.counters))
@@ -269,11 +283,17 @@ def repeat_batches(
 
 def _as_batch(item: object) -> Batch:
     if isinstance(item, Batch):
+        if not len(item.x0):
+            raise ValueError("data gave a Batch without images: leave it out")
         return item
     parts = tuple(item) if isinstance(item, tuple | list) else (item,)
     tensors = all(isinstance(part, Tensor) for part in parts)
     if not tensors or len(parts) not in (1, 2) or not parts[0].is_floating_point():
+        dtype = f" of {str(parts[0].dtype).removeprefix('torch.')}" if parts and isinstance(parts[0], Tensor) else ""
         raise ValueError(
-            f"data gave {type(item).__name__}: give tensors of images in [-1, 1], pairs of images and labels, or Batch"
+            f"data gave {type(item).__name__}{dtype}: give float tensors of images in [-1, 1], pairs of images and "
+            "labels, or Batch"
         )
+    if parts[0].ndim == 0 or not len(parts[0]):
+        raise ValueError(f"data gave images of shape {tuple(parts[0].shape)}: give at least one, shape (B, ...)")
     return Batch(parts[0], labels=parts[1] if len(parts) == 2 else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.losses.denoising import LossOutput
@@ -27,10 +29,10 @@ class FitResult:
 
     Attributes:
         network: The network that was trained, with its weights as they are.
-        average: The moving average of its weights, by name, for ``load_state_dict``; None without one.
+        average: The moving average of its weights, by name, and its buffers, for ``load_state_dict``; None without one.
         steps: Optimiser steps done.
         images: Images seen.
-        records: Means of the loss terms and speed, one every ``log_every`` steps, with the last step.
+        records: Means of the loss terms and speed, one every ``log_every`` steps, and of the last step.
     """
 
     network: nn.Module
@@ -53,6 +55,9 @@ def fit(
 ) -> FitResult:
     """Train a network; nothing is written unless a callback writes it.
 
+    The network is left in train mode. Torch's global generator is seeded anew at every pass, from the options' seed:
+    what you draw from it afterwards follows from that.
+
     Example::
 
         schedule = NoiseSchedule.from_scheduler(DDPMScheduler())
@@ -74,8 +79,10 @@ def fit(
     Raises:
         NonFinite: If a loss or gradient is not finite; names the step and the noise level.
         Interrupted: On Ctrl-C or SIGTERM, after the step that was being done and a last checkpoint.
-        ValueError: If ``data`` ends, or gives something else.
+        ValueError: If ``data`` ends, or is or gives something else; if its seed is not that of the options; if the
+            accelerator has another precision than the options, or accumulates gradients itself.
     """
+    _check_data(data, options.seed)
     run = TrainingRun(model, loss, options, callbacks, optimizer=optimizer, accelerator=accelerator, say=say)
     for callback in run.callbacks:
         callback.on_setup(run)
@@ -96,6 +103,8 @@ def fit(
                 run.check_finite()
                 run.each("on_log", run.record())
             run.each("on_step")
+            if run.stopping and not logging:
+                _record_last(run)
             if run.finished or run.step % (options.checkpoint_every or options.steps) == 0:
                 _save(run)
 
@@ -145,13 +154,23 @@ def train_step(run: TrainingRun, batches: Iterator[Batch]) -> None:
     run.step += 1
 
 
+def _check_data(data: object, seed: int) -> None:
+    if isinstance(data, Tensor | Dataset):
+        raise ValueError(f"data is a {type(data).__name__}, which has no batches: wrap it in a DataLoader")
+    if isinstance(data, Batches) and data.seed not in (None, seed):
+        raise ValueError(f"Batches has seed {data.seed}, FitOptions has seed {seed}: give the same, or Batches none")
+
+
 def _feed(run: TrainingRun, data: ImageDataset | Batches | Iterable[Any]) -> Generator[Batch, None, None]:
     """Batches from where the run goes on."""
     options, accelerator = run.options, run.accelerator
     process, processes = accelerator.process_index, accelerator.num_processes
     batches = Batches(data, seed=options.seed) if isinstance(data, ImageDataset) else data
     if not isinstance(batches, Batches):
-        return repeat_batches(batches, options.seed, run.images, process, processes)
+        return repeat_batches(batches, options.seed, run.images, process, processes, run.takes_labels)
+    if batches.seed is None:
+        batches = copy.copy(batches)  # the caller's has none still
+        batches.seed = options.seed
     batch = options.batch_size * options.gradient_accumulation_steps * processes
     shares = RankSampler(run.step, options.steps, batch, options.batch_size, process, processes)
     return iterate_batches(batches, shares, options.workers, pin=accelerator.device.type == "cuda")
@@ -165,6 +184,14 @@ def _vote(run: TrainingRun, status: int, logging: bool) -> int:
     return agree(run.accelerator, status) if logging or run.step % every == 0 else 0
 
 
+def _record_last(run: TrainingRun) -> None:
+    """For the caller only: to callbacks and checkpoints, the means go on as if the run had not been stopped."""
+    run.check_finite()
+    state = run.metrics.state()
+    run.record()
+    run.metrics.restore(state)
+
+
 def _save(run: TrainingRun) -> None:
     run.check_finite()
     run.each("on_sync")
@@ -173,6 +200,9 @@ def _save(run: TrainingRun) -> None:
 
 
 def _result(run: TrainingRun) -> FitResult:
-    names = [name for name, _ in run.network.named_parameters()]
-    average = None if run.ema is None else dict(zip(names, run.ema.shadow_params, strict=True))
+    average: dict[str, Tensor] | None = None
+    if run.ema is not None:
+        means = dict(zip(map(id, run.network.parameters()), run.ema.shadow_params, strict=True))
+        named = run.network.named_parameters(remove_duplicate=False)  # shared weights have several names
+        average = {**run.network.state_dict(), **{name: means[id(weight)] for name, weight in named}}
     return FitResult(run.network, average, run.step, run.images, run.records)

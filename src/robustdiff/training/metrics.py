@@ -210,7 +210,7 @@ class Metrics:
     def _gather(self, column: Sequence[Tensor | None]) -> Tensor | None:
         """The passes' values, (B,) each, over all processes, in the order of the counters; on the CPU."""
         values = [value for value in column if value is not None]
-        if not values:
+        if len(values) < len(column):  # those of some passes only would be paired with the images of others
             return None
         device = self._accelerator.device
         return torch.cat([self._accelerator.gather(to_device(value, device)).cpu() for value in values])

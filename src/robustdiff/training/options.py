@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,8 +19,8 @@ class FitOptions:
         learning_rate: Peak learning rate, > 0.
         lr_scheduler: A schedule of diffusers' ``get_scheduler``: constant, constant_with_warmup, linear, cosine ...
         lr_warmup_steps: Optimiser steps of linear warm-up, 0 to ``steps``.
-        adam_beta1: Of AdamW, 0 to 1.
-        adam_beta2: Of AdamW, 0 to 1.
+        adam_beta1: Of AdamW, >= 0 and < 1.
+        adam_beta2: Of AdamW, >= 0 and < 1.
         adam_weight_decay: Of AdamW, >= 0.
         adam_epsilon: Of AdamW, > 0.
         max_grad_norm: The gradient is clipped to this norm, > 0; ``inf`` for never.
@@ -60,12 +61,25 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"):
+        counts = ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every")
+        for name in (*counts, "lr_warmup_steps", "seed", "workers"):
+            value = getattr(self, name)
+            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            if not whole and not (name == "checkpoint_every" and value is None):
+                raise ValueError(f"FitOptions needs {name} to be a whole number, got {value!r}")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"FitOptions needs {name} >= 1, got {value}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"FitOptions needs a finite learning_rate > 0, got {self.learning_rate}")
+        for name in ("learning_rate", "adam_epsilon"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"FitOptions needs a finite {name} > 0, got {getattr(self, name)}")
+        for name in ("adam_weight_decay", "workers"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"FitOptions needs a finite {name} >= 0, got {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"FitOptions needs {name} >= 0 and < 1, got {getattr(self, name)}")
         if not self.max_grad_norm > 0:
             raise ValueError(f"FitOptions needs max_grad_norm > 0, got {self.max_grad_norm}")
         if not 0 <= self.lr_warmup_steps <= self.steps:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -86,6 +86,7 @@ class TrainingRun:
         """Put the network on the device and make what trains it; nothing is trained yet. See :func:`fit`."""
         self.options, self.loss, self.callbacks, self._say = options, loss, tuple(callbacks), say
         self.accelerator = build_accelerator(options.mixed_precision) if accelerator is None else accelerator
+        _check_accelerator(self.accelerator, options.mixed_precision)
         device = self.accelerator.device
         self.pipeline = None if isinstance(model, nn.Module) else model
         self.network = _network_of(model)
@@ -177,6 +178,9 @@ class TrainingRun:
             output = self.loss(self.model, x0, generator=batch.generators, **known)
         if not isinstance(output, LossOutput):
             raise TypeError(f"loss must return a LossOutput, got {type(output).__name__}")
+        if output.total.shape != (len(x0),):
+            shape = tuple(output.total.shape)
+            raise ValueError(f"loss must return a total per image, shape ({len(x0)},), got shape {shape}")
         return output
 
     def check_finite(self) -> None:
@@ -247,17 +251,33 @@ def _network_of(model: nn.Module | DiffusionPipeline) -> nn.Module:
     return network
 
 
+def _check_accelerator(accelerator: Accelerator, mixed_precision: str) -> None:
+    if accelerator.mixed_precision != mixed_precision:
+        raise ValueError(
+            f"accelerator has mixed_precision {accelerator.mixed_precision}, FitOptions has {mixed_precision}: give "
+            "the same to both"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"accelerator has gradient_accumulation_steps {accelerator.gradient_accumulation_steps}: give it to "
+            "FitOptions instead"
+        )
+
+
 def _noise_to_signal(pipeline: DiffusionPipeline | None, loss: Loss) -> Callable[[Tensor], Tensor] | None:
     """Noise levels of timesteps, as far as anybody knows them."""
-    scheduler = getattr(pipeline, "scheduler", None)
-    if hasattr(scheduler, "alphas_cumprod"):
-        return NoiseSchedule.from_scheduler(scheduler).noise_to_signal
     found = getattr(getattr(loss, "schedule", None), "noise_to_signal", None)
-    return found if callable(found) else None
+    if callable(found):
+        return found  # type: ignore[no-any-return]
+    try:
+        return NoiseSchedule.from_scheduler(getattr(pipeline, "scheduler", None)).noise_to_signal
+    except TypeError:  # no scheduler, or one whose timesteps are no noise levels of this kind
+        return None
 
 
 def takes_labels(network: nn.Module) -> bool:
     """Whether a network is conditional on classes, ``class_labels``."""
-    if hasattr(network, "config"):
+    if isinstance(network, ConfigMixin):  # diffusers' networks have the argument whether they use it or not
         return Denoiser.of(network).num_classes is not None
-    return "class_labels" in inspect.signature(network.forward).parameters
+    parameters = inspect.signature(network.forward).parameters
+    return "class_labels" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())

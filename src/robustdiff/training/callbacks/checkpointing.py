@@ -26,13 +26,16 @@ class CheckpointCallback(Callback):
 
     def __init__(self, folder: str | Path, keep: int = 2, resume: Path | None = None) -> None:
         """See the class."""
+        if keep < 1:
+            raise ValueError(f"CheckpointCallback needs keep >= 1, got {keep}")
         self.folder, self.keep, self.resume = Path(folder), keep, resume
 
     def on_setup(self, run: TrainingRun) -> None:
         """Restore.
 
         Raises:
-            UsageError: If the checkpoint is damaged, or of another network.
+            UsageError: If the checkpoint is damaged, or of another network, seed or number of images per step, or
+                later than the last step.
         """
         if self.resume is None:
             return
@@ -40,13 +43,28 @@ class CheckpointCallback(Callback):
         run.metrics.restore(saved.get("metrics"))
         if not isinstance(saved.get("images"), int):
             raise UsageError(f"{self.resume} is damaged (state.json: images): name another checkpoint")
+        for name, now in _rules(run).items():
+            if saved.get(name, now) != now:  # earlier checkpoints do not tell
+                what = name.replace("_", " ")
+                raise UsageError(
+                    f"{self.resume} is of a run with {what} {saved[name]!r:.40}, not {now}: keep it the same"
+                )
+        if saved["step"] > run.options.steps:
+            raise UsageError(f"{self.resume} is later than the last step, {run.options.steps}: give more `steps`")
         run.step, run.images = saved["step"], saved["images"]
         run.say(f"going on from {self.resume}: step {run.step} of {run.options.steps}")
 
     def on_checkpoint(self, run: TrainingRun) -> None:
         """Save."""
         if run.is_main:
-            counters = {"images": run.images, "metrics": run.metrics.state()}
+            counters = {"images": run.images, "metrics": run.metrics.state(), **_rules(run)}
             # In a row of bad steps nothing is deleted: the checkpoint before it may be the one to go back to.
             keep = sys.maxsize if run.metrics.streak else self.keep
             save_checkpoint(self.folder, run.step, run.training_state(), counters, keep)
+
+
+def _rules(run: TrainingRun) -> dict[str, int]:
+    """What says which images come next, and may not change on the way."""
+    options = run.options
+    batch = options.batch_size * options.gradient_accumulation_steps * run.accelerator.num_processes
+    return {"seed": int(options.seed), "images_per_step": int(batch)}

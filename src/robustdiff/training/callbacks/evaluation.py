@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,9 +17,10 @@ from robustdiff.evaluation.extractors import Extractor
 from robustdiff.evaluation.features import Features, default_cache, extract
 from robustdiff.evaluation.metrics import KernelDistance, compute_metrics
 from robustdiff.training.callbacks.base import Callback
-from robustdiff.training.callbacks.pipeline import memory_explained
+from robustdiff.training.callbacks.pipeline import check_pipeline, memory_explained
 from robustdiff.training.metrics import JsonlLog
 from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import RobustdiffWarning
 
 if TYPE_CHECKING:
     from robustdiff.training.run import TrainingRun
@@ -58,20 +62,32 @@ class EvaluationCallback(Callback):
         batch_size: int = 64,
         classes: int = 0,
     ) -> None:
-        """Look at the reference, so that what is wrong with it is known before training."""
+        """Look at the reference, so that what is wrong with it is known before training.
+
+        Raises:
+            ValueError: Naming what is out of range.
+        """
+        if metric not in ("fd", "kid"):
+            raise ValueError(f"EvaluationCallback needs metric to be fd or kid, got {metric!r}")
+        for name, value, least in (("every", every, 1), ("n", n, 14)):
+            if value < least:
+                raise ValueError(f"EvaluationCallback needs {name} >= {least}, got {value}")
         self.folder, self.extractor, self.every, self.n = Path(folder), extractor, every, n
         self.seed, self.steps, self.batch_size, self.classes = seed, steps, batch_size, classes
         self.reference = self._features(reference)
         kernel = KernelDistance().label("kernel", extractor)
         self.metric = {"fd": extractor.metric, "kid": kernel}[metric]
 
+    def on_setup(self, run: TrainingRun) -> None:
+        """Look for a pipeline."""
+        check_pipeline(self, run)
+
     def on_start(self, run: TrainingRun) -> None:
         """Later lines are cut off, and the best of those that stay is to be beaten."""
         self.lines = JsonlLog(self.folder / "evaluation" / "during.jsonl", run.step)
         kept = [json.loads(line) for line in self.lines.kept]
-        self.best = min(
-            (line["values"][self.metric]["value"] for line in kept if self.metric in line["values"]), default=None
-        )
+        values = (line["values"].get(self.metric, {}).get("value") for line in kept)
+        self.best = min((value for value in values if value is not None), default=None)
 
     def on_step(self, run: TrainingRun) -> None:
         """Evaluate, if it is time."""
@@ -108,10 +124,16 @@ class EvaluationCallback(Callback):
             class_labels=[i % self.classes for i in range(self.n)] if self.classes else None,
         )
         quality = compute_metrics(self._features(to_uint8(images), cached=False), self.reference, intervals=False)
-        values = {value.name: value.to_json() for value in quality.values}
-        (self.folder / "evaluation").mkdir(exist_ok=True)
+        values = {value.name: _finite(value.to_json()) for value in quality.values}
+        (self.folder / "evaluation").mkdir(parents=True, exist_ok=True)
         self.lines.write({"step": step, "images": seen, "n": self.n, "values": values})
+        missing = [name for name, value in values.items() if value["value"] is None]
+        if missing:
+            message = f"step {step}: {', '.join(missing)} not finite, written as null: training goes on"
+            warnings.warn(message, RobustdiffWarning, stacklevel=2)
         now = values[self.metric]
+        if now["value"] is None:
+            return f"step {step}: {self.metric} is not finite"
         better = self.best is None or now["value"] < self.best
         if better:
             self.best = now["value"]
@@ -121,8 +143,18 @@ class EvaluationCallback(Callback):
             atomic_io.write_json(
                 self.folder / "evaluation" / "best.json", {**about, "value": now["value"], "floor": now["floor"]}
             )
-        return f"step {step}: {self.metric} {now['value']:.4g} (floor {now['floor']:.4g})" + ", the best" * better
+        floor = "" if now["floor"] is None else f" (floor {now['floor']:.4g})"
+        return f"step {step}: {self.metric} {now['value']:.4g}{floor}" + ", the best" * better
 
     def _features(self, images: Any, cached: bool = True) -> Features:  # noqa: ANN401 - a tensor or an image set
         cache = default_cache() if cached else None
         return extract(self.extractor, images, batch_size=self.batch_size, cache=cache)
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - whatever JSON can hold
+    """The same, with None for numbers that JSON does not know."""
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -47,6 +47,10 @@ class PreviewCallback(Callback):
         """The picture of a step."""
         return self.folder / "samples" / f"step-{step:08d}.png"
 
+    def on_setup(self, run: TrainingRun) -> None:
+        """Look for a pipeline."""
+        check_pipeline(self, run)
+
     def on_checkpoint(self, run: TrainingRun) -> None:
         """Draw."""
         if run.is_main:
@@ -64,7 +68,7 @@ class PreviewCallback(Callback):
             class_labels=self.class_labels,
         )
         path = self.path(run.step)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_name(".preview.tmp")
         save_png(image_grid(to_uint8(images)), staging)
         staging.replace(path)
@@ -85,6 +89,10 @@ class PipelineCallback(Callback):
         """See the class."""
         self.folder, self.card, self.preview = Path(folder), card, preview
 
+    def on_setup(self, run: TrainingRun) -> None:
+        """Look for a pipeline."""
+        check_pipeline(self, run)
+
     def on_start(self, run: TrainingRun) -> None:
         """Make up for what a run lacks that was killed between its checkpoint and the end of this."""
         complete = self.preview is not None and self.preview.path(run.step).exists()
@@ -101,6 +109,16 @@ class PipelineCallback(Callback):
                 self.card(run.step)
             if self.preview is not None:
                 self.preview.draw(run)
+
+
+def check_pipeline(callback: Callback, run: TrainingRun) -> None:
+    """Refuse a run of a bare network.
+
+    Raises:
+        ValueError: Naming the callback.
+    """
+    if run.pipeline is None:
+        raise ValueError(f"{type(callback).__name__} needs a pipeline: give fit one as `model`, not a bare network")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from accelerate.tracking import GeneralTracker
+
 from robustdiff.training.callbacks.base import Callback
 from robustdiff.utils.errors import RobustdiffWarning
 
@@ -30,6 +32,9 @@ class TrackerCallback(Callback):
         """Start the tracker."""
         settings = {"settings": json.dumps(dict(self.settings))}
         self._try(lambda: run.accelerator.init_trackers("robustdiff", config=settings))
+        known = [one.name if isinstance(one, GeneralTracker) else str(one) for one in run.accelerator.log_with]
+        if self.name not in known:
+            self._give_up("the accelerator was not made with it, `log_with`")
 
     def on_log(self, run: TrainingRun, record: Mapping[str, Any]) -> None:
         """Send a record."""
@@ -47,10 +52,13 @@ class TrackerCallback(Callback):
         try:
             action()
         except Exception as error:  # trackers are other people's services: anything may come
-            reason = " ".join(str(error).split()) or type(error).__name__
+            self._give_up(" ".join(str(error).split()) or type(error).__name__)
+
+    def _give_up(self, reason: str) -> None:
+        if not self._given_up:
             warnings.warn(
                 f"`logger` {self.name} failed ({reason}): training goes on without it, metrics.jsonl has everything",
                 RobustdiffWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-            self._given_up = True
+        self._given_up = True
