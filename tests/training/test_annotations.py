@@ -229,7 +229,7 @@ def test_the_clean_subset_trains_as_a_folder_of_those_images_would(
     assert 4 <= len(names) < 8
     settings = {"noise_levels": None, "random_flip": True}
     subset = run(config, "subset", clean_subset=True, corrupt=DIRT, **settings)
-    assert f"trained on:     {len(names)} images: those that --corrupt spares" in capsys.readouterr().out
+    assert f"trained on:     {len(names)} images: those that `corrupt` spares" in capsys.readouterr().out
     alone = write_photos(tmp_path / "spared", names)
     assert same(subset, run(config, "alone", data=str(alone), **settings))
     assert not same(subset, run(config, "all", corrupt=DIRT, **settings))
