@@ -146,10 +146,10 @@ def test_without_a_reference_it_is_the_data_that_the_run_names(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("settings", "more", "words"),
     [
-        (None, (), "the run does not say what it was trained on: name clean images with --reference"),
+        (None, (), "the run does not say what it was trained on: name clean images with `reference`"),
         ({"data": "/nowhere/images"}, (), "the training images cannot be read (/nowhere/images"),
-        (None, ("-n", "3"), "that takes at least 14 images: raise -n"),
-        (None, ("--reference", "none"), "as --reference none says"),
+        (None, ("-n", "3"), "that takes at least 14 images: raise `n`"),
+        (None, ("--reference", "none"), "as `reference` none says"),
     ],
 )
 def test_what_cannot_be_judged_is_left_out_and_told(settings, more, words, pipeline, tmp_path) -> None:
