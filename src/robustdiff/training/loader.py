@@ -231,6 +231,9 @@ def iterate_batches(
             if isinstance(loaded, UsageError):
                 raise loaded
             yield batches.draw(counters, loaded)
+    except ConnectionError as error:  # it was lost while it handed its images over, which torch does not notice
+        lost = "a worker process that loads images was lost, out of memory perhaps: lower `dataloader_num_workers`"
+        raise UsageError(lost) from error
     finally:  # not left to the collector: a stack trace may hold them, and the interpreter's end would wait for ever
         loading._shutdown_workers()
         for worker in loading._workers:

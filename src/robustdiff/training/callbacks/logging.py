@@ -36,7 +36,8 @@ class LogCallback(Callback):
         self.lines: JsonlLog | None = None
         self.bad_lines: JsonlLog | None = None
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if run.is_main:
+                self.folder.mkdir(parents=True, exist_ok=True)
             self.lines = JsonlLog(self.folder / "metrics.jsonl", run.step)
             self.bad_lines = JsonlLog(self.folder / "nonfinite.jsonl", run.step - 1)
 
