@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,12 @@ FREE = "relabelled, label floor, shrunk: chosen on clean validation data that no
 
 
 def _page(title: str, sources: str, *parts: str) -> str:
-    return "\n".join([HEAD.format(title=title, sources=sources), *(part.rstrip("\n") + "\n" for part in parts)])
+    text = "\n".join([HEAD.format(title=title, sources=sources), *(part.rstrip("\n") + "\n" for part in parts)])
+    return "\n".join(line if line.startswith("|") else _wrapped(line) for line in text.split("\n"))
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _read(name: str) -> Any:  # noqa: ANN401
