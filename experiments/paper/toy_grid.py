@@ -1,4 +1,7 @@
-"""What is compared: worlds, dirt, methods and strengths; every row of every experiment, by name."""
+"""What is compared: worlds, dirt, methods and strengths; every row of every experiment, by name.
+
+A little over 400 lines, so that all rows of all worlds stand in one table.
+"""
 
 from __future__ import annotations
 

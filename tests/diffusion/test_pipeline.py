@@ -1,4 +1,7 @@
-"""Sampling: equal to stock diffusers, independent of the batch, exact on Gaussians, and the free baselines."""
+"""Sampling: equal to stock diffusers, independent of the batch, exact on Gaussians, and the free baselines.
+
+A little over 400 lines: one section per claim, on the same few pipelines.
+"""
 
 import dataclasses
 import json

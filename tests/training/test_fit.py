@@ -1,4 +1,7 @@
-"""The training loop on networks of two parameters: every step by hand, without folders, in milliseconds."""
+"""The training loop on networks of two parameters: every step by hand, without folders, in milliseconds.
+
+Long, because hooks, data, options and what is refused are tried on the same two small networks.
+"""
 
 from __future__ import annotations
 

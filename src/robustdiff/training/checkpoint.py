@@ -7,7 +7,7 @@ folder has its name, and that before anything older is deleted, so that a kill o
 a checkpoint to go on from. What a kill leaves beside it has a name that starts with a dot:
 
 * ``.step-00001000.tmp`` is being written, or, with a manifest, waits to be renamed;
-* ``.step-00001000.old`` is about to be replaced by one of the same step (see ``durable.replace_folder``);
+* ``.step-00001000.old`` is about to be replaced by one of the same step (see ``atomic_io.replace_folder``);
 * ``.step-00001000.trash`` is being deleted, and never read.
 
 The first two count as checkpoints if they have a manifest and nothing better is there of their step. The next save
