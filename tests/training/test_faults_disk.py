@@ -44,31 +44,9 @@ from runs import (
     run,
     started_at,
     tensors,
-    write_inputs,
 )
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the processes: equal bits on a machine with a GPU too."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupts."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert run(command(inputs, folder / "run"), folder / "log")[0] == 0
-    return folder / "run"
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("on_the_cpu")]
 
 
 def finish(inputs: Path, whole: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> int:

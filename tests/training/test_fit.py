@@ -44,14 +44,10 @@ from robustdiff.training.processes import build_accelerator
 from robustdiff.utils.errors import RobustdiffWarning, UsageError
 from robustdiff.utils.signals import Interrupted
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 LOOK = 0.1, -0.2
 """Weights to begin with."""
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(8, 3)
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
 class Line(nn.Module):
