@@ -23,7 +23,7 @@ from experiments.paper.image_rows import (
 )
 from robustdiff.data.dataset import DataError, ImageDataset, load_images
 from robustdiff.utils import atomic_io
-from robustdiff.utils.errors import UsageError
+from robustdiff.utils.errors import NoSuchSplit, UsageError
 
 FORMAT = 1
 LOCK, DATA = ".lock", "data/data.json"
@@ -121,9 +121,11 @@ def _load(config: ReproduceConfig, scale: Scale, split: str | None) -> ImageData
     assert config.data is not None
     try:
         return load_images(config.data, split=split, resolution=scale.resolution, channels=scale.channels)
-    except DataError as error:
-        if split is not None and "split" in str(error):  # digits, arrays and folders have none
+    except NoSuchSplit as error:  # digits, arrays and folders have none
+        if split is not None:
             return _load(config, scale, None)
+        raise UsageError(f"--data {error}") from None
+    except DataError as error:
         raise UsageError(f"--data {error}") from None
 
 
@@ -131,9 +133,9 @@ def _other(config: ReproduceConfig, scale: Scale, split: str | None, count: int)
     """The split that rows are judged against, or None if there is none or it is too small."""
     try:
         found = load_images(str(config.data), split=split, resolution=scale.resolution, channels=scale.channels)
+    except NoSuchSplit:
+        return None
     except DataError as error:
-        if "split" in str(error):
-            return None
         raise UsageError(f"--data {error}") from None
     return found if len(found) >= count else None
 

@@ -199,7 +199,7 @@ def load_images(
         options: ``split``, ``config``, ``image_column``, ``label_column`` of ``open_source``.
 
     Raises:
-        DataError: In one line, if the source or an option cannot be used.
+        DataError: In one line, if the source or an option cannot be used; NoSuchSplit, which is one, of its splits.
     """
     if resolution is not None and resolution < 1:
         raise DataError(f"`resolution` must be at least 1, got {resolution}")
@@ -213,7 +213,7 @@ def load_images(
             max_memory = free_memory() // 2 // processes_here()
         return _load(str(source), opened, resolution, channels, max_bad_fraction, max_memory)
     except DataError as error:
-        raise DataError(f"{source}: {error}") from None
+        raise type(error)(f"{source}: {error}") from None
     except PermissionError:
         raise DataError(f"{source}: no permission to read it") from None
     except MemoryError:

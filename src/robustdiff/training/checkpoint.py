@@ -12,8 +12,6 @@ a checkpoint to go on from. What a kill leaves beside it has a name that starts 
 
 The first two count as checkpoints if they have a manifest and nothing better is there of their step. The next save
 gives such a one its name and deletes the rest.
-
-Longer than most files: writing, finding and reading are three views of the same names on disk.
 """
 
 from __future__ import annotations
@@ -32,12 +30,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from robustdiff.training.checkpoint_fit import OPTIMIZER, check_record, misfit, moments, require
 from robustdiff.utils import atomic_io
 from robustdiff.utils.errors import UsageError
 
 FORMAT = 1
 """Version of the layout, in the manifest; any other is refused."""
-_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_FILES = ("model.safetensors", OPTIMIZER, "state.json")
 _EMA = "ema.safetensors"
 _NAME = re.compile(r"(\.)?step-(\d{8,18})(?(1)\.(tmp|old|trash))", re.ASCII)
 _ASKED = re.compile(r"\.?(?:step-|checkpoint-)?(\d{1,18})(?:\.tmp|\.old)?", re.ASCII)
@@ -301,14 +300,14 @@ def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
         weights, tensors = load_file(path / _FILES[0]), load_file(path / _FILES[1])
         if (average is None) != (state.ema is None):
             raise UsageError(f"{path} and `use_ema` disagree: resume with the flags the run was started with")
-        if misfit := _misfit(state.model.state_dict(), weights):
-            raise UsageError(f"{path} was made with another network: {misfit}")
-        _check_record(record, state)
+        if unfit := misfit(state.model.state_dict(), weights):
+            raise UsageError(f"{path} was made with another network: {unfit}")
+        check_record(record, state)
         saved = {} if state.ema is None else load_file(path / _EMA)
         averages = _averages(state)
-        misfit = _misfit(averages, saved)
-        _require(not misfit, f"{_EMA}: {misfit}")
-        moments = _moments(state.optimizer, {**tensors, **record["optimizer"]["numbers"]})
+        unfit = misfit(averages, saved)
+        require(not unfit, f"{_EMA}: {unfit}")
+        adam = moments(state.optimizer, {**tensors, **record["optimizer"]["numbers"]})
     except UsageError:
         raise
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
@@ -324,7 +323,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
     for group in record["optimizer"]["param_groups"]:
         betas = {"betas": tuple(group["betas"])} if "betas" in group else {}  # JSON has lists only
         groups.append({**group, **betas})
-    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    state.optimizer.load_state_dict({"state": adam, "param_groups": groups})
     for parameter, values in state.optimizer.state.items():
         for key, value in values.items():  # fused AdamW on CUDA wants the strides of the parameter (channels_last)
             if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -333,99 +332,3 @@ def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
         known = part.state_dict().keys()  # a schedule would take any other name for an attribute of its own
         part.load_state_dict({key: value for key, value in record["extra"][name].items() if key in known})
     return record
-
-
-def _check_record(record: dict[str, Any], state: TrainingState) -> None:
-    """Refuse a ``state.json`` that ``state`` could not take.
-
-    Raises:
-        ValueError: With what is wrong.
-    """
-    _require(_count(record.get("step")), "state.json: no step")
-    average = record.get("ema")
-    good = average is None or (isinstance(average, dict) and _count(average.get("optimization_step")))
-    _require("ema" in record and good, "state.json: ema")
-    _require(_alike({"numbers": {}}, record.get("optimizer")), "state.json: optimizer")
-    optimizer = record["optimizer"]
-    numbers, groups = optimizer["numbers"], optimizer.get("param_groups")
-    for key, value in numbers.items():
-        _require(isinstance(value, int | float), f"state.json: {key!r:.80} is no number")
-    here = state.optimizer.state_dict()["param_groups"]
-    _require(_alike(here, groups), "state.json: param_groups")
-    same = [group["params"] for group in here] == [group["params"] for group in groups]
-    _require(same, "state.json: other parameters in the optimizer")
-    parts = {name: part.state_dict() for name, part in state.extra.items()}
-    _require(_alike(parts, record.get("extra")), f"state.json: {' or '.join(parts) or 'extra'}")
-
-
-def _alike(here: object, there: object) -> bool:
-    """Whether ``there`` has the form of ``here``: the same kinds of value at the same places.
-
-    Names that start with an underscore, and options (None or a flag), come and go with torch's version.
-    """
-    if isinstance(here, dict):
-        optional = {key for key, value in here.items() if str(key).startswith("_") or isinstance(value, bool | None)}
-        return (
-            isinstance(there, dict)
-            and here.keys() - optional <= there.keys()
-            and all(_alike(here[key], there[key]) for key in here.keys() & there.keys())
-        )
-    if isinstance(here, list | tuple):
-        if not isinstance(there, list | tuple) or len(here) != len(there):
-            return False
-        return all(_alike(a, b) for a, b in zip(here, there, strict=True))
-    if isinstance(here, bool | None):
-        return isinstance(there, bool | None)
-    if isinstance(here, int | float):
-        return isinstance(there, int | float) and not isinstance(there, bool)
-    return isinstance(there, type(here))
-
-
-def _misfit(here: dict[str, Tensor], there: dict[str, Tensor]) -> str:
-    """How ``there`` differs from ``here`` in names, shapes, or types; "" if it does not."""
-    for name in sorted(here.keys() | there.keys()):
-        if name not in there:
-            return f"it lacks {name}"
-        if name not in here:
-            return f"it has {name!r:.80}, which is unknown here"
-        a, b = here[name], there[name]
-        if a.shape != b.shape:
-            return f"{name} has shape {list(b.shape)} there, {list(a.shape)} here"
-        if a.dtype != b.dtype:
-            return f"{name} is {b.dtype} there, {a.dtype} here"
-    return ""
-
-
-def _moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The optimiser's state by parameter, checked.
-
-    Raises:
-        ValueError: With what is wrong.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    values: dict[int, dict[str, Any]] = {}
-    for key, value in saved.items():
-        place, _, name = key.partition(".")
-        index = int(place) if re.fullmatch(r"\d{1,9}", place, re.ASCII) else len(parameters)
-        known = index < len(parameters) and name
-        _require(bool(known), f"{_FILES[1]}: {key!r:.80} is unknown here")
-        shape = value.shape if isinstance(value, Tensor) else torch.Size()
-        wanted = torch.Size() if name == "step" else parameters[index].shape
-        _require(shape == wanted, f"{_FILES[1]}: {key} has shape {list(shape)} there, {list(wanted)} here")
-        good = not isinstance(value, Tensor) or value.is_floating_point()
-        _require(good, f"{_FILES[1]}: {key} holds no floating-point numbers")
-        values.setdefault(index, {})[name] = value
-    adam = {"step", "exp_avg", "exp_avg_sq"} if "betas" in optimizer.defaults else set()
-    for index, part in values.items():
-        lacking = (adam | next(iter(values.values())).keys()) - part.keys()
-        _require(not lacking, f"{_FILES[1]}: it lacks {', '.join(sorted(lacking))} of parameter {index}")
-    return values
-
-
-def _count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -140,18 +140,7 @@ def train_step(run: TrainingRun, batches: Iterator[Batch]) -> None:
             run.accelerator.backward(mean / passes)
         run.images += len(batch.x0) * run.accelerator.num_processes
     gradient_norm = run.accelerator.clip_grad_norm_(run.network.parameters(), run.options.max_grad_norm)
-    bad = run.metrics.add(run.step, outputs, gradient_norm, seen, indices)
-    scaled = run.accelerator.scaler is not None  # the scaler skips bad steps itself
-    if run.fused and not scaled:
-        run.optimizer.optimizer.found_inf = bad  # the fused kernel then changes nothing, and no one waits to know
-    if scaled or run.fused or not bad:
-        run.optimizer.step()
-    run.learning_rate = run.lr_schedule.get_last_lr()[0]
-    run.lr_schedule.step()
-    run.optimizer.zero_grad()
-    if run.ema is not None:
-        run.ema.step(run.network.parameters())
-    run.step += 1
+    run.update(bad=run.metrics.add(run.step, outputs, gradient_norm, seen, indices))
 
 
 def _check_data(data: object, seed: int) -> None:

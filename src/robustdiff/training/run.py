@@ -183,6 +183,24 @@ class TrainingRun:
             raise ValueError(f"loss must return a total per image, shape ({len(x0)},), got shape {shape}")
         return output
 
+    def update(self, bad: Tensor) -> None:
+        """Move weights, learning rate and moving average by the gradient that has been gathered.
+
+        Args:
+            bad: Whether loss or gradient are not finite, 0 or 1, shape (): then no weight moves.
+        """
+        scaled = self.accelerator.scaler is not None  # the scaler skips bad steps itself
+        if self.fused and not scaled:
+            self.optimizer.optimizer.found_inf = bad  # the fused kernel then changes nothing, and no one waits to know
+        if scaled or self.fused or not bad:
+            self.optimizer.step()
+        self.learning_rate = self.lr_schedule.get_last_lr()[0]
+        self.lr_schedule.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(self.network.parameters())
+        self.step += 1
+
     def check_finite(self) -> None:
         """Fetch the metrics of the steps that wait; whoever uses the weights calls this first, on every process.
 

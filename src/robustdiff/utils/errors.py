@@ -21,6 +21,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stopped and what is safe."""
 
 
+class NoSuchSplit(DataError):
+    """The source has no such split, or none at all."""
+
+
 class RobustdiffWarning(UserWarning):
     """Something went wrong that training survives; the message is one line."""
 

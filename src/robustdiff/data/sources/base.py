@@ -12,7 +12,7 @@ import numpy as np
 
 from robustdiff.data import decode
 from robustdiff.data.decode import Item, Pixels
-from robustdiff.utils.errors import DataError
+from robustdiff.utils.errors import DataError, NoSuchSplit
 
 PLAIN = re.compile(r"[\w-][\w.-]{0,254}", re.ASCII)
 """What a name found inside a file must look like to become an image's name: nothing that could lead elsewhere."""
@@ -80,7 +80,7 @@ def choose_splits(splits: Sequence[str], split: str | None) -> Sequence[str]:
     """The splits asked for: ``split``, every one for ``all``; by default ``train``, or the only one there is.
 
     Raises:
-        DataError: If there is no such split, or no default.
+        NoSuchSplit: Or no default.
     """
     if split == "all" and splits:
         return splits
@@ -89,9 +89,9 @@ def choose_splits(splits: Sequence[str], split: str | None) -> Sequence[str]:
     if (wanted := split or "train") in splits:
         return [wanted]
     if not splits:
-        raise DataError("this source has no splits: leave `split` out")
+        raise NoSuchSplit("this source has no splits: leave `split` out")
     missing = "there is no split train" if split is None else f"`split` {split}: no such split"
-    raise DataError(f"{missing}; use `split` with one of {listed(splits)}, or all")
+    raise NoSuchSplit(f"{missing}; use `split` with one of {listed(splits)}, or all")
 
 
 def listed(names: Sequence[Any]) -> str:

@@ -24,7 +24,7 @@ from robustdiff.data.sources import celeba_lsun
 from robustdiff.data.sources.base import Files, Rows, Source, by_name, numbers, short_reason
 from robustdiff.data.sources.cifar import cifar, is_cifar
 from robustdiff.data.sources.huggingface import table
-from robustdiff.utils.errors import DataError
+from robustdiff.utils.errors import DataError, NoSuchSplit
 
 __all__ = ["DataError", "Item", "Source", "open_source"]
 
@@ -123,7 +123,8 @@ def _open(source: str | Path, options: dict[str, str | None]) -> Source:
 def _unused(what: str, options: dict[str, str | None]) -> None:
     for name, value in options.items():
         if value is not None:
-            raise DataError(f"{what} cannot use `{name}` {value}: leave it out")
+            kind = NoSuchSplit if name == "split" else DataError
+            raise kind(f"{what} cannot use `{name}` {value}: leave it out")
 
 
 def _table(source: str | Path, options: dict[str, str | None]) -> Source:
