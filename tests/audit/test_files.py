@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from robustdiff.audit.files import AUDIT_FILES, check_output
+from robustdiff.audit.result import AuditResult
 from robustdiff.commands.main import main
 from robustdiff.data.corruption import Corruption, corrupt
 from robustdiff.data.dataset import load_images
@@ -44,6 +45,7 @@ def test_the_command_says_what_it_found_and_writes_lists_and_sheets(dirty, tmp_p
     there = {file.name for file in out.iterdir()}
     assert {"found.json", "clean.txt", "noise.csv", "found-holed.png", "found-odd.png"} <= there <= set(AUDIT_FILES)
     assert "found-copies.png" in there
+    assert len(AuditResult.load(out)) == len(hit)  # the folder, or the file in it
     found = json.loads((out / "found.json").read_text())
     names, clean = [image["name"] for image in found["images"]], (~hit).nonzero().flatten().tolist()
     assert found["copies"] == [[names[clean[0]], names[clean[1]]]]

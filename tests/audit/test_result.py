@@ -243,8 +243,11 @@ def test_a_file_that_is_missing_or_of_other_images_is_one_line(tmp_path: Path) -
     with pytest.raises(UsageError, match="No such file"):
         AuditResult.load(tmp_path / "auto.json", 4)
     trusted().save(tmp_path / "auto.json")
-    with pytest.raises(UsageError, match="not robustdiff auto 1 of 5 images"):
+    with pytest.raises(UsageError, match="of 4 images, not 5"):
         AuditResult.load(tmp_path / "auto.json", 5)
+    (tmp_path / "other.json").write_text('{"format": "robustdiff audit 1", "images": []}')
+    with pytest.raises(UsageError, match=r"not robustdiff auto 1, which an audit calls found\.json"):
+        AuditResult.load(tmp_path / "other.json")
     (tmp_path / "auto.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="cannot be used"):
         AuditResult.load(tmp_path / "auto.json", 4)

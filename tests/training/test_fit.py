@@ -414,13 +414,14 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         fit(Line(), Regression(), [X.long()], options(), optimizer=sgd(0.05))
     with pytest.raises(ValueError, match="data gave str"):
         fit(Line(), Regression(), ["x"], options(), optimizer=sgd(0.05))
-    with pytest.raises(TypeError, match="loss must return a LossOutput, got Tensor"):
+    with pytest.raises(TypeError, match=r"loss must return a robustdiff\.losses\.LossOutput, got Tensor"):
         fit(Line(), lambda model, x0, **_: model(x0, None).mean(), [X], options(), optimizer=sgd(0.05))
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        ("photos", "data is the path photos: give what robustdiff.load_images makes of it"),
         (X, "Tensor, which has no batches: wrap it in a DataLoader"),
         (TensorDataset(X), "TensorDataset, which has no batches: wrap it in a DataLoader"),
         ([X[:0]], "give at least one"),

@@ -64,10 +64,10 @@ class AuditResult:
     """
 
     names: Sequence[str] = field(repr=False)
-    noise_std: Tensor
-    min_sigma: Tensor
-    weight: Tensor
-    has_missing: Tensor
+    noise_std: Tensor = field(repr=False)
+    min_sigma: Tensor = field(repr=False)
+    weight: Tensor = field(repr=False)
+    has_missing: Tensor = field(repr=False)
     sigma: Tensor = field(repr=False)
     sigma_error: Tensor = field(repr=False)
     findings: tuple[Finding, ...] = ()
@@ -195,6 +195,7 @@ class AuditResult:
 
     def save(self, path: str | Path) -> None:
         """Write everything that was found, of the set and image by image, as JSON: whole or not at all."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         images = []
         for row in self.to_rows():
             known = {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in row.items()}
@@ -210,16 +211,19 @@ class AuditResult:
         """What :meth:`save` wrote.
 
         Args:
-            path: The file: ``found.json`` of an audit, ``auto.json`` of a run.
+            path: The file: ``found.json`` of an audit, ``auto.json`` of a run; or the folder of an audit.
             count: How many images there must be. Default: any number.
 
         Raises:
             DataError: If it cannot be read, or is of another number of images.
         """
+        path = Path(path) / "found.json" if Path(path).is_dir() else Path(path)
         try:
-            found = atomic_io.read_json(Path(path))
-            if found["format"] != FORMAT or count not in (None, len(found["images"])):
-                raise ValueError(f"not {FORMAT} of {len(found['images']) if count is None else count} images")
+            found = atomic_io.read_json(path)
+            if found["format"] != FORMAT:
+                raise ValueError(f"not {FORMAT}, which an audit calls found.json and a run auto.json")
+            if count not in (None, len(found["images"])):
+                raise ValueError(f"of {len(found['images'])} images, not {count}")
             result = cls(**_columns(found["images"]), **_of_the_set(found))
             if result.sha256 != found["sha256"]:
                 raise ValueError("its digest does not fit its contents")

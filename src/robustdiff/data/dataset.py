@@ -109,12 +109,12 @@ class ImageDataset:
     """
 
     source: str
-    images: Tensor | StreamedImages
-    names: Sequence[str]
+    images: Tensor | StreamedImages = field(repr=False)
+    names: Sequence[str] = field(repr=False)
     skipped: tuple[tuple[str, str], ...]
     notes: Mapping[str, int]
     classes: tuple[str, ...] = ()
-    labels: Tensor | None = None
+    labels: Tensor | None = field(default=None, repr=False)
     what: str = field(default="array")
 
     def __len__(self) -> int:

@@ -13,5 +13,6 @@ from .loop import FitResult as FitResult
 from .loop import fit as fit
 from .loop import train_step as train_step
 from .options import FitOptions as FitOptions
+from .run import Loss as Loss
 from .run import TrainingRun as TrainingRun
 from .trainer import train as train

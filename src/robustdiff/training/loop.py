@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -144,6 +145,8 @@ def train_step(run: TrainingRun, batches: Iterator[Batch]) -> None:
 
 
 def _check_data(data: object, seed: int) -> None:
+    if isinstance(data, str | Path):
+        raise ValueError(f"data is the path {data}: give what robustdiff.load_images makes of it")
     if isinstance(data, Tensor | Dataset):
         raise ValueError(f"data is a {type(data).__name__}, which has no batches: wrap it in a DataLoader")
     if isinstance(data, Batches) and data.seed not in (None, seed):

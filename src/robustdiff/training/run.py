@@ -177,7 +177,7 @@ class TrainingRun:
         with self.accelerator.autocast():
             output = self.loss(self.model, x0, generator=batch.generators, **known)
         if not isinstance(output, LossOutput):
-            raise TypeError(f"loss must return a LossOutput, got {type(output).__name__}")
+            raise TypeError(f"loss must return a robustdiff.losses.LossOutput, got {type(output).__name__}")
         if output.total.shape != (len(x0),):
             shape = tuple(output.total.shape)
             raise ValueError(f"loss must return a total per image, shape ({len(x0)},), got shape {shape}")
