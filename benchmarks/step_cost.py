@@ -21,7 +21,8 @@ from torch import nn
 from robustdiff.diffusion.networks import build_unet
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.losses.denoising import DenoisingLoss
-from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
+from robustdiff.losses.equivariance import EquivarianceLoss
+from robustdiff.losses.strength import SigmaRange
 from robustdiff.utils.errors import UsageError
 
 SEED = 0
@@ -75,8 +76,8 @@ def objectives(schedule: NoiseSchedule) -> dict[str, tuple[DenoisingLoss, float]
     share = (gated.strength(levels) > 0).double().mean().item()
     return {
         "plain": (DenoisingLoss(schedule), 1.0),
-        "random": (EquivarianceLoss.preset("paper", schedule, perturbation="random"), 2.0),
-        "adversarial (paper)": (EquivarianceLoss.preset("paper", schedule), 8 / 3),
+        "random": (EquivarianceLoss.preset("paper-random", schedule), 2.0),
+        "adversarial": (EquivarianceLoss.preset("paper", schedule), 8 / 3),
         "gated": (gated, 1 + share),
     }
 

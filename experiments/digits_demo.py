@@ -43,6 +43,7 @@ STEPS = 50
 PATIENCE = 8.0
 """Seconds after which the demo says again what it is at: it is never silent for ten."""
 FLOORS, RELABELS, SHRINKS = (0.05, 0.1, 0.15, 0.2, 0.3), (1.1, 1.2, 1.41), (0.95, 0.9, 0.8)
+QUADRATURES = (0.055, 0.1, 0.173, 0.191, 0.316)
 
 
 def frechet(generated: torch.Tensor, real: torch.Tensor) -> float:
@@ -152,9 +153,9 @@ def main() -> None:
         pipelines = {name: load_pipeline(folder / name) for name in seconds}
 
     # Rows
-    def draw(name: str, count: int = n, first: int = 0, **settings: float) -> torch.Tensor:
+    def draw(name: str, count: int = n, first: int = 0, **settings: Any) -> torch.Tensor:  # noqa: ANN401
         indices = range(first, first + count)
-        asked = "".join(f", {setting} {value:g}" for setting, value in settings.items())
+        asked = "".join(f", {setting} {value}" for setting, value in settings.items())
         with saying(f"{count} images of {name}{asked}"):
             return to_uint8(sample(pipelines[name], indices, seed=10_000, steps=STEPS, batch_size=250, **settings))
 
@@ -162,14 +163,17 @@ def main() -> None:
         pixels = images.float() / 127.5 - 1
         return to_uint8(pixels.mean(0) + factor * (pixels - pixels.mean(0)))
 
-    def best(setting: str, values: tuple[float, ...]) -> float:
+    def best(setting: str, values: tuple[float, ...], **also: str) -> float:
         """The value with the lowest distance to the validation images, on samples that no row uses."""
-        return min(values, key=lambda value: frechet(draw("plain", n // 2, 100_000, **{setting: value}), validation))
+        return min(
+            values, key=lambda value: frechet(draw("plain", n // 2, 100_000, **{setting: value}, **also), validation)
+        )
 
     print(f"== sampling {n} images per row, {STEPS} deterministic steps", flush=True)
     plain, auto = draw("plain"), draw("auto")
     apart = draw("plain", n // 2, 100_000)
-    floor, relabel = best("sigma_min", FLOORS), best("sigma_scale", RELABELS)
+    floor, relabel = best("sigma_floor", FLOORS), best("sigma_scale", RELABELS)
+    twin = best("sigma_floor", QUADRATURES, floor_shape="quadrature")
     factor = min(SHRINKS, key=lambda value: frechet(shrink(apart, value), validation))
     rows = {
         "clean training digits (the floor)": ("-", training[:n]),
@@ -180,7 +184,11 @@ def main() -> None:
             "factor chosen on clean validation images",
             draw("plain", sigma_scale=relabel),
         ),
-        f"plain, label floor {floor:g}": ("level chosen on clean validation images", draw("plain", sigma_min=floor)),
+        f"plain, label floor {floor:g}": ("level chosen on clean validation images", draw("plain", sigma_floor=floor)),
+        f"plain, floor {twin:g} in quadrature": (
+            "level chosen on clean validation images",
+            draw("plain", sigma_floor=twin, floor_shape="quadrature"),
+        ),
         f"plain, shrunk x {factor:g}": ("factor chosen on clean validation images", shrink(plain, factor)),
         "robust": (
             "noise level; gate and strength chosen on clean held-out digits, the test half included",
@@ -205,6 +213,7 @@ def main() -> None:
         "seed": seed,
         "images": arguments.images,
         "steps": STEPS,
+        "sampler": "ddim, trailing, noise of the clipped image",
         "robust": ROBUST,
         "common": COMMON,
         "reference": "250 held-out clean digits",

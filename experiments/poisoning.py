@@ -149,7 +149,7 @@ def main() -> None:
         }
 
     def draw(pipeline: Any, floor: float) -> torch.Tensor:  # noqa: ANN401
-        return to_uint8(sample(pipeline, range(n), seed=10_000, steps=STEPS, batch_size=250, sigma_min=floor))
+        return to_uint8(sample(pipeline, range(n), seed=10_000, steps=STEPS, batch_size=250, sigma_floor=floor))
 
     rows: list[dict[str, Any]] = [
         {"row": f"training digits, {name}", **score(images[:n])} for name, images in sets.items()

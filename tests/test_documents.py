@@ -137,7 +137,7 @@ def test_every_make_target_that_a_document_names_exists() -> None:
 
 
 def image_row(dirt: str, method: str) -> dict[str, Any] | None:
-    path = RESULTS / "images" / "cifar10-cpu" / f"cifar10-cpu-{dirt}-{method}.json"
+    path = RESULTS / "images" / "cifar10-cpu-old-sampler" / f"cifar10-cpu-{dirt}-{method}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 

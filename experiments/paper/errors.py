@@ -6,13 +6,14 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import ot
 import torch
 from torch import Tensor
 
 from experiments.paper import linear
-from experiments.paper.image_grid_spec import FLOORS, RELABELS, SHRINKS
+from experiments.paper.image_grid_spec import FLOORS, QUADRATURES, RELABELS, SHRINKS
 from experiments.paper.toy_grid import (
     DIRTS,
     MAIN,
@@ -264,13 +265,15 @@ def free_choices(kind: str, plain: Denoiser) -> dict[float, tuple[Denoiser, Call
         ValueError: If there is no such baseline.
     """
 
-    def asked(**change: float) -> Denoiser:
+    def asked(**change: Any) -> Denoiser:  # noqa: ANN401 - a level, a factor or a shape
         return Denoiser(SigmaClampedModel(plain.model, plain.schedule, **change), plain.schedule)
 
     if kind == "relabel":
         return {f: (asked(sigma_scale=f), lambda x: x) for f in RELABELS}
     if kind == "label_floor":
-        return {f: (asked(sigma_min=f), lambda x: x) for f in FLOORS}
+        return {f: (asked(sigma_floor=f), lambda x: x) for f in FLOORS}
+    if kind == "quadrature_floor":
+        return {f: (asked(sigma_floor=f, floor_shape="quadrature"), lambda x: x) for f in QUADRATURES}
     if kind == "shrink":
         return {f: (plain, shrink(f)) for f in SHRINKS}
     raise ValueError(f"no free baseline {kind!r}")

@@ -16,7 +16,7 @@ IMAGE_EXPERIMENTS: Mapping[str, tuple[str, str | None]] = {
 }
 """Experiments on images, and the splits that are trained on and judged against. A split that the data do not have, or
 that holds too few images for the scale, is replaced by images of the first one that are not trained on."""
-SCALES = ("cpu", "gpu-10min", "gpu-1h", "gpu")
+SCALES = ("cpu", "cpu-32", "gpu-10min", "gpu-1h", "gpu")
 
 # -- dirt ------------------------------------------------------------------------------------------------
 
@@ -45,7 +45,15 @@ KEY_DIRTS = ("clean", "gaussian-p0.9-s0.2", "outliers-q0.1")
 # -- methods ---------------------------------------------------------------------------------------------
 
 RELABELS, FLOORS, SHRINKS = (1.1, 1.2, 1.41, 2.0), (0.05, 0.1, 0.15, 0.2, 0.3), (0.95, 0.9, 0.8, 0.7)
-"""Settings tried for each of the free baselines, on clean validation images (worlds: draws) of no row."""
+QUADRATURES = (0.055, 0.1, 0.173, 0.191, 0.316)
+"""Settings tried for each of the free baselines, on clean validation images (worlds: draws) of no row. The floors in
+quadrature are the roots of K = .003, .01, .03, .0366 (the published radius and strength) and .1."""
+FREE_FLAGS: Mapping[str, tuple[str, ...]] = {
+    "relabel": ("--relabel",),
+    "label_floor": ("--sigma-floor",),
+    "quadrature_floor": ("--floor-shape", "quadrature", "--sigma-floor"),
+}
+"""Flags of ``robustdiff evaluate`` for the free baselines that only ask elsewhere; their setting follows."""
 IMAGE_RELABELS = (1.02, 1.05, *RELABELS)
 """Factors tried on images. The sampler asks at every level in turn, so that even 1.1 takes detail off clean images."""
 
@@ -59,7 +67,7 @@ class ImageMethod:
         what: One sentence.
         flags: Of ``robustdiff train``.
         told: What it was told beyond the dirty images.
-        free: The flag of ``robustdiff evaluate`` that it sets on the plain run's samples (``shrink``: done on images).
+        free: What it changes on the plain run's samples: a key of :data:`FREE_FLAGS`, or ``shrink``, done on images.
         gaussian_only: Only Gaussian dirt has noise levels that could be told.
         dirty_only: On clean data it is plain training.
         tuned: Share of the length that is spent on it, starting from the plain run; None: it starts anew.
@@ -69,7 +77,7 @@ class ImageMethod:
     what: str
     flags: tuple[str, ...] = ()
     told: str = "nothing"
-    free: Literal["relabel", "label_floor", "shrink"] | None = None
+    free: Literal["relabel", "label_floor", "quadrature_floor", "shrink"] | None = None
     gaussian_only: bool = False
     dirty_only: bool = False
     tuned: float | None = None
@@ -80,6 +88,7 @@ class ImageMethod:
         tried: dict[str | None, tuple[float, ...]] = {
             "relabel": IMAGE_RELABELS,
             "label_floor": FLOORS,
+            "quadrature_floor": QUADRATURES,
             "shrink": SHRINKS,
         }
         return tried.get(self.free, ())
@@ -87,20 +96,45 @@ class ImageMethod:
 
 _BEST = "the best of {} on clean validation images"
 PLAIN = ("--preset", "plain")
-PAPER = ("--preset", "paper")
+NOISE, STATE = ("--preset", "paper-noise"), ("--preset", "paper")
+"""Two readings of the published radius: in units of the noise, and of the state (docs/explanation/method.md)."""
 
 IMAGE_METHODS: Mapping[str, ImageMethod] = {
     "plain": ImageMethod("plain", "the denoising loss alone", PLAIN),
     "invariance": ImageMethod(
-        "invariance (paper)",
+        "invariance (paper-noise)",
         "classifier-style adversarial training: the predicted noise must not move",
-        (*PAPER, "--objective", "invariance"),
+        (*NOISE, "--objective", "invariance"),
     ),
     "random": ImageMethod(
-        "random (paper)", "equivariance to uniform noise, published settings", (*PAPER, "--perturbation", "random")
+        "random (paper-noise)",
+        "equivariance to uniform noise, published settings read in units of the noise",
+        (*NOISE, "--perturbation", "random"),
     ),
     "adversarial": ImageMethod(
-        "adversarial (paper)", "equivariance to one-step adversarial noise, published settings", PAPER
+        "adversarial (paper-noise)",
+        "equivariance to one-step adversarial noise, published settings read in units of the noise",
+        NOISE,
+    ),
+    "paper": ImageMethod(
+        "paper (adversarial, state)",
+        "equivariance to one-step adversarial noise, published settings read in units of the state",
+        STATE,
+    ),
+    "paper-random": ImageMethod(
+        "paper-random (state)",
+        "equivariance to uniform noise, published settings read in units of the state",
+        ("--preset", "paper-random"),
+    ),
+    "paper-random-half": ImageMethod(
+        "paper-random, half the radius",
+        "as paper-random, with U / 2 + 8/255 for the radius",
+        ("--preset", "paper-random", "--radius-scale", "0.5"),
+    ),
+    "paper-half": ImageMethod(
+        "paper, half the radius",
+        "as paper, with U / 2 + 8/255 for the radius",
+        (*STATE, "--radius-scale", "0.5"),
     ),
     "gated": ImageMethod(
         "gated, as shipped",
@@ -140,6 +174,12 @@ IMAGE_METHODS: Mapping[str, ImageMethod] = {
         told=_BEST.format("five levels"),
         free="label_floor",
     ),
+    "quadrature-floor": ImageMethod(
+        "plain, floor in quadrature",
+        "the free twin of paper-random: the plain network asked at sqrt(c^2 + F^2 (1 + c^2))",
+        told=_BEST.format("five levels"),
+        free="quadrature_floor",
+    ),
     "shrunk": ImageMethod(
         "plain, shrunk",
         "images of the plain network pulled towards their mean",
@@ -169,9 +209,21 @@ IMAGE_METHODS: Mapping[str, ImageMethod] = {
     ),
 }
 """Every method of the tables, in their order. ``told`` is the yardstick of Daras et al. (2024, arXiv 2411.02780)."""
-TWICE = ("plain", "gated", "gated-strong", "label-floor", "clean-subset", "told", "auto")
+TWICE = ("plain", "paper", "gated", "gated-strong", "label-floor", "quadrature-floor", "clean-subset", "told", "auto")
 """Methods whose rows on :data:`KEY_DIRTS` have the full number of seeds; all others have one."""
-ELSEWHERE = ("plain", "adversarial", "gated", "label-floor", "clean-subset", "told", "auto")
+ELSEWHERE = (
+    "plain",
+    "adversarial",
+    "paper",
+    "paper-random",
+    "paper-random-half",
+    "gated",
+    "label-floor",
+    "quadrature-floor",
+    "clean-subset",
+    "told",
+    "auto",
+)
 """Methods that are also run on dirt outside of :data:`KEY_DIRTS`."""
 
 # -- scales ----------------------------------------------------------------------------------------------
@@ -264,11 +316,23 @@ SCALE: Mapping[str, Scale] = {
         batch=32,
         network="small",
     ),
+    "cpu-32": Scale(
+        resolution=32,
+        channels=3,
+        training=20_000,
+        reference=5000,
+        validation=2000,
+        images=80_000,
+        batch=32,
+        network="small",
+        few=(10, 20),
+    ),
     "gpu-10min": replace(_LARGE, images=1_000_000, network="medium", samples=2000, choosing=500),
     "gpu-1h": replace(_LARGE, images=5_000_000, network="medium"),
     "gpu": _LARGE,
 }
-"""``cpu``: 16 x 16 grey, 1.1 M parameters. ``gpu``: 32 x 32 RGB, the network of Ho et al. (2020), 35.7 M parameters;
+"""``cpu``: 16 x 16 grey, 1.1 M parameters; ``cpu-32``: 32 x 32 RGB, the same network. ``gpu``: 32 x 32 RGB, the
+network of Ho et al. (2020), 35.7 M parameters;
 the two shorter ones have one of about 10 M."""
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.paper.image_grid_spec import IMAGE_DIRTS, ImageRow, Scale
+from experiments.paper.image_grid_spec import FREE_FLAGS, IMAGE_DIRTS, ImageRow, Scale
 from experiments.paper.results import summary
 from experiments.paper.toy_training import digest
 from robustdiff import __version__
@@ -124,7 +124,7 @@ def settings_of(row: ImageRow, scale: Scale) -> dict[str, Any]:
         commands.append(train_flags(row, row.method, scale, 0))
     about: dict[str, Any] = {"commands": [" ".join(("robustdiff", *c)) for c in commands]}
     about |= {"resolution": scale.resolution, "channels": scale.channels, "images": scale.images}
-    about |= {"sampler": f"ddim, trailing, {scale.steps} calls", "n": scale.samples}
+    about |= {"sampler": f"ddim, trailing, {scale.steps} calls, noise of the clipped image", "n": scale.samples}
     about |= {"training_images": scale.training, "reference_images": scale.reference}
     if row.what.free:
         about |= {"tried": list(row.what.tried), "tried_n": scale.choosing, "validation_images": scale.validation}
@@ -151,7 +151,7 @@ def commands(task: ImageTask) -> Iterator[Command | tuple[ImageRow, dict[str, An
         if row.what.free:
             chosen = yield from _choose(task, row, source)
             if row.what.free != "shrink":
-                change = (f"--{row.what.free.replace('_', '-')}", f"{chosen:g}")
+                change = (*FREE_FLAGS[row.what.free], f"{chosen:g}")
         if row.what.free == "shrink":
             assert chosen is not None
             plain = f"evaluations/{row.dirt}-plain-seed{task.seed}"
@@ -234,7 +234,7 @@ def _choose(task: ImageTask, row: ImageRow, source: str) -> Generator[Command, N
             images, how = _shrink(task, f"{place}/plain", setting, f"{output}/shrunk.npy"), ()
         else:
             assert row.what.free is not None
-            how = (*drawing, f"--{row.what.free.replace('_', '-')}", f"{setting:g}")
+            how = (*drawing, *FREE_FLAGS[row.what.free], f"{setting:g}")
         _forget(task.folder / output)
         yield Command(("evaluate", images, *judged, *how, "--output", output), f"{what}: {setting:g}")
         errors[setting] = _values(task.folder / output, "quality")[task.main]["value"]

@@ -26,7 +26,7 @@ from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.diffusion.sigma_floor import SigmaClampedModel
 from robustdiff.losses.baselines import InvarianceLoss
 from robustdiff.losses.denoising import DenoisingLoss
-from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
+from robustdiff.losses.equivariance import EquivarianceLoss
 from robustdiff.losses.perturbation import (
     AdversarialPerturbation,
     Perturbation,
@@ -34,6 +34,7 @@ from robustdiff.losses.perturbation import (
     RandomPerturbation,
     Response,
 )
+from robustdiff.losses.strength import SigmaRange
 from robustdiff.utils.errors import UsageError
 
 SPECTRA = ("powerlaw", "flat", "two-level")

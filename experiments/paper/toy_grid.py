@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from experiments.paper.image_grid_spec import FLOORS, RELABELS, SHRINKS
+from experiments.paper.image_grid_spec import FLOORS, QUADRATURES, RELABELS, SHRINKS
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.losses.baselines import (
     InputPerturbationLoss,
@@ -21,12 +21,13 @@ from robustdiff.losses.baselines import (
     PseudoHuberLoss,
 )
 from robustdiff.losses.denoising import DenoisingLoss
-from robustdiff.losses.equivariance import PRESETS, EquivarianceLoss, SigmaRange
+from robustdiff.losses.equivariance import PRESETS, EquivarianceLoss
 from robustdiff.losses.perturbation import (
     AdversarialPerturbation,
     Radius,
     RandomPerturbation,
 )
+from robustdiff.losses.strength import SigmaRange
 from robustdiff.utils.errors import UsageError
 
 Objective = Callable[[NoiseSchedule], DenoisingLoss]
@@ -34,6 +35,7 @@ Objective = Callable[[NoiseSchedule], DenoisingLoss]
 DIRTS: Mapping[str, tuple[str, ...]] = {
     "clean": (),
     "inlier": ("gaussian:sigma=0.2,fraction=0.9",),
+    "inlier-s0.1": ("gaussian:sigma=0.1,fraction=0.9",),
     "outliers": ("outlier:source=uniform,fraction=0.1",),
 }
 """Dirt by name, as ``--corrupt`` takes it."""
@@ -108,7 +110,7 @@ class Method:
     objective: Objective = DenoisingLoss
     told: str = "nothing"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    free: Literal["relabel", "label_floor", "shrink"] | None = None
+    free: Literal["relabel", "label_floor", "quadrature_floor", "shrink"] | None = None
     base: str = "plain"
     exact: bool = False
     family: str | None = None
@@ -131,11 +133,18 @@ def _strength(low: float, high: float, m: float) -> dict[str, Any]:
     return {"perturbation": "random signs, r = 1", "low": low, "high": high if math.isfinite(high) else "inf", "m": m}
 
 
-def _paper(perturbation: Any) -> Objective:  # noqa: ANN401 - either kind
-    return lambda schedule: EquivarianceLoss.preset("paper", schedule, perturbation=perturbation)
+def _noise(perturbation: Any) -> Objective:  # noqa: ANN401 - either kind
+    return lambda schedule: EquivarianceLoss.preset("paper-noise", schedule, perturbation=perturbation)
+
+
+def _state(perturbation: Any, scale: float = 1.0) -> Objective:  # noqa: ANN401 - either kind
+    radius = replace(PRESETS["paper"]["radius"], scale=scale)
+    return lambda schedule: EquivarianceLoss.preset("paper", schedule, perturbation=perturbation, radius=radius)
 
 
 PAPER = {"strength": 0.3, "radius": "s^2 U(0, 1) + 8/255"}
+STATE = {"strength": 0.3, "radius": "(U(0, 1) + 8/255) / s", "levels": "normalised"}
+HALF = {**STATE, "radius": "(U(0, 1) / 2 + 8/255) / s"}
 BEST_OF = "the best of {} on clean validation draws"
 
 METHODS: dict[str, Method] = {
@@ -145,7 +154,7 @@ METHODS: dict[str, Method] = {
     "plain": Method("plain", "the denoising loss alone"),
     "plain-epsilon": Method("plain, epsilon-prediction", "the control of the next row", prediction="epsilon"),
     "invariance": Method(
-        "invariance (paper)",
+        "invariance (paper-noise)",
         "classifier-style adversarial training: the predicted noise must not move",
         lambda schedule: InvarianceLoss(
             schedule, perturbation=AdversarialPerturbation(), strength=0.3, radius=Radius()
@@ -154,22 +163,46 @@ METHODS: dict[str, Method] = {
         prediction="epsilon",
     ),
     "random": Method(
-        "random (paper)",
-        "equivariance to uniform noise, published settings",
-        _paper(RandomPerturbation()),
+        "random (paper-noise)",
+        "equivariance to uniform noise, published settings in units of the noise",
+        _noise(RandomPerturbation()),
         settings={"perturbation": "random uniform", **PAPER},
     ),
     "adversarial-shift": Method(
-        "adversarial, shift (paper)",
-        "equivariance to one-step noise that moves the prediction most, published settings",
-        _paper(AdversarialPerturbation(inner="shift")),
+        "adversarial, shift (paper-noise)",
+        "equivariance to one-step noise that moves the prediction most, published settings in units of the noise",
+        _noise(AdversarialPerturbation(inner="shift")),
         settings={"perturbation": "adversarial, one step, shift", **PAPER},
     ),
     "adversarial-residual": Method(
         "adversarial, residual",
         "the same, the inner step ascending the penalised residual",
-        _paper(AdversarialPerturbation(inner="residual")),
+        _noise(AdversarialPerturbation(inner="residual")),
         settings={"perturbation": "adversarial, one step, residual", **PAPER},
+    ),
+    "paper": Method(
+        "paper (adversarial, state)",
+        "equivariance to one-step noise that moves the prediction most, published settings in units of the state",
+        _state(AdversarialPerturbation()),
+        settings={"perturbation": "adversarial, one step, shift", **STATE},
+    ),
+    "paper-random": Method(
+        "paper-random (state)",
+        "equivariance to uniform noise, published settings in units of the state",
+        _state(RandomPerturbation()),
+        settings={"perturbation": "random uniform", **STATE},
+    ),
+    "paper-half": Method(
+        "paper, half the radius",
+        "as paper, with U / 2 + 8/255 for the radius",
+        _state(AdversarialPerturbation(), 0.5),
+        settings={"perturbation": "adversarial, one step, shift", **HALF},
+    ),
+    "paper-random-half": Method(
+        "paper-random, half the radius",
+        "as paper-random, with U / 2 + 8/255 for the radius",
+        _state(RandomPerturbation(), 0.5),
+        settings={"perturbation": "random uniform", **HALF},
     ),
     "preset": Method(
         "gated, as shipped",
@@ -237,6 +270,13 @@ METHODS: dict[str, Method] = {
         told=BEST_OF.format("five levels"),
         settings={"tried": list(FLOORS)},
         free="label_floor",
+    ),
+    "quadrature-floor": Method(
+        "plain, floor in quadrature",
+        "the free twin of paper-random: the plain network asked at sqrt(c^2 + F^2 (1 + c^2))",
+        told=BEST_OF.format("five levels"),
+        settings={"tried": list(QUADRATURES)},
+        free="quadrature_floor",
     ),
     "shrunk": Method(
         "plain, shrunk",
@@ -339,11 +379,14 @@ WORLDS: Mapping[str, tuple[str, ...]] = {
 """Worlds of the experiments that train networks; the remaining experiment is ``linear-gaussian``."""
 MAIN: Mapping[str, str] = {"plane": "w2", "ring": "w2", "grid": "w2", "subspace": "frechet", "gaussian": "w2"}
 """The error by which settings are chosen, frontiers drawn and methods ranked, by world."""
+STATE_UNITS = ("paper", "paper-random", "paper-half", "paper-random-half", "quadrature-floor")
+"""Regularisers whose radius is in units of the state, and their free twin: run on three noise levels."""
 KEY = (
     "ideal",
     "plain",
     "relabelled",
     "label-floor",
+    *STATE_UNITS,
     "shrunk",
     "adversarial-shift",
     "preset",
@@ -355,9 +398,20 @@ KEY = (
     "clean-subset",
 )
 """Rows that conclusions rest on."""
+SWEPT = ("clean", "inlier", "outliers")
+"""Dirt of the frontiers."""
 QUICK = {
     "clean": ("plain", "invariance", "gated-low"),
-    "inlier": ("plain", "invariance", "adversarial-shift", "gated-low", "relabelled", "label-floor", "clean-subset"),
+    "inlier": (
+        "plain",
+        "invariance",
+        "adversarial-shift",
+        "paper",
+        "gated-low",
+        "relabelled",
+        "label-floor",
+        "clean-subset",
+    ),
     "outliers": ("plain", "gated-mid", "label-floor"),
 }
 
@@ -385,11 +439,13 @@ def rows_of(experiment: str, *, quick: bool = False, seeds: int = 3) -> list[Row
                     continue  # it would be plain training
                 if method == "ideal" and dirt != "clean":
                     continue  # it sees no data
+                if dirt == "inlier-s0.1" and method not in ("plain", *STATE_UNITS, "label-floor"):
+                    continue  # a third noise level, where it says whether a method needs to know it
                 few = world == "grid" or method not in KEY
                 rows.append(Row(experiment, world, dirt, method, 1 if few else seeds))
     key = [row for row in rows if row.method in KEY]
     others = [row for row in rows if row.method not in KEY]
-    swept = [Row(experiment, WORLDS[experiment][0], dirt, method, 1) for dirt in DIRTS for method in FRONTIER]
+    swept = [Row(experiment, WORLDS[experiment][0], dirt, method, 1) for dirt in SWEPT for method in FRONTIER]
     return key + others + swept
 
 

@@ -253,7 +253,7 @@ def number(reference: str) -> float:
     place, dirt, method, *rest = (SHORT.get(word, word) for word in reference.split())
     of = rest.pop() if rest and rest[-1] in ("sd", "floor") else "mean"
     measure = rest[0] if rest else MAIN.get(place, "w2")
-    folder = "images/cifar10-cpu" if place == "cifar10-cpu" else FOLDERS.get(place, f"worlds/{place}")
+    folder = "images/cifar10-cpu-old-sampler" if place == "cifar10-cpu" else FOLDERS.get(place, f"worlds/{place}")
     row = _read(f"{folder}/{place}-{dirt}-{method}")
     name, _, level = measure.partition("@")
     if name == "jacobian":

@@ -30,8 +30,9 @@ from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.diffusion.sigma_floor import SigmaClampedModel
 from robustdiff.evaluation.distances import frechet_floor
 from robustdiff.losses.baselines import InvarianceLoss
-from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
+from robustdiff.losses.equivariance import EquivarianceLoss
 from robustdiff.losses.perturbation import AdversarialPerturbation, Response
+from robustdiff.losses.strength import SigmaRange
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 V = torch.tensor([2.0, 0.7, 0.2, 0.03, 0.004], dtype=torch.float64)

@@ -88,13 +88,23 @@ def committed_rows() -> list[dict[str, Any]]:
     return [row for folder in folders for row in tables.load(folder)]
 
 
-def check_image_row(row: dict[str, Any]) -> None:
-    """An image row says what the grid says of it, its commands included."""
+def check_image_row(row: dict[str, Any]) -> str:
+    """An image row says what the grid says of it, its commands included; how it was drawn."""
     scale = row["world"].removeprefix(f"{row['experiment']}-")
     known = {r.name: r for r in image_rows(row["experiment"], scale)}
     method = known[f"{row['world']}-{row['dirt']}-{row['method']}"]
     assert (row["title"], row["told"], row["what"]) == (method.what.title, method.what.told, method.what.what)
-    assert row["settings"] == settings_of(method, SCALE[scale])
+    settings, now = dict(row["settings"]), settings_of(method, SCALE[scale])
+    sampler = settings.pop("sampler")
+    assert settings == {key: value for key, value in now.items() if key != "sampler"}
+    assert sampler == now["sampler"] or sampler.startswith("old sampler")
+    return sampler
+
+
+def test_no_table_mixes_rows_of_the_old_sampler_with_others() -> None:
+    for folder in (RESULTS / "images").iterdir():
+        old = {check_image_row(row).startswith("old sampler") for row in tables.load(folder)}
+        assert old == {folder.name.endswith("-old-sampler")}
 
 
 def test_the_committed_results_are_those_of_the_rows_as_they_are_now() -> None:

@@ -40,12 +40,13 @@ from robustdiff.losses.baselines import (
     PseudoHuberLoss,
 )
 from robustdiff.losses.denoising import DenoisingLoss
-from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
+from robustdiff.losses.equivariance import EquivarianceLoss
 from robustdiff.losses.perturbation import (
     AdversarialPerturbation,
     Radius,
     RandomPerturbation,
 )
+from robustdiff.losses.strength import SigmaRange
 from robustdiff.utils.errors import UsageError
 
 EVERY = {

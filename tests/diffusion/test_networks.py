@@ -20,7 +20,7 @@ from robustdiff.losses.equivariance import EquivarianceLoss
 from robustdiff.training.config import TrainConfig
 from robustdiff.utils.errors import UsageError
 
-SIDE = {"tiny": 8, "small": 16, "medium": 32, "base": 32, "large": 32}
+SIDE = {"tiny": 8, "small": 16, "medium": 32, "base": 32, "large": 32, "improved-ddpm": 32}
 
 
 def parameters(module: torch.nn.Module) -> int:
@@ -58,7 +58,24 @@ def test_parameter_counts() -> None:
     assert millions["medium"] == pytest.approx(16.2, abs=0.1)
     assert millions["small"] == pytest.approx(1.11, abs=0.02)
     assert millions["tiny"] < 1
-    assert list(millions.values()) == sorted(millions.values())
+    assert millions["improved-ddpm"] == pytest.approx(52.5, abs=0.1)
+    by_size = [millions[name] for name in ("tiny", "small", "medium", "base", "large")]
+    assert by_size == sorted(by_size)
+
+
+def test_improved_ddpm_has_the_published_shape() -> None:
+    """CIFAR-10 of Nichol and Dhariwal (2021): 3 blocks a level, 4 heads at 16 and 8, dropout .3, scale and shift."""
+    with torch.device("meta"):
+        unet = build_unet("improved-ddpm", 3, (32, 32))
+    config = unet.config
+    assert (config["layers_per_block"], config["dropout"], config["block_out_channels"]) == (
+        3,
+        0.3,
+        (128, 256, 256, 256),
+    )
+    assert config["resnet_time_scale_shift"] == "scale_shift"
+    assert [kind.startswith("Attn") for kind in config["down_block_types"]] == [False, True, True, False]
+    assert {module.heads for module in unet.modules() if hasattr(module, "heads")} == {4}
 
 
 def test_base_has_the_published_shape() -> None:

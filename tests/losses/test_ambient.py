@@ -36,7 +36,8 @@ from robustdiff.losses.baselines import (
     PseudoHuberLoss,
 )
 from robustdiff.losses.denoising import DenoisingLoss, LossOutput
-from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
+from robustdiff.losses.equivariance import EquivarianceLoss
+from robustdiff.losses.strength import SigmaRange
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 OBJECTIVES: dict[str, Any] = {

@@ -30,7 +30,7 @@ from helpers import (
 )
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.losses.denoising import DenoisingLoss, LossOutput
-from robustdiff.losses.equivariance import PRESETS, EquivarianceLoss, SigmaRange
+from robustdiff.losses.equivariance import PRESETS, EquivarianceLoss
 from robustdiff.losses.perturbation import (
     AdversarialPerturbation,
     Perturbation,
@@ -38,6 +38,7 @@ from robustdiff.losses.perturbation import (
     RandomPerturbation,
     Response,
 )
+from robustdiff.losses.strength import InverseRadius, SigmaRange
 from robustdiff.utils.random import Generators, draw_uniform
 
 PERTURBATIONS: dict[str, Perturbation] = {
@@ -132,7 +133,7 @@ def test_a_model_that_returns_another_shape_is_refused() -> None:
 # -- where it is off it is plain training, bit for bit ---------------------------------------------
 
 
-def never(levels: Tensor) -> Tensor:
+def never(levels: Tensor, radius: Tensor) -> Tensor:
     """A strength that is zero everywhere."""
     return torch.zeros_like(levels)
 
@@ -404,7 +405,7 @@ INSIDE = [1, 3, 4]
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 def test_a_gate_is_its_value_between_its_ends_and_zero_outside(perturbation: str) -> None:
     levels = torch.tensor([0.05, 0.1, 0.3, 1.0, 1.01, 50.0])
-    assert SigmaRange(0.1, 1.0, 2.5)(levels).tolist() == [0, 2.5, 2.5, 2.5, 0, 0]
+    assert SigmaRange(0.1, 1.0, 2.5)(levels, levels).tolist() == [0, 2.5, 2.5, 2.5, 0, 0]
     terms = EquivarianceLoss(
         schedule_at(levels),
         PERTURBATIONS[perturbation],
@@ -505,7 +506,7 @@ def test_a_named_tuple_of_model_arguments_is_sliced_too() -> None:
 def test_a_strength_function_sees_noise_levels_and_must_return_one_number_per_image() -> None:
     seen = []
 
-    def strength(levels: Tensor) -> Tensor:
+    def strength(levels: Tensor, radius: Tensor) -> Tensor:
         seen.append(levels)
         return levels.clamp(max=2)
 
@@ -518,7 +519,7 @@ def test_a_strength_function_sees_noise_levels_and_must_return_one_number_per_im
     torch.testing.assert_close(terms.strength, level.clamp(max=2))
     torch.testing.assert_close(terms.total, terms.denoising + level.clamp(max=2) * terms.equivariance)
     with pytest.raises(ValueError, match="shape"):
-        EquivarianceLoss(schedule, "random", strength=lambda levels: levels[:1])(
+        EquivarianceLoss(schedule, "random", strength=lambda levels, radius: levels[:1])(
             SmallNet(), images(dtype=torch.float64)
         )
 
@@ -550,8 +551,24 @@ def test_an_infinite_strength_is_refused() -> None:
         EquivarianceLoss(ddpm_schedule(), "random", strength=float("inf"))
 
 
+def test_a_strength_function_sees_the_radius_of_each_image() -> None:
+    schedule, box = ddpm_schedule(), Radius(exponent=0, units="state")
+    objective = EquivarianceLoss(schedule, "random", lambda levels, radius: levels / radius, box, normalise=False)
+    terms = objective(SmallNet(), images(dtype=torch.float64), t=MIXED_T, generator=seeded())
+    level = (1 / schedule.alphas_cumprod[MIXED_T] - 1).sqrt()
+    torch.testing.assert_close(terms.strength, level / terms.radius)
+    scaled = terms.radius * schedule.sigma(MIXED_T)
+    assert bool(((scaled > 8 / 255) & (scaled < 1 + 8 / 255)).all())  # in units of the state
+    assert scaled.std() > 0.05
+    for strength in (lambda levels: levels, lambda: 1.0):
+        with pytest.raises(ValueError, match="takes the noise levels sigma/alpha and the radius"):
+            EquivarianceLoss(schedule, "random", strength)
+    with pytest.raises(ValueError, match="normalise needs a Radius"):
+        EquivarianceLoss(schedule, "random", radius=lambda sigma, generator: sigma, normalise=True)
+
+
 def test_a_negative_strength_from_a_function_is_refused() -> None:
-    objective = EquivarianceLoss(ddpm_schedule(), "random", strength=lambda levels: -torch.ones_like(levels))
+    objective = EquivarianceLoss(ddpm_schedule(), "random", strength=lambda levels, radius: -torch.ones_like(levels))
     with pytest.raises(ValueError, match="strength"):
         objective(SmallNet(), images(dtype=torch.float64), generator=seeded())
 
@@ -680,12 +697,18 @@ def test_a_compiled_model_gives_the_same_terms_gradients_and_buffers(backend: st
 # -- settings --------------------------------------------------------------------------------------
 
 
-def test_the_paper_preset_is_what_the_paper_states() -> None:
+def test_the_presets_of_the_paper_are_its_readings() -> None:
     schedule = ddpm_schedule()
-    preset = EquivarianceLoss.preset("paper", schedule)
-    assert preset == EquivarianceLoss(
-        schedule, AdversarialPerturbation(1, "shift"), 0.3, Radius(2.0, 1.0, 8 / 255, True)
-    )
+    state, noise = Radius(0.0, 1.0, 8 / 255, True, "state"), Radius(2.0, 1.0, 8 / 255, True, "noise")
+    adversarial = AdversarialPerturbation(1, "shift")
+    readings = {
+        "paper": EquivarianceLoss(schedule, adversarial, 0.3, state, normalise=True),
+        "paper-random": EquivarianceLoss(schedule, RandomPerturbation("uniform"), 0.3, state, normalise=True),
+        "paper-noise": EquivarianceLoss(schedule, adversarial, 0.3, noise, normalise=False),
+        "paper-scaled": EquivarianceLoss(schedule, adversarial, InverseRadius(0.3, 1.0), noise, normalise=False),
+    }
+    for name, reading in readings.items():
+        assert EquivarianceLoss.preset(name, schedule) == reading
     assert EquivarianceLoss.preset("paper", schedule, strength=0.5).strength == 0.5
     assert "paper" in PRESETS
 

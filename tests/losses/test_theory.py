@@ -1,4 +1,4 @@
-"""T1 to T8 of docs/explanation/theory.md in closed form: what the loss's optimum is and what samplers make of it.
+"""T1 to T8, T15, T16 of docs/explanation/theory.md: what the loss's optimum is and what samplers make of it.
 
 Loss gradients are taken from the objectives themselves. Where the model is linear the loss depends on the data only
 through second moments, so samples whose moments are exact (``helpers.uncorrelated``) give expectations without error.
@@ -33,14 +33,16 @@ from helpers import (
     uncorrelated,
 )
 from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.diffusion.sigma_floor import SigmaClampedModel
 from robustdiff.losses.baselines import InvarianceLoss
 from robustdiff.losses.denoising import DenoisingLoss
-from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
+from robustdiff.losses.equivariance import PRESETS, EquivarianceLoss
 from robustdiff.losses.perturbation import (
     AdversarialPerturbation,
     Radius,
     RandomPerturbation,
 )
+from robustdiff.losses.strength import InverseRadius, SigmaRange
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 
@@ -549,3 +551,161 @@ def test_T8_for_one_gaussian_the_oracle_is_T3() -> None:
     for curve, strength in ((plain, 0.0), (oracle, m)):
         slope = T3_optimum(schedule, index, strength, torch.tensor([[0.04]], dtype=torch.float64)).item()
         np.testing.assert_allclose(curve[seen], slope * grid[seen], rtol=1e-4, atol=1e-5)
+
+
+# -- T15, T16: the units of the radius --------------------------------------------------------------
+
+
+class Rim:
+    """Omega at the rim of its box, by a pattern of signs that makes every moment exact."""
+
+    mean_square = 1.0
+
+    def __call__(self, respond: Any, radius: Tensor, like: Tensor, generator: Any = None) -> Tensor:
+        return factorial(len(like) // 8, 1.0)[3] * radius[:, None]
+
+
+def best_slopes(objective: EquivarianceLoss, variance: float) -> Tensor:
+    """The minimiser w[t] of the objective's expected loss, found from its own gradient (affine in w), shape (T,)."""
+    levels = objective.schedule.num_timesteps
+    t, x0, eps, _ = factorial(levels, variance)
+    slopes = []
+    for value in (0.0, 1.0):
+        model = PerLevel(value, levels)
+        objective(model, x0, t=t, eps=eps, generator=seeded()).total.sum().backward()
+        assert model.weight.grad is not None
+        slopes.append(model.weight.grad)
+    return slopes[0] / (slopes[0] - slopes[1])
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("v", [0.01, 0.3])
+def test_T16_a_radius_in_units_of_the_state_is_a_floor_in_quadrature(v: float, normalise: bool) -> None:
+    levels, strength, radius = torch.logspace(-2, 2, 50, dtype=torch.float64), 0.3, 0.4
+    k = strength * radius**2
+    raised = (levels.square() + k * (1 + levels.square())).sqrt()
+    schedule, asked, every = schedule_at(levels), schedule_at(raised), torch.arange(50)
+    box = Radius(exponent=0, scale=0, floor=radius, random=False, units="state")
+    robust = best_slopes(EquivarianceLoss(schedule, Rim(), strength, box, normalise=normalise), v)
+    plain = best_slopes(EquivarianceLoss(asked, None), v)
+    close(1 - schedule.sigma(every) * robust, 1 - asked.sigma(every) * plain, rtol=1e-8, atol=1e-10)
+
+    # and so is the free twin: a plain network asked at the raised levels
+    both = schedule_at(torch.cat([levels, raised]))
+    exact = PerLevel(0.0, 100)
+    a2, s2 = both.alphas_cumprod, 1 - both.alphas_cumprod
+    exact.weight.data = s2.sqrt() / (a2 * v + s2)
+    twin = SigmaClampedModel(exact, both, sigma_floor=k**0.5, floor_shape="quadrature")
+    close(twin.level_asked(levels), raised)
+    order = torch.argsort(torch.cat([levels, raised]))
+    sorted_schedule = NoiseSchedule(both.alphas_cumprod[order])
+    exact.weight.data = exact.weight.data[order]
+    twin = SigmaClampedModel(exact, sorted_schedule, sigma_floor=k**0.5, floor_shape="quadrature")
+    place = torch.argsort(order)[:50]
+    x = torch.ones(50, 1, dtype=torch.float64)
+    close(twin(x, place)[:, 0], robust, rtol=1e-6, atol=1e-8)
+
+
+def test_T16_the_published_numbers_make_a_floor_of_19_hundredths() -> None:
+    box, strength = PRESETS["paper-random"]["radius"], PRESETS["paper-random"]["strength"]
+    sigma = torch.tensor([0.02, 0.5, 0.99], dtype=torch.float64)
+    mean_square = RandomPerturbation().mean_square * box.mean(torch.square, sigma)
+    bias = 8 / 255
+    k = strength * (1 / 3 + bias + bias**2) / 3  # E (U + b)^2 / 3
+    close(strength * mean_square, k / sigma**2)
+    assert k == pytest.approx(0.0366, abs=5e-5)
+    assert k**0.5 == pytest.approx(0.19, abs=2e-3)
+    drawn = box(torch.full((200_000,), 0.5), seeded())
+    assert drawn.square().mean().item() == pytest.approx(box.mean(torch.square, torch.tensor(0.5)).item(), rel=0.01)
+
+
+def reading(name: str, schedule: NoiseSchedule, v: float) -> Tensor:
+    """The optimum w[t] of T3 under a preset of the paper, omega at the rim as an adversary leaves it."""
+    settings, every = PRESETS[name], torch.arange(schedule.num_timesteps)
+    strength, sigma = settings["strength"], schedule.sigma(every)
+
+    def energy(radius: Tensor) -> Tensor:
+        value = strength(sigma, radius) if callable(strength) else strength
+        return value * radius.square()
+
+    m = settings["radius"].mean(energy, sigma)
+    a2, s2 = schedule.alphas_cumprod, 1 - schedule.alphas_cumprod
+    return s2.sqrt() * (1 + m) / (a2 * v + (1 + m) * s2)
+
+
+def test_T15_the_reading_noise_cannot_denoise_and_the_reading_state_can() -> None:
+    schedule, noise = schedule_at(torch.logspace(-4, 3, 4000, dtype=torch.float64)), 0.2
+    left = {
+        name: ode_variance(schedule, reading(name, schedule, noise**2)) ** 0.5 for name in PRESETS if "paper" in name
+    }
+    assert noise - 0.02 < left["paper-noise"] < noise
+    assert noise - 0.08 < left["paper-scaled"] < left["paper-noise"]
+    assert left["paper"] < 0.3 * noise
+
+
+def test_T15_a_trained_network_moves_no_further_than_the_bound() -> None:
+    level, radius, strength, rows = 0.5, 0.4, 4.0, 512
+    schedule = schedule_at(torch.tensor([level]))
+    box = Radius(scale=0, floor=radius, random=False)
+    objective = EquivarianceLoss(schedule, "random", strength, box)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(7)
+        layers = nn.Sequential(nn.Linear(1, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 1))
+
+    def draw(count: int, generator: torch.Generator) -> Tensor:
+        side = torch.randint(0, 2, (count, 1), generator=generator) * 2 - 1
+        return side + 0.2 * torch.randn(count, 1, generator=generator)
+
+    steps, generator = 1200, seeded(8)
+    optimiser = torch.optim.Adam(layers.parameters(), lr=5e-3)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        batch = draw(rows, generator)
+        terms = objective(lambda x, t: layers(x), batch, t=torch.zeros(rows, dtype=torch.int64), generator=generator)
+        terms.total.mean().backward()
+        optimiser.step()
+        rate.step()
+
+    alpha2 = schedule.alphas_cumprod[0].item()
+    grid, _, optimum, _ = T8_oracle(alpha2, 0.0)
+
+    def plain(x: Tensor, t: Tensor) -> Tensor:
+        return torch.tensor(np.interp(x.numpy(), grid, optimum), dtype=x.dtype)
+
+    x0, t = draw(100_000, seeded(9)), torch.zeros(100_000, dtype=torch.int64)
+    terms = objective(plain, x0, t=t, generator=seeded(10))
+    x_t = schedule.add_noise(x0, torch.randn(x0.shape, generator=seeded(11)), t)
+    with torch.no_grad():
+        moved = (layers(x_t) - plain(x_t, t)).square().mean().item()
+    penalty = strength * terms.equivariance.mean().item()
+    assert 0.05 * penalty < moved < penalty  # the bound holds, and is not idle
+    assert terms.equivariance.mean().item() < radius**2 * 4  # B, the largest slope of x0_hat in units of the noise
+
+
+def test_normalising_divides_both_terms_of_a_level_by_one_plus_its_mean_strength() -> None:
+    schedule, t = ddpm_schedule(), torch.tensor([3, 80, 300, 700, 950, 998])
+    x0, model = normal(6, 2, 5, 5), SmallNet()
+    box = Radius(exponent=0, units="state")
+    for perturbation, energy in (("random", 1 / 3), ("adversarial", 1.0), (RandomPerturbation("signs"), 1.0)):
+        raw, normalised = (
+            EquivarianceLoss(schedule, perturbation, strength=0.3, radius=box, normalise=on)(
+                model, x0, t=t, generator=seeded(1)
+            )
+            for on in (False, None)
+        )
+        bias = 8 / 255
+        m = 0.3 * energy * (1 / 3 + bias + bias**2) / schedule.sigma(t) ** 2
+        close(normalised.total, raw.total / (1 + m))
+        close(normalised.denoising, raw.denoising)
+        close(normalised.equivariance, raw.equivariance)
+    # images whose level has no strength keep their plain loss, and a strength per radius counts as it is
+    gated = EquivarianceLoss(schedule, "random", strength=SigmaRange(0, 0.2, 2.0), radius=box)(model, x0, t=t)
+    far = schedule.noise_to_signal(t) > 0.2
+    assert 0 < far.sum() < 6
+    assert torch.equal(gated.total[far], gated.denoising[far])
+    scaled = EquivarianceLoss(schedule, "random", strength=InverseRadius(0.3, 2.0), radius=box)
+    terms = scaled(model, x0, t=t, generator=seeded(1))
+    close(terms.strength, 0.3 * 3**0.5 / (2 * terms.radius))
+    m = 0.3 * 3**0.5 / 2 * (0.5 + bias) / schedule.sigma(t) / 3
+    close(terms.total, (terms.denoising + terms.strength * terms.equivariance) / (1 + m))

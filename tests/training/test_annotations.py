@@ -184,7 +184,7 @@ def test_where_every_image_is_noisy_the_plan_says_what_is_not_trained(config: Tr
     plan = plan_of(config, capsys, preset="plain", **dirt)
     assert "8 of 8 images, sigma 0.2 (from corrupt)" in plan
     assert "not trained:    noise levels below sigma/alpha 0.2" in plan
-    assert "sample with `label_floor` 0.2" in plan
+    assert "sample with `sigma_floor` 0.2" in plan
     with pytest.raises(UsageError, match=r"more noise than 0\.1, where the regulariser's gate .*`preset` plain"):
         plan_of(config, capsys, gate="0:0.1", **dirt)
     assert "not trained" not in plan_of(config, capsys)

@@ -16,7 +16,8 @@ from robustdiff.audit.parts import parts
 from robustdiff.commands import main
 from robustdiff.data.dataset import load_images
 from robustdiff.diffusion.schedule import NoiseSchedule
-from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
+from robustdiff.losses.equivariance import EquivarianceLoss
+from robustdiff.losses.strength import SigmaRange
 from robustdiff.training import loop, training_set
 from robustdiff.training.config import TrainConfig
 from robustdiff.training.curriculum import LevelBalancedSampler

@@ -41,7 +41,8 @@ from robustdiff.diffusion.networks import build_unet
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.losses.baselines import InvarianceLoss
 from robustdiff.losses.denoising import DenoisingLoss, LossOutput
-from robustdiff.losses.equivariance import EquivarianceLoss, SigmaRange
+from robustdiff.losses.equivariance import EquivarianceLoss
+from robustdiff.losses.strength import InverseRadius, SigmaRange
 from robustdiff.training import processes, trainer
 from robustdiff.training.callbacks import checkpointing, pipeline
 from robustdiff.training.config import TrainConfig
@@ -111,7 +112,7 @@ def metrics(folder: str | Path) -> list[dict[str, float]]:
 
 
 def test_the_output_folder_is_a_stock_pipeline_and_what_the_design_lists(config: TrainConfig) -> None:
-    folder = train(changed(config, corrupt=("gaussian:sigma=0.2,fraction=0.5",), preset="paper"))
+    folder = train(changed(config, corrupt=("gaussian:sigma=0.2,fraction=0.5",), preset="paper-noise"))
     pipeline = DiffusionPipeline.from_pretrained(folder)
     assert pipeline(batch_size=2, num_inference_steps=5).images[0].size == (8, 8)
     names = {path.name for path in folder.iterdir()}
@@ -331,6 +332,8 @@ def test_objective_flags_reach_the_objective() -> None:
         radius_scale=0.5,
         radius_floor=0.0,
         radius_factor="one",
+        radius_units="noise",
+        normalise="yes",
         attack_steps=3,
         attack_step_size=0.7,
         inner="residual",
@@ -339,12 +342,23 @@ def test_objective_flags_reach_the_objective() -> None:
     flags.validate()
     robust = build_objective(flags, schedule)
     assert robust.strength == SigmaRange(0.1, 0.5, 2.0)
-    assert dataclasses.astuple(robust.radius) == (1.0, 0.5, 0.0, False)
+    assert dataclasses.astuple(robust.radius) == (1.0, 0.5, 0.0, False, "noise")
+    assert robust.normalise is True
     assert dataclasses.astuple(robust.perturbation) == (3, "residual", 0.7)
     assert robust.gradient == "perturbed"
     assert build_objective(TrainConfig("x", preset="plain"), schedule).perturbation is None
     assert build_objective(TrainConfig("x", perturbation="none"), schedule).perturbation is None
     assert build_objective(TrainConfig("x", gate="0:inf", strength=1.0), schedule).strength == 1.0
+    for name in ("paper-random", "paper-noise", "paper-scaled"):
+        flags = TrainConfig("x", preset=name)
+        flags.validate()
+        assert build_objective(flags, schedule) == EquivarianceLoss.preset(name, schedule)
+    scaled = build_objective(TrainConfig("x", preset="paper-scaled", strength=2.0), schedule)
+    assert scaled.strength == InverseRadius(2.0, 1.0)
+    own = build_objective(TrainConfig("x", preset="paper", strength_beta=0.1, normalise="no"), schedule)
+    assert (own.strength, own.normalise) == (InverseRadius(0.3, 0.1), False)
+    state = build_objective(TrainConfig("x", radius_units="state"), schedule)
+    assert (state.radius.units, state.normalise) == ("state", True)
     assert type(build_objective(TrainConfig("x", objective="invariance"), schedule)) is InvarianceLoss
     for name in ("input-perturbation", "pseudo-huber"):
         peer = build_objective(TrainConfig("x", objective=name), schedule)
@@ -641,6 +655,16 @@ def test_an_output_folder_inside_the_data_is_refused(config: TrainConfig, photos
         (["--preset", "papr"], "--preset"),
         (["--perturbation", "none", "--attack-steps", "3"], "--attack-steps"),
         (["--perturbation", "random", "--attack-steps", "3"], "--attack-steps"),
+        (["--preset", "paper", "--radius-units", "pixels"], "--radius-units"),
+        (["--preset", "plain", "--radius-units", "state"], "--radius-units"),
+        (["--preset", "paper", "--radius-scale", "-1"], "--radius-scale"),
+        (["--preset", "paper", "--strength", "inf"], "--strength"),
+        (["--preset", "paper", "--strength-beta", "0"], "--strength-beta"),
+        (["--strength-beta", "1"], "--strength-beta"),
+        (["--preset", "paper", "--gate", "0:1", "--strength-beta", "1"], "--strength-beta"),
+        (["--preset", "paper-scaled", "--gate", "0:1"], "--gate"),
+        (["--preset", "paper", "--normalise", "maybe"], "--normalise"),
+        (["--preset", "plain", "--normalise", "no"], "--normalise"),
         (["--perturbation", "none", "--objective", "invariance"], "--objective"),
         (["--objective", "pseudo-huber", "--strength", "1"], "--strength"),
         (["--objective", "pseudo-huber", "--preset", "paper"], "--preset"),

@@ -55,7 +55,7 @@ def plan_rows(result: AuditResult) -> dict[str, str]:
     rows["found clean"] = f"{int(result.clean.sum())} of {len(result)} images, trained at every noise level"
     used = result.lowest[result.weight > 0]
     if len(used) and (floor := float(used.min())) > 0:
-        rows["not trained"] = f"noise levels below {floor:.3g}: sample with `label_floor` {floor:.3g}"
+        rows["not trained"] = f"noise levels below {floor:.3g}: sample with `sigma_floor` {floor:.3g}"
     return rows
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from robustdiff.utils.options import MAX_SEED, SamplerSteps, require
+from robustdiff.utils.options import MAX_SEED, FloorShape, SamplerSteps, SigmaFloor, check_floor, require
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class SampleConfig:
     """Images per forward pass."""
     relabel: float = 1.0
     """Query the network at RELABEL times the noise level (>= 1): smoother images, no training."""
-    label_floor: float = 0.0
-    """Never query the network below this noise level sigma/alpha (>= 0): ask for no detail finer than that."""
+    sigma_floor: SigmaFloor = 0.0
+    floor_shape: FloorShape = "hard"
     class_label: Annotated[str | None, arg(metavar="CLASS")] = None
     """Class to draw, by name or counted from 0, for class-conditional pipelines. Default: classes in turn."""
     overwrite: bool = False
@@ -51,5 +51,4 @@ class SampleConfig:
         require(self.batch_size >= 1, f"`batch_size` {self.batch_size} must be at least 1")
         require(0 <= self.seed <= MAX_SEED, f"`seed` must be in 0 .. {MAX_SEED}")
         require(math.isfinite(self.relabel) and self.relabel >= 1, f"`relabel` {self.relabel} must be 1 or more")
-        floor = self.label_floor
-        require(math.isfinite(floor) and floor >= 0, f"`label_floor` {floor} must be 0 or more")
+        check_floor(self.sigma_floor, self.floor_shape)

@@ -24,6 +24,9 @@ class NetworkPreset:
         attention: Levels with self-attention, counted from 0 at full size; none here means none in the middle either.
         groups: Groups of the group normalisation.
         learning_rate: Peak AdamW rate it is usually trained at.
+        dropout: Of the residual blocks.
+        scale_shift: Whether the time scales and shifts a block's normalised values, or is added to them.
+        head_width: Channels of an attention head; None: one head.
     """
 
     widths: tuple[int, ...]
@@ -31,6 +34,9 @@ class NetworkPreset:
     attention: tuple[int, ...] = ()
     groups: int = 32
     learning_rate: float = 2e-4
+    dropout: float = 0.0
+    scale_shift: bool = False
+    head_width: int | None = None
 
 
 NETWORKS: dict[str, NetworkPreset] = {
@@ -39,9 +45,20 @@ NETWORKS: dict[str, NetworkPreset] = {
     "medium": NetworkPreset((64, 128, 192, 192), attention=(1, 2), learning_rate=3e-4),
     "base": NetworkPreset((128, 256, 256, 256), attention=(1,), learning_rate=2e-4),
     "large": NetworkPreset((128, 128, 256, 256, 512, 512), attention=(4,), learning_rate=1e-4),
+    "improved-ddpm": NetworkPreset(
+        (128, 256, 256, 256),
+        layers=3,
+        attention=(1, 2),
+        learning_rate=1e-4,
+        dropout=0.3,
+        scale_shift=True,
+        head_width=64,
+    ),
 }
 """``base``: the CIFAR-10 network of Ho et al. (2020), 35.7 M parameters, without its dropout, whose masks would differ
-between the two branches of the regulariser; ``large``: that of diffusers' script."""
+between the two branches of the regulariser; ``large``: that of diffusers' script; ``improved-ddpm``: the CIFAR-10
+network of Nichol and Dhariwal (2021), with a fixed variance: four heads of attention at 16 x 16 and 8 x 8, its dropout
+as published, whose masks do differ between the branches. They train it with a cosine schedule of 4,000 levels."""
 
 
 def network_for(size: tuple[int, int]) -> str:
@@ -79,8 +96,10 @@ def build_unet(preset: str, channels: int, size: tuple[int, int], classes: int |
         down_block_types=tuple("AttnDownBlock2D" if i in shape.attention else "DownBlock2D" for i in levels),
         up_block_types=tuple("AttnUpBlock2D" if i in shape.attention else "UpBlock2D" for i in reversed(levels)),
         add_attention=bool(shape.attention),
-        attention_head_dim=None,
+        attention_head_dim=shape.head_width,
         norm_num_groups=shape.groups,
+        dropout=shape.dropout,
+        resnet_time_scale_shift="scale_shift" if shape.scale_shift else "default",
         num_class_embeds=classes,
     )
 

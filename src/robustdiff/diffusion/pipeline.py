@@ -7,6 +7,7 @@ import inspect
 import json
 import shutil
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -25,13 +26,14 @@ from diffusers import (
 )
 from torch import Tensor
 
+from robustdiff.diffusion.clipping import ClippedModel
 from robustdiff.diffusion.model import Denoiser, Model, call_model
 from robustdiff.diffusion.networks import check_config, check_plausible, check_types
 from robustdiff.diffusion.samplers import DifferentiableSampler
 from robustdiff.diffusion.schedule import NoiseSchedule
-from robustdiff.diffusion.sigma_floor import SigmaClampedModel
+from robustdiff.diffusion.sigma_floor import FloorShape, SigmaClampedModel
 from robustdiff.utils import atomic_io
-from robustdiff.utils.errors import UsageError
+from robustdiff.utils.errors import RobustdiffWarning, UsageError
 from robustdiff.utils.random import draw_normal, image_generators
 
 SCHEDULERS = {
@@ -62,6 +64,9 @@ class SamplerStep:
 
 StepCallback = Callable[[SamplerStep], Tensor | None]
 """May return a new state, which the step then starts from."""
+
+FAR = 2.0
+"""Images lie in [-1, 1]; a sampler that ends further out than this has left what the data can reach."""
 
 
 def load_pipeline(source: str | Path) -> DiffusionPipeline:
@@ -156,6 +161,11 @@ def make_scheduler(name: str, like: Any, steps: int) -> Any:  # noqa: ANN401 - s
     return scheduler
 
 
+def clip_bound(scheduler: Any) -> float | None:  # noqa: ANN401 - schedulers share no typed base
+    """The bound on the predicted image that a pipeline's scheduler asks for (``clip_sample``), or None."""
+    return float(scheduler.config.get("clip_sample_range", 1.0)) if scheduler.config.get("clip_sample") else None
+
+
 def trajectory_of(
     pipeline: DiffusionPipeline,
     scheduler: str = "ddim",
@@ -189,7 +199,7 @@ def trajectory_of(
         [int(t) for t in (stock.timesteps if timesteps is None else timesteps)],
         final_alpha_bar=float(getattr(stock, "final_alpha_cumprod", 1.0)),
         large_variance=variance == "fixed_large",
-        clip=float(config["clip_sample_range"]) if config["clip_sample"] else None,
+        clip=clip_bound(stock),
         clamp=True,
     )
 
@@ -209,12 +219,16 @@ def sample(
     steps: int = 50,
     batch_size: int = 64,
     sigma_scale: float = 1.0,
-    sigma_min: float = 0.0,
+    sigma_floor: float = 0.0,
+    floor_shape: FloorShape = "hard",
     class_labels: Sequence[int] | None = None,
     callback: StepCallback | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Draw images.
+
+    Where the pipeline's scheduler clips the predicted image (``clip_sample``), every sampler does, and takes the noise
+    that goes with the clipped image. Stock ``DDIMPipeline`` does so with ``use_clipped_model_output=True``.
 
     Args:
         pipeline: Anything with a ``unet`` (``UNet2DModel``) and a DDPM-type ``scheduler``.
@@ -225,7 +239,8 @@ def sample(
         steps: Network calls per image.
         batch_size: Images per call; does not change the images beyond rounding.
         sigma_scale: Query the network at this many times the noise level; see :class:`SigmaClampedModel`.
-        sigma_min: Never query it below this noise level; see :class:`SigmaClampedModel`.
+        sigma_floor: Query it at no noise level below this one; see :class:`SigmaClampedModel`.
+        floor_shape: ``"hard"`` or ``"quadrature"``; see :class:`SigmaClampedModel`.
         class_labels: Class of each image, for class-conditional networks.
         callback: Called before each network call.
         progress: Called with the number of images of each finished batch.
@@ -236,6 +251,9 @@ def sample(
     Raises:
         UsageError: If the scheduler or the steps do not fit.
         ValueError: If classes are missing, or given to a network without any.
+
+    Warns:
+        RobustdiffWarning: If images end far outside [-1, 1], which holding them there at last would hide.
     """
     denoiser, unet = Denoiser.of(pipeline), pipeline.unet
     indices = list(range(n)) if isinstance(n, int) else list(n)
@@ -244,11 +262,14 @@ def sample(
     if labels is not None and len(labels) != len(indices):
         raise ValueError(f"got {len(labels)} class_labels for {len(indices)} images")
     model: Model = denoiser
-    if sigma_scale != 1.0 or sigma_min > 0:
-        model = SigmaClampedModel(denoiser, NoiseSchedule.from_scheduler(pipeline.scheduler), sigma_scale, sigma_min)
+    schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
+    if sigma_scale != 1.0 or sigma_floor > 0:
+        model = SigmaClampedModel(denoiser, schedule, sigma_scale, sigma_floor, floor_shape)
+    if (bound := clip_bound(pipeline.scheduler)) is not None:
+        model = ClippedModel(model, schedule, bound)
     device, dtype = unet.device, unet.dtype
     shape = (denoiser.channels, *denoiser.size)
-    images = []
+    images, furthest = [], torch.zeros(())
     was_training = unet.training
     unet.eval()
     for start in range(0, len(indices), batch_size):
@@ -267,10 +288,19 @@ def sample(
                 x_t = x_t if moved is None else moved
             output = call_model(model, sampler.scale_model_input(x_t, t), t, kwargs)
             x_t = sampler.step(output, t, x_t, **step_kwargs).prev_sample
-        images.append(x_t.float().clamp(-1, 1).cpu())
+        ended = x_t.float().cpu()
+        furthest = torch.maximum(furthest, ended.abs().max())
+        images.append(ended.clamp(-1, 1))
         if progress is not None:
             progress(len(batch))
     unet.train(was_training)
+    if not furthest <= FAR:  # or not a number
+        remedy = "" if bound is not None else "set clip_sample in the pipeline's scheduler, or "
+        message = (
+            f"`scheduler` {scheduler} ended as far as {furthest:.4g} from 0, where images lie in [-1, 1]: {remedy}use "
+            "more `steps`"
+        )
+        warnings.warn(message, RobustdiffWarning, stacklevel=3)
     return torch.cat(images) if images else torch.empty(0, *shape)
 
 

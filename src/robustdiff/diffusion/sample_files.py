@@ -96,7 +96,8 @@ def draw(config: SampleConfig, pipeline: DiffusionPipeline, labels: Sequence[int
             steps=config.steps,
             batch_size=config.batch_size,
             sigma_scale=config.relabel,
-            sigma_min=config.label_floor,
+            sigma_floor=config.sigma_floor,
+            floor_shape=config.floor_shape,
             class_labels=None if labels is None else [labels[i] for i in mine],
             progress=bar.update,
         )
@@ -112,7 +113,8 @@ _SAMPLE = re.compile(r"\d{6,}\.png|grid\.png")
 def _output_path(config: SampleConfig) -> Path:
     """Where images go; refuses what is there already."""
     changed = f"-relabel{config.relabel:g}" if config.relabel != 1 else ""
-    changed += f"-floor{config.label_floor:g}" if config.label_floor else ""
+    shape = "" if config.floor_shape == "hard" else f"-{config.floor_shape}"
+    changed += f"-floor{config.sigma_floor:g}{shape}" if config.sigma_floor else ""
     name = f"{config.scheduler}-{config.steps}-seed{config.seed}{changed}"
     if config.output:
         output = Path(config.output).expanduser().resolve()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from robustdiff.diffusion.clipping import clip_output
 from robustdiff.diffusion.model import Model, call_model, module_of
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.utils.errors import check_choice
@@ -109,7 +110,8 @@ class DifferentiableSampler:
         model: ``callable(x_t, t, **kwargs)``, returning a tensor or an object with ``.sample``.
         schedule: Its noise schedule.
         steps: What each step does, the noisiest first.
-        clip: Bound on the denoised image within each step (diffusers' ``clip_sample_range``), or None.
+        clip: Bound on the denoised image within each step (diffusers' ``clip_sample_range``), or None; the noise is
+            the one that goes with it (:func:`~robustdiff.diffusion.clipping.clip_output`).
         clamp: Whether the image at the end is held in [-1, 1], as ``robustdiff.sample`` does.
         kwargs: Passed to every call of the model; rows must fit the batch.
     """
@@ -271,10 +273,9 @@ class DifferentiableSampler:
         """One step without its fresh noise."""
         step = self.steps[k]
         output = call_model(self.model, x, t, dict(self.kwargs))
-        x0_hat = self.schedule.x0_hat(output, x, t)
         if self.clip is not None:
-            x0_hat = x0_hat.clamp(-self.clip, self.clip)
-        moved = step.x0 * x0_hat
+            output = clip_output(self.schedule, output, x, t, self.clip)
+        moved = step.x0 * self.schedule.x0_hat(output, x, t)
         if step.eps:
             moved = moved + step.eps * self.schedule.eps_hat(output, x, t)
         return moved + step.x * x if step.x else moved

@@ -12,16 +12,19 @@ from robustdiff.utils.options import (
     MAX_SEED,
     BadFraction,
     CacheFolder,
+    FloorShape,
     OptionalInt,
     OptionalText,
     ReferenceColumn,
     ReferenceConfig,
     ReferenceSplit,
     SamplerSteps,
+    SigmaFloor,
     Title,
     Told,
     check_bad_fraction,
     check_extractors,
+    check_floor,
     check_given,
     check_resolution,
     require,
@@ -70,8 +73,8 @@ class EvaluateConfig:
     """Image i is drawn from its own generator, seeded with SEED + i; SEED >= 0."""
     relabel: float = 1.0
     """Query the network at RELABEL times the noise level (>= 1)."""
-    label_floor: float = 0.0
-    """Never query the network below this noise level sigma/alpha (>= 0)."""
+    sigma_floor: SigmaFloor = 0.0
+    floor_shape: FloorShape = "hard"
     batch_size: Annotated[int, arg(aliases=["--eval-batch-size"])] = 64
     """Images per forward pass, >= 1."""
     output: Annotated[str | None, arg(aliases=["-o", "--output-dir"], metavar="FOLDER")] = None
@@ -105,8 +108,7 @@ class EvaluateConfig:
         require(self.batch_size >= 1, f"`batch_size` {self.batch_size} must be at least 1")
         require(0 <= self.seed <= MAX_SEED, f"`seed` must be in 0 .. {MAX_SEED}")
         require(math.isfinite(self.relabel) and self.relabel >= 1, f"`relabel` {self.relabel} must be 1 or more")
-        floor = self.label_floor
-        require(math.isfinite(floor) and floor >= 0, f"`label_floor` {floor} must be 0 or more")
+        check_floor(self.sigma_floor, self.floor_shape)
         check_resolution(self.resolution)
         check_bad_fraction(self.max_bad_fraction)
         idle = self.few_step_schedulers is not None and self.few_step is None

@@ -24,6 +24,7 @@ from robustdiff.data.sources.open import HUB_ID
 from robustdiff.diffusion.config import SampleConfig
 from robustdiff.diffusion.model import Denoiser
 from robustdiff.diffusion.pipeline import (
+    clip_bound,
     load_pipeline,
     make_scheduler,
     weights_sha256,
@@ -83,7 +84,7 @@ def open_generated(config: EvaluateConfig) -> Source:
         UsageError: If ``run`` is neither a pipeline nor images, or a flag does not fit it.
     """
     if not _is_pipeline(config.run):
-        given = ("steps", "scheduler", "relabel", "label_floor", "few_step")
+        given = ("steps", "scheduler", "relabel", "sigma_floor", "floor_shape", "few_step")
         defaults = {field.name: field.default for field in dataclasses.fields(EvaluateConfig)}
         for name in given:
             if getattr(config, name) != defaults[name]:
@@ -123,7 +124,8 @@ def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated:
         seed=config.seed,
         batch_size=config.batch_size,
         relabel=config.relabel,
-        label_floor=config.label_floor,
+        sigma_floor=config.sigma_floor,
+        floor_shape=config.floor_shape,
     )
     labels = class_labels(asked, Denoiser.of(pipeline).num_classes)
     folder = output_folder(config) / "drawn"
@@ -158,7 +160,9 @@ def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated:
         "timesteps": timesteps_of(pipeline, config.scheduler, config.steps),
         "seed": config.seed,
         "relabel": config.relabel,
-        "label_floor": config.label_floor,
+        "sigma_floor": config.sigma_floor,
+        "floor_shape": config.floor_shape,
+        "clip": clip_bound(pipeline.scheduler),
         "ema": _settings(config.run).get("use_ema"),
     }
     about = {"source": name_of(config.run), "sha256": _sha256(images), "weights": weights}

@@ -5,8 +5,9 @@ from .denoising import DenoisingLoss as DenoisingLoss
 from .denoising import LossOutput as LossOutput
 from .equivariance import PRESETS as PRESETS
 from .equivariance import EquivarianceLoss as EquivarianceLoss
-from .equivariance import SigmaRange as SigmaRange
 from .perturbation import AdversarialPerturbation as AdversarialPerturbation
 from .perturbation import Perturbation as Perturbation
 from .perturbation import Radius as Radius
 from .perturbation import RandomPerturbation as RandomPerturbation
+from .strength import InverseRadius as InverseRadius
+from .strength import SigmaRange as SigmaRange

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from robustdiff.losses.ambient import NoisyBatch
 from robustdiff.losses.denoising import DenoisingLoss
-from robustdiff.losses.equivariance import EquivarianceLoss, FunctionOfSigma, checked
+from robustdiff.losses.equivariance import EquivarianceLoss, checked
 from robustdiff.losses.perturbation import AdversarialPerturbation
 from robustdiff.utils.random import Generators, draw_normal
 from robustdiff.utils.tensors import expand_to, to_device
+
+FunctionOfSigma = Callable[[Tensor], Tensor]
+"""Maps noise levels sigma/alpha, shape (B,), to values, shape (B,)."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,8 @@ class PseudoHuberLoss(DenoisingLoss):
         else:
             width = self.width(level) if callable(self.width) else torch.full_like(level, self.width)
             width = checked("width", width, noised.t)
-            if not bool(((width > 0) & width.isfinite()).all()):
-                raise ValueError("the width function returned a value that is 0 or not finite")
+            if not bool((width > 0).all()):
+                raise ValueError("the width function returned a value that is 0")
         error = output - noised.target
         width = expand_to(to_device(width, error.device).to(error.dtype), error)
         return noised.mean(2 * width * error.square() / (torch.sqrt(error.square() + width.square()) + width))

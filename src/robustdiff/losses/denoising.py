@@ -29,7 +29,8 @@ class LossOutput:
     """Losses of a batch, one number per image; every tensor has shape (B,).
 
     Attributes:
-        total: ``denoising + strength * equivariance``: reduce this and call ``backward``.
+        total: ``denoising + strength * equivariance``, times the weight of the noise level if the loss gives it one:
+            reduce this and call ``backward``.
         denoising: Mean squared error of the prediction over an image's elements.
         equivariance: Mean squared regulariser over an image's elements; 0 where the strength is 0.
         t: Timesteps drawn.

@@ -21,48 +21,10 @@ from robustdiff.losses.perturbation import (
     Response,
     named_perturbation,
 )
+from robustdiff.losses.strength import InverseRadius, SigmaRange, Strength, check_takes_radius
 from robustdiff.utils.errors import check_choice
 from robustdiff.utils.random import Generators
 from robustdiff.utils.tensors import to_device
-
-FunctionOfSigma = Callable[[Tensor], Tensor]
-"""Maps noise levels sigma/alpha, shape (B,), to values, shape (B,)."""
-
-
-@dataclass(frozen=True)
-class SigmaRange:
-    """A strength that is ``value`` where ``low <= sigma/alpha <= high`` and 0 elsewhere.
-
-    Images drawn outside take no perturbed forward pass at all: where a share q is inside, a step costs ``1 + q`` plain
-    ones with a random and ``1 + 1.67 q`` with an adversarial perturbation.
-
-    Args:
-        low: Lower noise level sigma/alpha, >= 0.
-        high: Upper noise level, >= low; ``float("inf")`` for none.
-        value: Strength inside, >= 0.
-
-    Raises:
-        ValueError: If the levels are not ordered or the value is negative.
-
-    Source: docs/explanation/theory.md T6: below c = ``high`` the generated variance of a direction of variance v is
-    ``v (v + c^2) / (v + (1 + m) c^2)``, m = lambda E[omega^2]: small directions shrink, large ones stay.
-    """
-
-    low: float
-    high: float
-    value: float
-
-    def __post_init__(self) -> None:
-        """Check the order."""
-        if not 0 <= self.low <= self.high:
-            raise ValueError(f"SigmaRange needs 0 <= low <= high, got low={self.low}, high={self.high}")
-        if not self.value >= 0:
-            raise ValueError(f"SigmaRange needs value >= 0, got {self.value}")
-
-    def __call__(self, noise_to_signal: Tensor) -> Tensor:
-        """The strength per image, shape (B,)."""
-        inside = (noise_to_signal >= self.low) & (noise_to_signal <= self.high)
-        return self.value * inside.to(noise_to_signal.dtype)
 
 
 @dataclass(frozen=True)
@@ -80,13 +42,19 @@ class EquivarianceLoss(DenoisingLoss):
     Args:
         schedule: The noise schedule, which also says what the model predicts.
         perturbation: ``"none"``, ``"random"``, ``"adversarial"``, or a :class:`Perturbation` object.
-        strength: lambda >= 0: a number, or a function of sigma/alpha, shape (B,) -> (B,), such as :class:`SigmaRange`.
+        strength: lambda >= 0: a number, or a function of sigma/alpha and the bound on omega, both of shape (B,), such
+            as :class:`SigmaRange` or :class:`InverseRadius`. Images of a noise level where it is 0 take no second pass.
         radius: Bound on omega per noise level: a :class:`Radius` or ``callable(sigma, generator)``.
+        normalise: Divide both terms of a noise level by ``1 + lambda E[omega^2]``, the mean over the draws at that
+            level. Every level keeps its minimiser; no level rules the others by its weight, which in units of the state
+            grows as 1 / sigma^2, over four decades. Needs a :class:`Radius`. Default: where the radius is in units of
+            the state.
         gradient: Which branch of the regulariser trains the network: ``"both"``, ``"perturbed"`` (the clean branch is
             a fixed target) or ``"clean"`` (for study: in the linear case this one does nothing).
         target: ``"output"``: be equivariant with the network's own output; ``"noise"``: hit the true ``eps + omega``.
 
-    Differences from the paper: which branch carries gradients, and the exact radius, are not stated there.
+    Differences from the paper: which branch carries gradients, and the exact radius, are not stated there; the
+    normalisation is ours.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -95,16 +63,19 @@ class EquivarianceLoss(DenoisingLoss):
     """
 
     perturbation: str | Perturbation | None = "adversarial"
-    strength: float | FunctionOfSigma = 0.3
+    strength: float | Strength = 0.3
     radius: Radius | Callable[[Tensor, Generators], Tensor] = field(default_factory=Radius)
     gradient: Literal["both", "perturbed", "clean"] = "both"
     target: Literal["output", "noise"] = "output"
+    normalise: bool | None = None
 
     def __post_init__(self) -> None:
         """Check the settings and resolve a perturbation given by name."""
         if isinstance(self.perturbation, str):
             object.__setattr__(self, "perturbation", named_perturbation(self.perturbation))
-        if not callable(self.strength) and not 0 <= self.strength < float("inf"):
+        if callable(self.strength):
+            check_takes_radius(self.strength)
+        elif not 0 <= self.strength < float("inf"):
             raise ValueError(f"strength must be a finite number >= 0, got {self.strength}")
         if not callable(self.radius):
             raise ValueError(
@@ -113,6 +84,10 @@ class EquivarianceLoss(DenoisingLoss):
             )
         check_choice("gradient", self.gradient, ("both", "perturbed", "clean"))
         check_choice("target", self.target, ("output", "noise"))
+        if self.normalise is None:
+            object.__setattr__(self, "normalise", isinstance(self.radius, Radius) and self.radius.units == "state")
+        if self.normalise and not isinstance(self.radius, Radius):
+            raise ValueError("normalise needs a Radius, whose mean square is known: give one, or normalise=False")
         if self.target == "noise" and self.gradient == "clean":
             raise ValueError("target='noise' has no clean branch: use gradient='both' or 'perturbed'")
 
@@ -132,42 +107,81 @@ class EquivarianceLoss(DenoisingLoss):
         plain = super()._terms(model, noised, output, generator, kwargs)
         if self.perturbation is None or (not callable(self.strength) and self.strength == 0):
             return plain
-        dtype, count = output.dtype, len(output)
-        strength = self._strength(noised.t, dtype)
-        index = strength.nonzero().squeeze(1) if callable(self.strength) else None
-        if index is not None and len(index) == 0:
-            return plain
+        index = self._taking_part(noised.t, output.dtype)
+        terms = (
+            plain
+            if index is not None and len(index) == 0
+            else self._with_regulariser(plain, model, noised, output, index, generator, kwargs)
+        )
+        if not self.normalise:
+            return terms
+        return replace(terms, total=to_device(self._weight(noised.t, output.dtype), output.device) * terms.total)
+
+    def _taking_part(self, t: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The images whose noise level has a strength, shape (at most B,); None for all. Nothing is drawn."""
+        if not callable(self.strength):
+            return None
+        sigma = self.schedule.sigma(t).to(dtype)
+        if isinstance(self.radius, Radius):
+            strength = self.radius.mean(lambda radius: self._strength(t, radius), sigma)
+        else:
+            strength = self._strength(t, torch.ones_like(sigma))
+        index = strength.nonzero().squeeze(1)
+        return index if len(index) < len(t) else None
+
+    def _with_regulariser(
+        self,
+        plain: LossOutput,
+        model: Model,
+        noised: NoisyBatch,
+        output: Tensor,
+        index: Tensor | None,
+        generator: Generators,
+        kwargs: dict[str, Any],
+    ) -> LossOutput:
+        """All terms, with the regulariser of the images ``index``."""
         part, part_output, part_kwargs, part_generator = noised, output, kwargs, generator
-        if index is not None and len(index) < count:
+        if index is not None:
             here = to_device(index, output.device)
             part = noised.rows(index, here)
-            part_output, part_kwargs = output[here], select_rows(kwargs, index, count)
+            part_output, part_kwargs = output[here], select_rows(kwargs, index, len(output))
             if isinstance(generator, Sequence):
                 part_generator = [generator[i] for i in index.tolist()]
-        radius = to_device(self._radius(part.t, dtype, part_generator), output.device)
+        radius = self._radius(part.t, output.dtype, part_generator)
+        strength = to_device(self._strength(part.t, radius), output.device)
+        radius = to_device(radius, output.device)
         equivariance = self._regulariser(model, part, part_output, radius, part_generator, part_kwargs)
-        if part is not noised:
+        if index is not None:
             nothing = torch.zeros_like(plain.denoising)
-            equivariance, radius = nothing.index_put((here,), equivariance), nothing.index_put((here,), radius)
-        strength = to_device(strength, output.device)
+            equivariance, radius, strength = (
+                nothing.index_put((here,), values) for values in (equivariance, radius, strength)
+            )
         return replace(
             plain,
             total=plain.denoising + strength * equivariance,
             equivariance=equivariance,
             radius=radius.detach(),
-            strength=strength,
+            strength=strength.detach(),
         )
-
-    def _strength(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Lambda per image, shape (B,), where ``t`` lies."""
-        if not callable(self.strength):
-            return torch.full(t.shape, float(self.strength), dtype=dtype, device=t.device)
-        return checked("strength", self.strength(self.schedule.noise_to_signal(t)).to(dtype), t)
 
     def _radius(self, t: Tensor, dtype: torch.dtype, generator: Generators) -> Tensor:
         """The bound on omega per image, shape (B,), where ``t`` lies."""
         radius = self.radius(self.schedule.sigma(t).to(dtype), generator)
         return radius if isinstance(self.radius, Radius) else checked("radius", radius, t)
+
+    def _strength(self, t: Tensor, radius: Tensor) -> Tensor:
+        """Lambda per image, shape (B,), where ``t`` lies."""
+        if not callable(self.strength):
+            return torch.full(t.shape, float(self.strength), dtype=radius.dtype, device=t.device)
+        level = self.schedule.noise_to_signal(t).to(radius.dtype)
+        return checked("strength", self.strength(level, radius).to(radius.dtype), t)
+
+    def _weight(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """``1 / (1 + lambda E[omega^2])`` of each image's noise level, shape (B,), where ``t`` lies."""
+        assert isinstance(self.radius, Radius)
+        mean_square = float(getattr(self.perturbation, "mean_square", 1.0))
+        m = self.radius.mean(lambda r: self._strength(t, r) * r.square(), self.schedule.sigma(t).to(dtype))
+        return 1 / (1 + mean_square * m)
 
     def _regulariser(
         self,
@@ -222,13 +236,19 @@ def checked(what: str, values: Tensor, t: Tensor) -> Tensor:
     """
     if values.shape != t.shape:
         raise ValueError(f"the {what} function returned shape {tuple(values.shape)}, not {tuple(t.shape)}")
-    if not bool((values >= 0).all()):
-        raise ValueError(f"the {what} function returned a value that is negative or not a number")
+    if not bool(((values >= 0) & values.isfinite()).all()):
+        raise ValueError(f"the {what} function returned a value that is negative or not finite")
     return values
 
 
+STATE_RADIUS = Radius(exponent=0.0, units="state")
+"""``U(0, 1) + 8/255`` in units of the state: the reading of the published radius that shows the published pattern."""
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"perturbation": AdversarialPerturbation(steps=1, inner="shift"), "strength": 0.3, "radius": Radius()},
+    "paper": {"perturbation": AdversarialPerturbation(), "strength": 0.3, "radius": STATE_RADIUS},
+    "paper-random": {"perturbation": RandomPerturbation(), "strength": 0.3, "radius": STATE_RADIUS},
+    "paper-noise": {"perturbation": AdversarialPerturbation(), "strength": 0.3, "radius": Radius()},
+    "paper-scaled": {"perturbation": AdversarialPerturbation(), "strength": InverseRadius(0.3), "radius": Radius()},
     "gated": {
         "perturbation": RandomPerturbation(),
         "strength": SigmaRange(0.0, 0.2, 3.75),
@@ -236,5 +256,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "plain": {"perturbation": None, "strength": 0.0, "radius": Radius()},
 }
-"""Settings of :class:`EquivarianceLoss` by name. ``paper``: Briglia et al. (2025), lambda = 0.3, one FGSM step.
+"""Settings of :class:`EquivarianceLoss` by name. ``paper``: Briglia et al. (2025), lambda = 0.3, one step of FGSM that
+ascends the shift, the radius read in units of the state; ``paper-random``: its random variant. ``paper-noise``: read in
+units of the noise, which cannot denoise whatever the network (docs/explanation/theory.md T15); ``paper-scaled``: so
+read, with lambda over the deviation of the perturbation. The formulas are not public: these are readings.
 ``gated``: m = 1.25 below sigma/alpha = 0.2, the point of least price on clean data that helps (see experiments/)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,19 +20,25 @@ from robustdiff.utils.tensors import expand_to
 
 @dataclass(frozen=True)
 class Radius:
-    """``r(t) = scale * u * sigma(t)^exponent + floor``, with u ~ Uniform[0, 1] per image, or 1.
+    """``r = scale * u * sigma(t)^exponent + floor``, with u ~ Uniform[0, 1] per image, or 1.
 
-    The paper states the ingredients (a power 2 of the noise scale, a random factor per image, a "minimum bias" of
-    8/255), not the formula; this is our reading of it.
+    It bounds omega, which is in units of eps, or the move of the state x_t itself, ``sigma(t) omega``::
+
+        |omega| <= r                 units = "noise"
+        |omega| <= r / sigma(t)      units = "state"
+
+    The paper states the ingredients (a power of the noise scale, a random factor, a "minimum bias" of 8/255), not the
+    formula; its readings are :data:`robustdiff.losses.PRESETS` (docs/explanation/method.md).
 
     Args:
-        exponent: Power of the noise scale sigma(t); 0 makes the radius the same at every noise level.
-        scale: Factor, in units of eps, >= 0.
-        floor: Least radius, in units of eps, >= 0, so that the constraint does not vanish as t -> 0.
+        exponent: Power of the noise scale sigma(t), >= 0; 0 makes r the same at every noise level.
+        scale: Factor, in the units chosen, >= 0.
+        floor: Least r, in the units chosen, >= 0, so that the constraint does not vanish as t -> 0.
         random: Draw the factor u per image (True) or use 1.
+        units: ``"noise"`` or ``"state"``, as above.
 
     Raises:
-        ValueError: If ``scale`` or ``floor`` is negative.
+        ValueError: If a number is negative or not finite, or the units are unknown.
 
     Source: Briglia et al. (2025), arXiv 2505.21742.
     """
@@ -41,16 +47,36 @@ class Radius:
     scale: float = 1.0
     floor: float = 8 / 255
     random: bool = True
+    units: Literal["noise", "state"] = "noise"
 
     def __post_init__(self) -> None:
         """Refuse radii that could become negative."""
-        if not (self.scale >= 0 and self.floor >= 0):
-            raise ValueError(f"Radius needs scale >= 0 and floor >= 0, got scale={self.scale}, floor={self.floor}")
+        if not all(0 <= number < float("inf") for number in (self.scale, self.floor, self.exponent)):
+            raise ValueError(
+                f"Radius needs finite scale, floor and exponent >= 0, got scale={self.scale}, floor={self.floor}, "
+                f"exponent={self.exponent}"
+            )
+        check_choice("units", self.units, ("noise", "state"))
 
     def __call__(self, sigma: Tensor, generator: Generators = None) -> Tensor:
-        """The radius per image, shape (B,), for noise scales ``sigma``, shape (B,)."""
-        factor = draw_uniform(sigma, generator) if self.random else torch.ones_like(sigma)
-        return self.scale * factor * sigma**self.exponent + self.floor
+        """The bound on omega per image, shape (B,), for noise scales ``sigma``, shape (B,)."""
+        return self.at(sigma, draw_uniform(sigma, generator) if self.random else torch.ones_like(sigma))
+
+    def at(self, sigma: Tensor, factor: Tensor) -> Tensor:
+        """The bound on omega for given factors u; ``sigma`` and ``factor`` broadcast."""
+        radius = self.scale * factor * sigma**self.exponent + self.floor
+        return radius / sigma if self.units == "state" else radius
+
+    def mean(self, function: Callable[[Tensor], Tensor], sigma: Tensor) -> Tensor:
+        """The mean of ``function(radius)`` over the factors u, of the shape of ``sigma``; exact up to cubic functions.
+
+        By the two nodes of Gauss and Legendre.
+        """
+        if not self.random:
+            return function(self.at(sigma, torch.ones_like(sigma)))
+        nodes = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)
+        low, high = (function(self.at(sigma, torch.full_like(sigma, u))) for u in nodes)
+        return (low + high) / 2
 
 
 class Response(NamedTuple):
@@ -66,7 +92,10 @@ Respond = Callable[[Tensor], Response]
 
 
 class Perturbation(Protocol):
-    """Anything that chooses ``omega``; bring your own."""
+    """Anything that chooses ``omega``; bring your own.
+
+    It may say ``mean_square``, the mean of ``omega^2`` in units of the squared radius; 1 if it does not.
+    """
 
     def __call__(self, respond: Respond, radius: Tensor, like: Tensor, generator: Generators = None) -> Tensor:
         """Return ``omega``, of the shape of ``like`` (B, ...), with ``|omega|_inf <= radius``, shape (B,).
@@ -94,6 +123,11 @@ class RandomPerturbation:
         """Check the name."""
         check_choice("distribution", self.distribution, ("uniform", "signs"))
 
+    @property
+    def mean_square(self) -> float:
+        """Mean of ``omega^2`` in units of the squared radius."""
+        return 1 / 3 if self.distribution == "uniform" else 1.0
+
     def __call__(self, respond: Respond, radius: Tensor, like: Tensor, generator: Generators = None) -> Tensor:
         """Draw ``omega``; ``respond`` is not called."""
         centred = 2 * draw_uniform(like, generator) - 1
@@ -118,9 +152,12 @@ class AdversarialPerturbation:
     Raises:
         ValueError: If ``steps`` < 1 or ``step_size`` <= 0.
 
+    Nearly all elements of omega end at the rim of the box: its mean square is about r^2.
+
     Source: Briglia et al. (2025); one step: Goodfellow et al. (2015), k steps: Madry et al. (2018).
     """
 
+    mean_square: ClassVar[float] = 1.0
     steps: int = 1
     inner: Literal["shift", "residual"] = "shift"
     step_size: float | None = None

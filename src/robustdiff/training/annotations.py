@@ -84,7 +84,7 @@ class NoiseLevels:
         }
         if floor := about["untrained_below"]:
             rows["not trained"] = (
-                f"noise levels below sigma/alpha {floor:.3g}: every image has more noise; sample with `label_floor` "
+                f"noise levels below sigma/alpha {floor:.3g}: every image has more noise; sample with `sigma_floor` "
                 f"{floor:.3g}"
             )
         return rows

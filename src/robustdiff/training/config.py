@@ -111,24 +111,35 @@ class TrainConfig:
     """Gaussian noise that each image carries, above which only it is then trained: a CSV of NAME,SIGMA (sigma in the
     [-1, 1] range, at the size that is trained; images not named are clean), a JSON object, the manifest.json of
     `robustdiff corrupt`, or the word `corrupt`: as --corrupt gaussian adds it. Default: nothing is known."""
-    preset: Literal["paper", "gated", "plain"] | None = None
+    preset: Literal["paper", "paper-random", "paper-noise", "paper-scaled", "gated", "plain"] | None = None
     """Objective settings to start from; the flags of this group override single ones. gated: random perturbation at low
-    noise levels only (2 forward passes there); paper: the published adversarial settings; plain: no regulariser.
-    Default: gated; with --auto plain, or a gate below the noise if every image has some."""
+    noise levels only (2 forward passes there); paper: adversarial, radius in units of the state, the reading of the
+    published settings that shows their pattern; paper-random: its random variant; paper-noise, paper-scaled: other
+    readings (docs/explanation/method.md); plain: no regulariser. Default: gated; with --auto plain, or a gate below the
+    noise if every image has some."""
     objective: LossName = "robust"
     """robust: equivariance. The others are what it is compared with."""
     perturbation: Literal["none", "random", "adversarial"] | None = None
     """Direction of the perturbation; none is plain training. Default: the preset's."""
     strength: OptionalFloat = None
     """lambda, weight of the regulariser, >= 0. Default: the preset's."""
+    strength_beta: OptionalFloat = None
+    """Divide lambda by the deviation of a uniform perturbation of BETA times the radius r: lambda sqrt(3) / (BETA r),
+    BETA > 0, for every image. Default: the preset's (1 in paper-scaled, else lambda as it is)."""
+    normalise: Literal["yes", "no"] | None = None
+    """Divide both terms of a noise level by 1 + lambda E[omega^2], so that no level rules the others.
+    Default: yes where the radius is in units of the state."""
     gate: OptionalText = None
     """Regularise only where LOW <= sigma/alpha <= HIGH, as LOW:HIGH; `0:inf` is everywhere. Default: the preset's."""
     radius_exponent: OptionalFloat = None
     """Power, >= 0, of the noise scale sigma (0 to 1) in the radius of the perturbation. Default: the preset's."""
+    radius_units: Literal["noise", "state"] | None = None
+    """What the radius bounds: the change of the unit-variance noise eps, or the move of the noisy image x_t, in the
+    range [-1, 1] of the images. Default: the preset's."""
     radius_scale: OptionalFloat = None
-    """Factor of the radius, in units of the unit-variance noise eps, >= 0. Default: the preset's."""
+    """Factor of the radius, in those units, >= 0. Default: the preset's."""
     radius_floor: OptionalFloat = None
-    """Least radius, in units of eps, >= 0. Default: the preset's."""
+    """Least radius, in those units, >= 0. Default: the preset's."""
     radius_factor: Literal["uniform", "one"] | None = None
     """Factor of the radius drawn per image: uniform on [0, 1], or always one. Default: the preset's."""
     attack_steps: OptionalInt = None
@@ -141,8 +152,9 @@ class TrainConfig:
     """Branch of the regulariser that trains the network. Default: both."""
 
     # -- network and process --
-    network: Literal["tiny", "small", "medium", "base", "large"] | None = None
-    """Preset network (UNet2DModel). Default: by image size."""
+    network: Literal["tiny", "small", "medium", "base", "large", "improved-ddpm"] | None = None
+    """Preset network (UNet2DModel). base, improved-ddpm: as published for CIFAR-10 (Ho et al. 2020; Nichol and Dhariwal
+    2021, with --ddpm-beta-schedule squaredcos_cap_v2 --ddpm-num-steps 4000). Default: by image size."""
     model_config_name_or_path: OptionalText = None
     """JSON file or folder with a UNet2DModel configuration, instead of --network."""
     init_from: OptionalText = None
@@ -269,7 +281,7 @@ class TrainConfig:
             value = getattr(self, name)
             good = value is None or (math.isfinite(value) and value >= 0)
             require(good, f"`{name}` {value} must be a finite number, 0 or more")
-        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "attack_step_size"):
+        for name in ("learning_rate", "adam_epsilon", "max_grad_norm", "attack_step_size", "strength_beta"):
             value = getattr(self, name)
             good = value is None or (math.isfinite(value) and value > 0)
             require(good, f"`{name}` {value} must be a finite number above 0")
@@ -351,21 +363,26 @@ class TrainConfig:
         """Refuse flags of the objective that would do nothing."""
         if self.gate is not None:
             parse_gate(self.gate)
-        radius = ("radius_exponent", "radius_scale", "radius_floor", "radius_factor")
-        regulariser = ("strength", "gate", "gradient", *radius)
+        radius = ("radius_exponent", "radius_units", "radius_scale", "radius_floor", "radius_factor")
+        regulariser = ("strength", "strength_beta", "normalise", "gate", "gradient", *radius)
         attack = ("attack_steps", "attack_step_size", "inner")
         given = [name for name in (*regulariser, *attack, "perturbation") if getattr(self, name) is not None]
         loss = LOSSES[self.objective]
         if not loss.regularised:
             given += [] if self.preset is None else ["preset"]
             require(not given, f"`objective` {self.objective} has no perturbation: leave out {listed(given)}")
-        usual = {"paper": "adversarial", "gated": "random", "plain": "none"}[self.start]
+        usual = {"paper-random": "random", "gated": "random", "plain": "none"}.get(self.start, "adversarial")
         perturbation = self.perturbation or usual
         if perturbation == "none" and loss.regularised:
             idle = [name for name in given if name != "perturbation"]
             require(not idle, f"without a perturbation {listed(idle)} would do nothing: add `perturbation` random")
             remedy = f"`objective` {self.objective} needs `perturbation` random or adversarial"
             require(not loss.shift_only, remedy)
+        gated = self.gate is not None or self.start == "gated"
+        remedy = "`strength_beta` does not go with a gate: use `preset` paper-noise, and no `gate`"
+        require(self.strength_beta is None or not gated, remedy)
+        both = self.gate is not None and self.start == "paper-scaled"
+        require(not both, "`gate` does not go with `preset` paper-scaled: use paper-noise")
         unmatched = loss.shift_only and self.inner == "residual"
         require(not unmatched, f"`inner` residual is not what `objective` {self.objective} penalises: use shift")
         powerless = self.start == "plain" and perturbation != "none" and self.strength is None
@@ -376,7 +393,7 @@ class TrainConfig:
             require(not idle, f"{listed(idle)} needs `perturbation` adversarial")
 
     @property
-    def start(self) -> Literal["paper", "gated", "plain"]:
+    def start(self) -> str:
         """The preset that the objective starts from."""
         return self.preset or ("plain" if self.auto else "gated")
 

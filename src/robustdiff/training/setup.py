@@ -26,9 +26,10 @@ from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.evaluation.extractors import open_extractor
 from robustdiff.evaluation.metrics import LEAST
 from robustdiff.losses.denoising import DenoisingLoss
-from robustdiff.losses.equivariance import PRESETS, SigmaRange
+from robustdiff.losses.equivariance import PRESETS
 from robustdiff.losses.named import LOSSES
 from robustdiff.losses.perturbation import AdversarialPerturbation
+from robustdiff.losses.strength import InverseRadius, SigmaRange
 from robustdiff.training.annotations import NoiseLevels
 from robustdiff.training.callbacks.evaluation import EvaluationCallback
 from robustdiff.training.config import TrainConfig, parse_gate
@@ -84,20 +85,31 @@ def build_objective(
         "scale": config.radius_scale,
         "floor": config.radius_floor,
         "random": None if config.radius_factor is None else config.radius_factor == "uniform",
+        "units": config.radius_units,
     }
     changes = {name: value for name, value in radius.items() if value is not None}
     if changes:
         settings["radius"] = dataclasses.replace(settings["radius"], **changes)
-    strength = settings["strength"]
-    value = strength.value if isinstance(strength, SigmaRange) else strength
-    value = value if config.strength is None else config.strength
-    low, high = (strength.low, strength.high) if isinstance(strength, SigmaRange) else (0.0, math.inf)
-    if config.gate is not None:
-        low, high = parse_gate(config.gate)
-    settings["strength"] = value if (low, high) == (0.0, math.inf) else SigmaRange(low, high, value)
+    settings["strength"] = _strength(config, settings["strength"])
+    if config.normalise is not None:
+        settings["normalise"] = config.normalise == "yes"
     if config.gradient is not None:
         settings["gradient"] = config.gradient
     return named.load()(schedule, **settings)
+
+
+def _strength(config: TrainConfig, preset: float | SigmaRange | InverseRadius) -> float | SigmaRange | InverseRadius:
+    """The preset's strength, overridden by the flags."""
+    value = config.strength
+    if value is None:
+        value = preset.value if isinstance(preset, SigmaRange | InverseRadius) else preset
+    if isinstance(preset, InverseRadius) or config.strength_beta is not None:
+        beta = preset.beta if isinstance(preset, InverseRadius) else 1.0
+        return InverseRadius(value, beta if config.strength_beta is None else config.strength_beta)
+    low, high = (preset.low, preset.high) if isinstance(preset, SigmaRange) else (0.0, math.inf)
+    if config.gate is not None:
+        low, high = parse_gate(config.gate)
+    return value if (low, high) == (0.0, math.inf) else SigmaRange(low, high, value)
 
 
 def check_gate(objective: DenoisingLoss, levels: NoiseLevels) -> None:

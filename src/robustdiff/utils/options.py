@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
@@ -64,6 +64,20 @@ MemoryGiB = Annotated[
 SamplerSteps = Annotated[
     int, arg(help="Network calls per image, trailing spacing; ddim and ddpm need a divisor of the noise levels (1000).")
 ]
+SigmaFloor = Annotated[
+    float,
+    arg(
+        aliases=["--label-floor"],
+        help="Query the network at no noise level sigma/alpha below this one, >= 0: for no finer detail; no training.",
+    ),
+]
+FloorShape = Annotated[
+    Literal["hard", "quadrature"],
+    arg(
+        help="How the floor F raises a level c. hard: max(c, F); quadrature: sqrt(c^2 + F^2 (1 + c^2)), as a "
+        "regulariser does whose perturbation is in units of the state (--radius-units state of `train`)."
+    ),
+]
 Title = Annotated[str | None, arg(metavar="TEXT", help="What tables call it. Default: the name of the folder.")]
 Told = Annotated[
     str | None,
@@ -113,6 +127,13 @@ def check_given(config: object, *names: str) -> None:
 def check_resolution(side: int | None) -> None:
     """A side in pixels, or none."""
     require(side is None or 1 <= side <= MAX_SIDE, f"`resolution` must be in 1 .. {MAX_SIDE} pixels")
+
+
+def check_floor(sigma_floor: float, floor_shape: str) -> None:
+    """A noise level sigma/alpha, and a shape that means something there."""
+    require(math.isfinite(sigma_floor) and sigma_floor >= 0, f"`sigma_floor` {sigma_floor} must be 0 or more")
+    idle = floor_shape != "hard" and sigma_floor == 0
+    require(not idle, f"`floor_shape` {floor_shape} does nothing without `sigma_floor`: give one, such as 0.1")
 
 
 def check_bad_fraction(share: float) -> None:
