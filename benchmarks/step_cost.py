@@ -18,7 +18,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from robustdiff.diffusion.networks import build_unet
+from robustdiff.diffusion.networks import NETWORKS, build_unet
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.losses.denoising import DenoisingLoss
 from robustdiff.losses.equivariance import EquivarianceLoss
@@ -41,7 +41,8 @@ class Row:
         theory: The ratio expected from counting passes.
         forward_passes: Mean number of calls of the network per step.
         images_forward: Mean number of images passed forward per step, in batches.
-        memory_ratio: Peak memory by that of plain, beyond what was allocated before the step; None if not measured.
+        memory_ratio: Mean over steps of the memory by that of plain: on a GPU the peak beyond what was allocated before
+            the step, on a CPU what the forward passes keep for the backward pass (weights left out).
     """
 
     name: str
@@ -52,7 +53,7 @@ class Row:
     theory: float
     forward_passes: float
     images_forward: float
-    memory_ratio: float | None
+    memory_ratio: float
 
 
 class Counter:
@@ -70,16 +71,41 @@ class Counter:
 
 def objectives(schedule: NoiseSchedule) -> dict[str, tuple[DenoisingLoss, float]]:
     """Objectives by name, each with the cost that theory expects relative to plain."""
-    gated = EquivarianceLoss.preset("gated", schedule)
-    assert isinstance(gated.strength, SigmaRange)
     levels = schedule.noise_to_signal(torch.arange(schedule.num_timesteps))
-    share = (gated.strength(levels) > 0).double().mean().item()
+
+    def share(loss: EquivarianceLoss) -> float:
+        assert isinstance(loss.strength, SigmaRange)
+        return (loss.strength(levels, levels) > 0).double().mean().item()
+
+    gated, fast = (EquivarianceLoss.preset(name, schedule) for name in ("gated", "fast"))
     return {
         "plain": (DenoisingLoss(schedule), 1.0),
         "random": (EquivarianceLoss.preset("paper-random", schedule), 2.0),
         "adversarial": (EquivarianceLoss.preset("paper", schedule), 8 / 3),
-        "gated": (gated, 1 + share),
+        "fast": (fast, 1 + share(fast)),
+        "gated": (gated, 1 + share(gated)),
     }
+
+
+class Kept:
+    """Bytes that the forward passes keep for the backward pass."""
+
+    def __init__(self, network: nn.Module) -> None:
+        """Leave the weights of ``network`` out."""
+        self.weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+        self.held: dict[int, int] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda saved: saved)
+
+    def _keep(self, saved: torch.Tensor) -> torch.Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in self.weights:
+            self.held[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    @property
+    def bytes(self) -> int:
+        """All that was kept."""
+        return sum(self.held.values())
 
 
 class Step:
@@ -97,7 +123,7 @@ class Step:
         self.device = device
 
     def __call__(self, seed: int) -> tuple[float, int]:
-        """Seconds, and peak memory in bytes beyond what was allocated before (0 on a CPU)."""
+        """Seconds, and on a GPU the peak memory in bytes beyond what was allocated before."""
         before = 0
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -113,6 +139,14 @@ class Step:
         seconds = time.perf_counter() - started
         return seconds, torch.cuda.max_memory_allocated() - before if self.device == "cuda" else 0
 
+    def kept(self, seed: int) -> int:
+        """What :class:`Kept` counts in a step; nothing is trained, nothing timed."""
+        kept = Kept(self.network)
+        with kept.hooks:
+            terms = self.objective(self.network, self.x0, generator=torch.Generator().manual_seed(seed))
+            del terms
+        return kept.bytes
+
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
     """Time every objective in turn, ``repetitions`` times of ``steps`` steps each."""
@@ -124,18 +158,21 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
             step(SEED + seed)
         step.counter.calls = step.counter.images = 0
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    memory = dict.fromkeys(steps, 0)
+    memory: dict[str, list[int]] = {name: [] for name in steps}
     for repetition in range(arguments.repetitions):
         for name, step in steps.items():
             times = []
             for seed in range(arguments.steps):
                 spent, peak = step(SEED + 1000 * (repetition + 1) + seed)  # the same draws for every objective
                 times.append(spent)
-                memory[name] = max(memory[name], peak)
+                memory[name].append(peak)
             seconds[name].append(statistics.fmean(times))
     count = arguments.repetitions * arguments.steps
+    passes = {name: (step.counter.calls / count, step.counter.images / count) for name, step in steps.items()}
+    if arguments.device == "cpu":
+        memory = {name: [step.kept(SEED + seed) for seed in range(arguments.steps)] for name, step in steps.items()}
     rows = []
-    for name, step in steps.items():
+    for name, (calls, images) in passes.items():
         ratios = [own / plain for own, plain in zip(seconds[name], seconds["plain"], strict=True)]
         rows.append(
             Row(
@@ -145,9 +182,9 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
                 most_ms=1e3 * max(seconds[name]),
                 ratio=statistics.median(ratios),
                 theory=named[name][1],
-                forward_passes=step.counter.calls / count,
-                images_forward=step.counter.images / count / arguments.batch_size,
-                memory_ratio=memory[name] / memory["plain"] if memory["plain"] else None,
+                forward_passes=calls,
+                images_forward=images / arguments.batch_size,
+                memory_ratio=statistics.fmean(memory[name]) / statistics.fmean(memory["plain"]),
             )
         )
     return rows
@@ -160,10 +197,9 @@ def table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        memory = "not measured" if row.memory_ratio is None else f"{row.memory_ratio:.2f}"
         lines.append(
             f"| {row.name} | {row.median_ms:.1f} ({row.least_ms:.1f}-{row.most_ms:.1f}) | {row.ratio:.2f} "
-            f"| {row.theory:.2f} | {row.forward_passes:.2f} | {row.images_forward:.2f} | {memory} |"
+            f"| {row.theory:.2f} | {row.forward_passes:.2f} | {row.images_forward:.2f} | {row.memory_ratio:.2f} |"
         )
     return "\n".join(lines)
 
@@ -175,8 +211,7 @@ def main() -> None:
     )
     parser.add_argument("--size", type=int, default=16, help="side of the square images, in pixels")
     parser.add_argument("--channels", type=int, default=1, choices=(1, 3), help="1 = grey, 3 = RGB")
-    presets = ("tiny", "small", "medium", "base", "large")
-    parser.add_argument("--network", default="small", choices=presets, help="preset network")
+    parser.add_argument("--network", default="small", choices=NETWORKS, help="preset network")
     parser.add_argument("--batch-size", type=int, default=32, help="images per step")
     parser.add_argument("--repetitions", type=int, default=7, help="turns of each objective")
     parser.add_argument("--steps", type=int, default=8, help="steps per turn, whose mean time is one measurement")

@@ -58,10 +58,10 @@ class ReproduceConfig:
     """Dimension of `linear-gaussian`, >= 2 and at most 64. Default: 16."""
     spectrum: OptionalText = None
     """Variances of `linear-gaussian`: powerlaw, flat or two-level. Default: powerlaw."""
-    scale: Literal["cpu", "cpu-32", "gpu-10min", "gpu-1h", "gpu"] | None = None
+    scale: Literal["cpu", "cpu-32", "gpu-10min", "gpu-1h", "gpu-paper", "gpu"] | None = None
     """How large an image grid is. cpu: 16 x 16 grey, 8 to 25 minutes a row on one core; cpu-32: 32 x 32 RGB, three
-    times as long; gpu: 32 x 32 RGB, the paper's length; gpu-10min, gpu-1h: shorter runs of a smaller network.
-    Default: cpu."""
+    times as long; gpu: 32 x 32 RGB, the paper's length; gpu-10min, gpu-1h: shorter runs of a smaller network;
+    gpu-paper: the paper's network and schedule. Default: cpu."""
     extractor: UseAppendAction[tuple[str, ...]] = ()
     """What image grids are judged by, beside pixels: see --extractor of `robustdiff evaluate`; the first one ranks."""
     minutes: OptionalFloat = None

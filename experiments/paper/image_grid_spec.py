@@ -16,7 +16,7 @@ IMAGE_EXPERIMENTS: Mapping[str, tuple[str, str | None]] = {
 }
 """Experiments on images, and the splits that are trained on and judged against. A split that the data do not have, or
 that holds too few images for the scale, is replaced by images of the first one that are not trained on."""
-SCALES = ("cpu", "cpu-32", "gpu-10min", "gpu-1h", "gpu")
+SCALES = ("cpu", "cpu-32", "gpu-10min", "gpu-1h", "gpu-paper", "gpu")
 
 # -- dirt ------------------------------------------------------------------------------------------------
 
@@ -329,11 +329,17 @@ SCALE: Mapping[str, Scale] = {
     ),
     "gpu-10min": replace(_LARGE, images=1_000_000, network="medium", samples=2000, choosing=500),
     "gpu-1h": replace(_LARGE, images=5_000_000, network="medium"),
+    "gpu-paper": replace(
+        _LARGE,
+        images=1_500_000,
+        network="improved-ddpm",
+        flags=(*_LARGE.flags, "--ddpm-beta-schedule", "squaredcos_cap_v2", "--ddpm-num-steps", "4000"),
+    ),
     "gpu": _LARGE,
 }
 """``cpu``: 16 x 16 grey, 1.1 M parameters; ``cpu-32``: 32 x 32 RGB, the same network. ``gpu``: 32 x 32 RGB, the
-network of Ho et al. (2020), 35.7 M parameters;
-the two shorter ones have one of about 10 M."""
+network of Ho et al. (2020), 35.7 M parameters; the two shorter ones have one of about 10 M; ``gpu-paper`` that of
+Nichol and Dhariwal (2021) with their schedule, as the paper has it, at a fraction of its length."""
 
 
 # -- rows ------------------------------------------------------------------------------------------------

@@ -254,6 +254,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "strength": SigmaRange(0.0, 0.2, 3.75),
         "radius": Radius(exponent=0.0, scale=1.0, floor=0.0, random=False),
     },
+    "fast": {"perturbation": RandomPerturbation(), "strength": SigmaRange(0.0, 0.3, 0.3), "radius": STATE_RADIUS},
     "plain": {"perturbation": None, "strength": 0.0, "radius": Radius()},
 }
 """Settings of :class:`EquivarianceLoss` by name. ``paper``: Briglia et al. (2025), lambda = 0.3, one step of FGSM that

@@ -111,7 +111,7 @@ class TrainConfig:
     """Gaussian noise that each image carries, above which only it is then trained: a CSV of NAME,SIGMA (sigma in the
     [-1, 1] range, at the size that is trained; images not named are clean), a JSON object, the manifest.json of
     `robustdiff corrupt`, or the word `corrupt`: as --corrupt gaussian adds it. Default: nothing is known."""
-    preset: Literal["paper", "paper-random", "paper-noise", "paper-scaled", "gated", "plain"] | None = None
+    preset: Literal["fast", "paper", "paper-random", "paper-noise", "paper-scaled", "gated", "plain"] | None = None
     """Objective settings to start from; the flags of this group override single ones. gated: random perturbation at low
     noise levels only (2 forward passes there); paper: adversarial, radius in units of the state, the reading of the
     published settings that shows their pattern; paper-random: its random variant; paper-noise, paper-scaled: other
@@ -371,14 +371,16 @@ class TrainConfig:
         if not loss.regularised:
             given += [] if self.preset is None else ["preset"]
             require(not given, f"`objective` {self.objective} has no perturbation: leave out {listed(given)}")
-        usual = {"paper-random": "random", "gated": "random", "plain": "none"}.get(self.start, "adversarial")
+        usual = {"fast": "random", "paper-random": "random", "gated": "random", "plain": "none"}.get(
+            self.start, "adversarial"
+        )
         perturbation = self.perturbation or usual
         if perturbation == "none" and loss.regularised:
             idle = [name for name in given if name != "perturbation"]
             require(not idle, f"without a perturbation {listed(idle)} would do nothing: add `perturbation` random")
             remedy = f"`objective` {self.objective} needs `perturbation` random or adversarial"
             require(not loss.shift_only, remedy)
-        gated = self.gate is not None or self.start == "gated"
+        gated = self.gate is not None or self.start in ("gated", "fast")
         remedy = "`strength_beta` does not go with a gate: use `preset` paper-noise, and no `gate`"
         require(self.strength_beta is None or not gated, remedy)
         both = self.gate is not None and self.start == "paper-scaled"
