@@ -38,6 +38,7 @@ from robustdiff.commands import main
 from robustdiff.data.corruption import Corruption
 from robustdiff.data.dataset import load_images
 from robustdiff.diffusion.networks import build_unet
+from robustdiff.diffusion.pipeline import load_pipeline, sample, to_uint8
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.losses.baselines import InvarianceLoss
 from robustdiff.losses.denoising import DenoisingLoss, LossOutput
@@ -136,6 +137,20 @@ def test_the_output_folder_is_a_stock_pipeline_and_what_the_design_lists(config:
         assert line["radius"] > 8 / 255
         assert line["loss"] == pytest.approx(line["denoising"] + 0.3 * line["equivariance"], rel=1e-5)
         assert line["gradient_norm"] > 0
+
+
+def test_the_snippets_of_the_model_card_draw(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = train(changed(config, images="8", preview_images=0, ddpm_num_steps=100))
+    whole, fewer = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(folder.parent)
+    names: dict[str, object] = {}
+    exec(whole.replace("batch_size=4", "batch_size=4, num_inference_steps=5"), names)
+    assert len(names["images"]) == 4
+    generators = "[torch.Generator().manual_seed(7 + i) for i in range(4)]"
+    exec("import torch\n" + fewer.replace("batch_size=4", f"batch_size=4, generator={generators}"), names)
+    drawn = np.stack([np.array(image) for image in names["images"]])
+    ours = to_uint8(sample(load_pipeline(folder), 4, seed=7, steps=50)).permute(0, 2, 3, 1).numpy()
+    assert np.abs(drawn.reshape(ours.shape).astype(int) - ours).max() <= 1  # they may part in spacing, not in kind
 
 
 def test_the_pipeline_holds_the_moving_average_and_the_checkpoint_holds_both(config: TrainConfig) -> None:

@@ -20,6 +20,15 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("{name}")
 images = pipeline(batch_size=4).images
 ```
+
+With fewer steps, by DDIM; without the last argument more of them would be worse:
+
+```python
+from diffusers import DDIMPipeline
+
+fast = DDIMPipeline(pipeline.unet, pipeline.scheduler)
+images = fast(batch_size=4, num_inference_steps=50, use_clipped_model_output=True).images
+```
 """
 
 
@@ -38,7 +47,9 @@ sides = unet.config.sample_size if isinstance(unet.config.sample_size, (list, tu
 x = torch.randn(4, unet.config.in_channels, *sides)
 with torch.no_grad():
     for t in scheduler.timesteps:
-        x = scheduler.step(unet(x, t, class_labels=labels).sample, t, x).prev_sample  # ends in [-1, 1]
+        output = unet(x, t, class_labels=labels).sample
+        # the noise of the clipped image: without it more steps are worse
+        x = scheduler.step(output, t, x, use_clipped_model_output=True).prev_sample  # ends in [-1, 1]
 ```
 """
 
