@@ -20,6 +20,7 @@ from experiments import (
     attacked_digits,
     attacked_worlds,
     audit_accuracy,
+    cost_frontier,
     digits_demo,
     known_damage,
     noise_estimates,
@@ -278,6 +279,17 @@ def digits() -> str:
     )
 
 
+def cost() -> str:
+    """What is left of the regulariser when most of its second pass is saved."""
+    note = (
+        "The plane, 1,500 steps. *Passes*: through the network, plain training being 1. *Effect*: share of the full "
+        "regulariser's fall in the distance to the plane, nine of ten points noised; of the adversarial one for the "
+        "rows below it. W2 on noised data, on clean data, and with outliers."
+    )
+    table = _table("The frontier of cost", cost_frontier.table(_read("cost_frontier.json")), note)
+    return _page("Effect against cost", "[`cost_frontier.json`](../cost_frontier.json)", table)
+
+
 def purified() -> str:
     """A classifier behind purification."""
     return _page(
@@ -300,6 +312,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "cifar10-old-sampler.md": cifar10_old_sampler,
     "attacks.md": attacks,
     "audit.md": audit,
+    "cost.md": cost,
     "digits.md": digits,
     "known-damage.md": known_damages,
     "purified.md": purified,
