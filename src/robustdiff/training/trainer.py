@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from robustdiff import __version__
+from robustdiff.data.match_model import renumber
 from robustdiff.diffusion.pipeline import largest_divisor
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.training.callbacks.base import Callback
@@ -62,6 +63,8 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Path:
 
     images = load_training_images(config, accelerator)
     pipeline, network = build_pipeline(config, images)
+    if config.init_from:
+        images = renumber(images, pipeline, config.init_from)
     schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
     data = build_training_set(config, images, schedule, accelerator, folder)
     loss = build_objective(config, schedule, None if data.audit is None else data.audit.regularise)
