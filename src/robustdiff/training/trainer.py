@@ -75,7 +75,10 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Path:
     callbacks = _callbacks(config, plan, data, pipeline, accelerator, folder, found)
     if config.resuming:
         audited = None if data.audit is None else data.audit.sha256
-        check_resumable(config, images, data.levels, audited, plan, folder, takes_labels(pipeline.unet))
+        conditional = takes_labels(pipeline.unet)
+        length = check_resumable(config, images, data.levels, audited, plan, folder, conditional)
+        if length < plan.images:
+            say(f"training longer: {plan.images:,} images instead of {length:,}")
 
     try:
         fit(pipeline, loss, data.batches, _options(config, plan, data), callbacks, accelerator=accelerator, say=say)
