@@ -57,7 +57,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Path:
     source = Path(config.data).resolve()
     folder = Path(config.output_dir or f"runs/{source.name if source.is_dir() else source.stem}")
     found = claim_output(config, folder)
-    accelerator = build_accelerator(config.mixed_precision, config.logger, folder)
+    accelerator = build_accelerator(config.mixed_precision, config.logger, folder, config.gradient_accumulation_steps)
     if not accelerator.is_local_main_process:
         say = _silent
 
