@@ -7,10 +7,12 @@ import faulthandler
 import functools
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +166,21 @@ def test_workers_that_cannot_be_started_are_one_line(monkeypatch: pytest.MonkeyP
     with pytest.raises(UsageError, match=r"cannot be started \(Resource temp.*`dataloader_num_workers`"):
         next(load_ahead(plain, SHARES, 2))
     assert multiprocessing.active_children() == []
+
+
+def test_too_many_open_files_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images in shared memory are handed over as open files."""
+    original = BaseProcess.join
+    monkeypatch.setattr(BaseProcess, "join", lambda self, timeout=0.1: original(self, min(timeout, 0.1)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    loading = load_ahead(plain, SHARES, 1)
+    next(loading)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4, hard))
+        with pytest.raises(UsageError, match=r"lost \(Too many open files\).*`dataloader_num_workers`"):
+            list(loading)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.slow

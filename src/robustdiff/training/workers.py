@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._utils import ExceptionWrapper
 
+from robustdiff.utils import atomic_io
 from robustdiff.utils.errors import UsageError
 
 LoadedBatch = tuple[Tensor, Tensor | None]
@@ -104,8 +105,8 @@ class _Worker:
         try:
             self.pipe.send(counters)
             answer: Any = ForkingPickler.loads(self.pipe.recv_bytes())
-        except (EOFError, OSError):
-            raise self._lost() from None
+        except (EOFError, OSError, RuntimeError) as error:  # the last one if a handle cannot be received
+            raise self._lost(error) from None
         if isinstance(answer, ExceptionWrapper):
             answer.reraise()  # type: ignore[no-untyped-call]
         if isinstance(answer, Exception):
@@ -113,12 +114,13 @@ class _Worker:
         images, filled = (torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in answer)
         return images, filled
 
-    def _lost(self) -> Exception:
+    def _lost(self, error: Exception) -> Exception:
         self.process.join(5)
         status = self.process.exitcode
         if status == -signal.SIGKILL:
             return MemoryError("a worker process that loads images was killed")
-        how = signal.Signals(-status).name if status is not None and status < 0 else f"status {status}"
+        how = f"status {status}" if status is not None else atomic_io.one_line(error)
+        how = signal.Signals(-status).name if status is not None and status < 0 else how
         return UsageError(
             f"a worker process that loads images was lost ({how}): go on with `resume`, and lower "
             "`dataloader_num_workers` if it happens again"
