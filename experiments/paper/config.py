@@ -15,6 +15,7 @@ from robustdiff.utils.options import (
     OptionalFloat,
     OptionalInt,
     OptionalText,
+    Settings,
     check_extractors,
     require,
 )
@@ -27,7 +28,7 @@ IMAGE_GRIDS = ("cifar10", "celeba", "lsun")
 
 
 @dataclass(frozen=True)
-class ReproduceConfig:
+class ReproduceConfig(Settings):
     """Run an experiment; run it again, and it goes on where it was stopped.
 
     NAME is plane, mixture, subspace, linear-gaussian or invariance (distributions whose truth is known), or cifar10,

@@ -157,3 +157,90 @@ def test_a_conditional_start_is_not_asked_of_an_unconditional_pipeline(config: T
     )
     with pytest.raises(UsageError, match=r"`class_conditional`: .* is not conditional"):
         train(dataclasses.replace(again, output_dir=str(tmp_path / "again")))
+
+
+# -- fine-tuning: the classes are the model's --------------------------------------------------------
+
+
+def classes_of(folder: Path, *names: str) -> Path:
+    """A folder per class, two images in each."""
+    for place, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(np.full((8, 8), 40 * place + i, np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def known(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of ant, cat and zebra."""
+    folder = tmp_path_factory.mktemp("known")
+    data = classes_of(folder / "data", "ant", "cat", "zebra")
+    return train(dataclasses.replace(config, data=str(data), images="8", output_dir=str(folder / "run")))
+
+
+def tuned(config: TrainConfig, model: Path, data: Path, output: Path, **more: object) -> TrainConfig:
+    own = {"model_config_name_or_path": None, "ddpm_num_steps": None, "prediction_type": None}
+    settings = {"init_from": str(model), "data": str(data), "output_dir": str(output), "images": "16"}
+    return dataclasses.replace(config, **own, ddpm_beta_schedule=None, **{**settings, **more})
+
+
+def embeddings(folder: Path) -> torch.Tensor:
+    return load_pipeline(folder).unet.class_embedding.weight.detach()
+
+
+def test_fine_tuning_numbers_classes_as_the_model_does(config: TrainConfig, known: Path, tmp_path: Path) -> None:
+    """Cat and zebra would be 0 and 1 in a set without ants: those are the model's ants and cats."""
+    data = classes_of(tmp_path / "data", "cat", "zebra")
+    done = train(
+        tuned(config, known, data, tmp_path / "run", adam_weight_decay=0.0, use_ema=False, ema_max_decay=0.9999)
+    )
+    moved = (embeddings(done) != embeddings(known)).any(1)
+    assert moved.tolist() == [False, True, True]
+    account = json.loads((done / "data.json").read_text())["data"]
+    assert account["classes"] == {"ant": 0, "cat": 2, "zebra": 2}
+    assert "ant, cat, zebra" in (done / "README.md").read_text()
+    for label, numbers in (("zebra", [2, 2, 2]), ("cat", [1, 1, 1]), (None, [0, 1, 2])):
+        output = tmp_path / f"{label}.npz"
+        sample_to_files(SampleConfig(str(done), n=3, steps=2, output=str(output), class_label=label))
+        with np.load(output) as arrays:
+            assert arrays["labels"].tolist() == numbers
+    train(
+        tuned(
+            config,
+            known,
+            data,
+            tmp_path / "run",
+            use_ema=False,
+            ema_max_decay=0.9999,
+            adam_weight_decay=0.0,
+            resume=True,
+        )
+    )
+
+
+def test_fine_tuning_again_and_from_the_best_keeps_the_names(config: TrainConfig, known: Path, tmp_path: Path) -> None:
+    data = classes_of(tmp_path / "data", "cat", "zebra")
+    many = {"evaluate_every": "8", "evaluate_reference": str(tmp_path / "real.npy"), "evaluate_n": 14}
+    np.save(tmp_path / "real.npy", np.random.default_rng(0).integers(0, 256, (28, 8, 8), dtype=np.uint8))
+    once = train(tuned(config, known, data, tmp_path / "once", **many))
+    again = train(tuned(config, once / "best", data, tmp_path / "again"))
+    assert json.loads((again / "data.json").read_text())["data"]["classes"] == {"ant": 0, "cat": 2, "zebra": 2}
+
+
+@pytest.mark.parametrize("name", ["dog", "Cat"])
+def test_a_class_that_the_model_does_not_know_is_one_line(config, known, tmp_path, name: str) -> None:
+    data = classes_of(tmp_path / "data", "cat", name)
+    with pytest.raises(UsageError, match=f"has a class '{name}' that .* does not know: it has ant, cat, zebra; rename"):
+        train(tuned(config, known, data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_names_is_told_classes_by_their_numbers(config: TrainConfig, known: Path, tmp_path) -> None:
+    load_pipeline(known).save_pretrained(tmp_path / "nameless")
+    data = classes_of(tmp_path / "data", "0", "2")
+    done = train(tuned(config, tmp_path / "nameless", data, tmp_path / "run"))
+    assert json.loads((done / "data.json").read_text())["data"]["classes"] == {"0": 2, "1": 0, "2": 2}
+    data = classes_of(tmp_path / "more", "0", "3")
+    with pytest.raises(UsageError, match=r"class number 3, .* has 0 \.\. 2"):
+        train(tuned(config, tmp_path / "nameless", data, tmp_path / "other"))

@@ -22,6 +22,7 @@ from robustdiff.utils.options import (
     ReferenceColumn,
     ReferenceConfig,
     ReferenceSplit,
+    Settings,
     Split,
     Title,
     Told,
@@ -36,7 +37,7 @@ from robustdiff.utils.options import (
 
 
 @dataclass(frozen=True)
-class AttackConfig:
+class AttackConfig(Settings):
     """Attack a pipeline while it draws: push its states within a radius, so that images end far from where they would.
 
     Beside the attack asked for: random noise, one step, shorter and longer PGD, an adaptive one, other radii and step
@@ -204,7 +205,7 @@ class AttackConfig:
 
 
 @dataclass(frozen=True)
-class PurifyConfig:
+class PurifyConfig(Settings):
     """Purify images: drown what was done to them in noise, and denoise them with a model; with a manifest."""
 
     data: Annotated[Positional[str], arg(metavar="DATA")]
@@ -258,7 +259,7 @@ class PurifyConfig:
 
 
 @dataclass(frozen=True)
-class CorruptConfig:
+class CorruptConfig(Settings):
     """Write a dirty copy of a folder of images, with a manifest that says which image got what."""
 
     source: Annotated[Positional[str], arg(metavar="SRC")]

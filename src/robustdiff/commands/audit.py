@@ -17,6 +17,7 @@ from robustdiff.utils.options import (
     ImageColumn,
     OptionalInt,
     OptionalText,
+    Settings,
     Split,
     check_given,
     check_resolution,
@@ -25,7 +26,7 @@ from robustdiff.utils.options import (
 
 
 @dataclass(frozen=True)
-class AuditConfig:
+class AuditConfig(Settings):
     """Look at every image before training: bad files, sizes, duplicates, noise, and damage; nothing is changed."""
 
     data: Annotated[Positional[str], arg(metavar="DATA")]

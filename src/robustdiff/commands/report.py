@@ -8,11 +8,11 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from robustdiff.commands.flags import Say
-from robustdiff.utils.options import OptionalText, require
+from robustdiff.utils.options import OptionalText, Settings, require
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Settings):
     """Make one HTML page of any number of run folders: it needs no network and no other file."""
 
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN [RUN ...]")] = ()

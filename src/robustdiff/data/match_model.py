@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -52,26 +53,40 @@ def labels_for(images: ImageDataset, pipeline: Any, model: str) -> Tensor | None
     Raises:
         UsageError: One line, if the images have no labels, or others than the pipeline.
     """
+    return None if Denoiser.of(pipeline).num_classes is None else renumber(images, pipeline, model).labels
+
+
+def renumber(images: ImageDataset, pipeline: Any, model: str) -> ImageDataset:  # noqa: ANN401
+    """The same images with the classes of a pipeline, as :func:`labels_for` finds them; all that it has, used or not.
+
+    Raises:
+        UsageError: As there.
+    """
     count = Denoiser.of(pipeline).num_classes
     if count is None:
-        return None
+        return images
     if images.labels is None:
         raise UsageError(
-            f"{model} is class-conditional and {images.source} has no labels: sort its images into one folder per "
-            "class, or name a pipeline without classes"
+            f"{model} is conditional on {count} classes and {images.source} has no labels: sort its images into one "
+            "folder per class, or name a pipeline without classes"
         )
-    names = class_names(model)
-    if names and images.classes:
-        strange = [name for name in images.classes if name not in names]
+    classes, numbers = tuple(class_names(model)), torch.arange(len(images.classes))
+    if classes and images.classes:
+        strange = [name for name in images.classes if name not in classes]
         if strange:
+            known = ", ".join(classes[:20])
             raise UsageError(
-                f"{images.source} has a class {strange[0]!r} that {model} does not know: it has {', '.join(names[:20])}"
+                f"{images.source} has a class {strange[0]!r} that {model} does not know: it has {known}; rename that "
+                "class, leave its images out, or take another model"
             )
-        return torch.tensor([names.index(name) for name in images.classes])[images.labels]
-    labels = images.labels
-    if all(name.isdecimal() for name in images.classes):  # 7 is class 7, also in a set without 3
-        labels = torch.tensor([int(name) for name in images.classes])[labels]
+        numbers = torch.tensor([classes.index(name) for name in images.classes])
+    elif all(name.isdecimal() for name in images.classes):  # 7 is class 7, also in a set without 3
+        classes = tuple(map(str, range(count)))
+        numbers = torch.tensor([int(name) for name in images.classes])
+    else:
+        classes = images.classes
+    labels = numbers[images.labels]
     largest = int(labels.max())
     if largest >= count:
         raise UsageError(f"{images.source} has a class number {largest}, {model} has 0 .. {count - 1}: name another")
-    return labels
+    return dataclasses.replace(images, classes=classes, labels=labels)

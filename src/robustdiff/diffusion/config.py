@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from robustdiff.utils.options import MAX_SEED, FloorShape, SamplerSteps, SigmaFloor, check_floor, require
+from robustdiff.utils.options import MAX_SEED, FloorShape, SamplerSteps, Settings, SigmaFloor, check_floor, require
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Settings):
     """Draw images from any pipeline built on UNet2DModel: a run folder, another folder, or a hub id."""
 
     run: Annotated[Positional[str], arg(metavar="RUN")]

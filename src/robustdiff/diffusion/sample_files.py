@@ -117,7 +117,7 @@ def _output_path(config: SampleConfig) -> Path:
     changed += f"-floor{config.sigma_floor:g}{shape}" if config.sigma_floor else ""
     name = f"{config.scheduler}-{config.steps}-seed{config.seed}{changed}"
     if config.output:
-        output = Path(config.output).expanduser().resolve()
+        output = Path(config.output).resolve()
     else:
         output = Path(config.run) / "samples" / name if Path(config.run).is_dir() else Path("samples") / name
     if output.suffix == ".npz":

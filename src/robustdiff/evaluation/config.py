@@ -19,6 +19,7 @@ from robustdiff.utils.options import (
     ReferenceConfig,
     ReferenceSplit,
     SamplerSteps,
+    Settings,
     SigmaFloor,
     Title,
     Told,
@@ -32,7 +33,7 @@ from robustdiff.utils.options import (
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """Judge a pipeline, or a folder of images made anywhere: quality, coverage, copying, few steps.
 
     Every number is written with its floor (real against real) and with all that it rests on: one JSON per result.

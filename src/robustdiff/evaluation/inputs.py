@@ -295,7 +295,7 @@ def output_folder(config: EvaluateConfig) -> Path:
     """
     run = Path(config.run)
     if config.output is not None:
-        folder = Path(config.output).expanduser()
+        folder = Path(config.output)
     elif (run / "model_index.json").is_file():
         folder = run / "evaluation"
     else:

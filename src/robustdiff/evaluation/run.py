@@ -111,7 +111,7 @@ class _Evaluation:
         """Features of everything, by all processes; None on others than the first."""
         started, cache = time.perf_counter(), None
         if self.config.cache != "none":
-            cache = Path(self.config.cache).expanduser() if self.config.cache else default_cache()
+            cache = Path(self.config.cache) if self.config.cache else default_cache()
 
         def features(images: Tensor | ImageDataset, what: str) -> Features | None:
             with bar(extractor.name, len(images), "image") as tell:

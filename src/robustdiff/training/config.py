@@ -29,6 +29,7 @@ from robustdiff.utils.options import (
     OptionalGiB,
     OptionalInt,
     OptionalText,
+    Settings,
     Split,
     check_memory,
     listed,
@@ -56,7 +57,7 @@ def parse_gate(text: str) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Train a diffusion model on a folder of images; the output folder is an ordinary diffusers pipeline.
 
     Those flag names of diffusers' train_unconditional.py that have a meaning here work too, with dashes or underscores.

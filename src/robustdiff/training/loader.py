@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import signal
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,16 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from robustdiff.data.corruption import Corruption, corrupt
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.training.curriculum import LevelBalancedSampler
-from robustdiff.utils.errors import RobustdiffWarning, UsageError
+from robustdiff.training.workers import LoadedBatch, load_ahead
+from robustdiff.utils.errors import RobustdiffWarning
 from robustdiff.utils.seeds import derive_seed
-
-LoadedBatch = tuple[Tensor, Tensor | None]
-"""Images in [-1, 1], (B, C, H, W); which of their pixels were filled in, bool, (B, H, W), or None if none were."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,19 +154,6 @@ class Batches:
         )
 
 
-class _Loading(Dataset["LoadedBatch | UsageError"]):
-    """``Batches.load`` as a data set whose indices are ranges of counters."""
-
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
-
-    def __getitem__(self, counters: range) -> LoadedBatch | UsageError:
-        try:
-            return self.batches.load(counters)
-        except UsageError as error:  # handed over as a value: the loader would wrap a stack trace around it
-            return error
-
-
 @dataclass(frozen=True)
 class RankSampler:
     """Counters of each forward pass of one process, in order.
@@ -216,34 +200,9 @@ def iterate_batches(
         for counters in shares:
             yield batches(counters)
         return
-    loader = DataLoader(
-        _Loading(batches),
-        sampler=shares,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin,
-        generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global stream
-        worker_init_fn=_leave_signals_to_the_parent,
-    )
-    loading: Any = iter(loader)
-    try:
-        for counters, loaded in zip(shares, loading, strict=True):
-            if isinstance(loaded, UsageError):
-                raise loaded
+    with contextlib.closing(load_ahead(batches.load, shares, workers, pin)) as loading:
+        for counters, loaded in loading:
             yield batches.draw(counters, loaded)
-    except ConnectionError as error:  # it was lost while it handed its images over, which torch does not notice
-        lost = "a worker process that loads images was lost, out of memory perhaps: lower `dataloader_num_workers`"
-        raise UsageError(lost) from error
-    finally:  # not left to the collector: a stack trace may hold them, and the interpreter's end would wait for ever
-        loading._shutdown_workers()
-        for worker in loading._workers:
-            worker.kill()  # one that hangs in a read
-
-
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    """A Ctrl-C or a SIGTERM for the whole group must not lose what the parent is about to save."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def repeat_batches(

@@ -21,7 +21,10 @@ from robustdiff.training.loader import Batch, Batches, RankSampler, iterate_batc
 from robustdiff.training.options import FitOptions
 from robustdiff.training.processes import agree, steps_between_votes
 from robustdiff.training.run import Loss, MakeOptimizer, TrainingRun
-from robustdiff.utils.signals import Interrupted, stop_signals
+from robustdiff.utils.signals import PATIENCE, Interrupted, WaitOver, ends_with_signals, stop_signals
+
+TOGETHER = 20.0
+"""As ``PATIENCE``, for processes that stop together; launchers kill after 30."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def fit(
 
     Raises:
         NonFinite: If a loss or gradient is not finite; names the step and the noise level.
-        Interrupted: On Ctrl-C or SIGTERM, after the step that was being done and a last checkpoint.
+        Interrupted: On Ctrl-C or SIGTERM, after the step that was being done and a last checkpoint; without that step
+            if its images do not come.
         ValueError: If ``data`` ends, or is or gives something else; if its seed is not that of the options; if the
             accelerator has another precision than the options, or accumulates gradients itself.
     """
@@ -91,13 +95,17 @@ def fit(
             return _result(run)
     run.accelerator.wait_for_everyone()
 
-    batches = _feed(run, data)
+    batches = _unless_stopped(_feed(run, data), run.accelerator.num_processes)
     with stop_signals() as asked_to_stop, contextlib.closing(batches):
         run.each("on_start")
         if run.finished:  # killed in its last save: finish that
             _save(run)
         while not run.finished:
-            train_step(run, batches)
+            try:
+                train_step(run, batches)
+            except WaitOver:
+                _leave_step(run, asked_to_stop())
+                break
             logging = run.step % options.log_every == 0 or run.step == options.steps
             run.status = _vote(run, asked_to_stop(), logging)
             if logging:
@@ -123,12 +131,13 @@ def fit(
 def train_step(run: TrainingRun, batches: Iterator[Batch]) -> None:
     """One optimiser step: takes one batch per accumulated pass, and moves weights, average and learning rate.
 
-    A step whose loss or gradient is not finite changes no weight; :meth:`TrainingRun.check_finite` tells of it.
+    A step whose loss or gradient is not finite changes no weight; :meth:`TrainingRun.check_finite` tells of it. Nor
+    does one that ends in the middle, for want of a batch.
     """
     passes = run.options.gradient_accumulation_steps
     outputs: list[LossOutput] = []
     indices: list[Tensor | None] = []
-    seen = run.images
+    images = 0
     for place in range(passes):
         last = place == passes - 1
         with contextlib.nullcontext() if last else run.accelerator.no_sync(run.model):
@@ -139,9 +148,10 @@ def train_step(run: TrainingRun, batches: Iterator[Batch]) -> None:
             # times 1, but not a number where the loss is infinite: no process may miss it in the gradient
             mean = mean * (1 + 0 * mean.detach())
             run.accelerator.backward(mean / passes)
-        run.images += len(batch.x0) * run.accelerator.num_processes
+        images += len(batch.x0) * run.accelerator.num_processes
     gradient_norm = run.accelerator.clip_grad_norm_(run.network.parameters(), run.options.max_grad_norm)
-    run.update(bad=run.metrics.add(run.step, outputs, gradient_norm, seen, indices))
+    run.update(bad=run.metrics.add(run.step, outputs, gradient_norm, run.images, indices))
+    run.images += images
 
 
 def _check_data(data: object, seed: int) -> None:
@@ -166,6 +176,30 @@ def _feed(run: TrainingRun, data: ImageDataset | Batches | Iterable[Any]) -> Gen
     batch = options.batch_size * options.gradient_accumulation_steps * processes
     shares = RankSampler(run.step, options.steps, batch, options.batch_size, process, processes)
     return iterate_batches(batches, shares, options.workers, pin=accelerator.device.type == "cuda")
+
+
+def _unless_stopped(batches: Generator[Batch, None, None], processes: int) -> Generator[Batch, None, None]:
+    """The same, but that no signal waits for a batch for long.
+
+    On several processes it may be long: those that have theirs would wait for the one that leaves.
+    """
+    with contextlib.closing(batches):
+        while True:
+            with ends_with_signals(PATIENCE if processes == 1 else TOGETHER):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
+def _leave_step(run: TrainingRun, status: int) -> None:
+    """A signal came, and images do not: what was done before this step is saved, if this process can do so alone."""
+    run.status = status
+    run.optimizer.zero_grad()
+    if run.accelerator.num_processes > 1:
+        message = f"stopped at step {run.step} of {run.options.steps}, waiting for images"
+        raise Interrupted(message, status, saved=False)
+    _save(run)
 
 
 def _vote(run: TrainingRun, status: int, logging: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -9,9 +10,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 
 from robustdiff.diffusion.pipeline import without_accelerator
+from robustdiff.utils import atomic_io
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.resources import check_launcher
 
@@ -20,7 +27,10 @@ PATIENCE = timedelta(hours=2)
 
 
 def build_accelerator(
-    mixed_precision: str = "no", logger: str | None = None, folder: Path | None = None
+    mixed_precision: str = "no",
+    logger: str | None = None,
+    folder: Path | None = None,
+    gradient_accumulation_steps: int = 1,
 ) -> Accelerator:
     """Accelerate's device, precision and trackers; what it would ignore silently is an error here.
 
@@ -28,11 +38,13 @@ def build_accelerator(
         mixed_precision: no, fp16 or bf16.
         logger: A tracker that accelerate knows.
         folder: Where trackers write.
+        gradient_accumulation_steps: Of the run, which accumulates by itself.
 
     Raises:
         UsageError: If the tracker is not there, or the set-up is one that training here cannot use.
     """
     check_launcher()
+    _check_settings(mixed_precision, gradient_accumulation_steps)
     if logger is not None:
         available = sorted(tracker.value for tracker in get_available_trackers())
         if logger not in available:
@@ -40,17 +52,24 @@ def build_accelerator(
             raise UsageError(f"`logger` {logger}: not installed, or not known to accelerate (installed: {there})")
     # Accelerate keeps one precision per process; a second run may ask for another.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        cpu=without_accelerator(),
-        mixed_precision=mixed_precision,
-        log_with=logger,
-        project_dir=None if folder is None else str(folder),
-        kwargs_handlers=[
-            # A gate may leave one process without a perturbed forward pass: no collective may happen in a forward.
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=PATIENCE),
-        ],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=without_accelerator(),
+            mixed_precision=mixed_precision,
+            log_with=logger,
+            project_dir=None if folder is None else str(folder),
+            # Given here, as accelerate would else read them from the environment, and do them once more.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_backend="no",
+            kwargs_handlers=[
+                # A gate may leave one process without a perturbed forward pass: no collective may happen in a forward.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
+        )
+    except (ValueError, ImportError, NotImplementedError) as error:
+        reason = atomic_io.one_line(error)
+        raise UsageError(f"accelerate cannot be set up as its launcher or the environment says: {reason}") from None
     sharding = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
     if accelerator.distributed_type in sharding:
         raise UsageError(
@@ -60,6 +79,36 @@ def build_accelerator(
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("`mixed_precision` fp16 has no effect on a CPU: use bf16 or no")
     return accelerator
+
+
+def _check_settings(mixed_precision: str, gradient_accumulation_steps: int) -> None:
+    """Refuse what accelerate's launcher or configuration says otherwise than the run.
+
+    It always says something, "no" or 1 by default: that leaves the run its own.
+    """
+    known = {
+        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", mixed_precision),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", str(gradient_accumulation_steps)),
+    }
+    for variable, (name, value) in known.items():
+        told = os.environ.get(variable, value)
+        if told.lower() not in ("", "no", "1", value):
+            raise UsageError(
+                f"accelerate is set to {name} {told:.40} (by its launcher, its configuration or {variable}), "
+                f"`{name}` is {value}: give the same here, or take it out there"
+            )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() not in ("", "no"):
+        raise UsageError(
+            f"accelerate is set to dynamo_backend {backend:.40} (by its launcher, its configuration or "
+            "ACCELERATE_DYNAMO_BACKEND): take it out there, and add `compile` here"
+        )
+    if device := os.environ.get("ACCELERATE_TORCH_DEVICE"):
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = atomic_io.one_line(error)
+            raise UsageError(f"ACCELERATE_TORCH_DEVICE {device:.40} cannot be used here: {reason:.200}") from None
 
 
 def check_alike(accelerator: Accelerator, digest: str, what: str) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import warnings
 from pathlib import Path
+from typing import Any
 
+from robustdiff.data.corruption import check_corruptions
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.training.annotations import NoiseLevels
 from robustdiff.training.checkpoint import find_checkpoint
@@ -70,6 +73,22 @@ _FREE = {
     # The pixels, labels and noise levels themselves are compared.
     *("noise_levels", "data", "split", "dataset_config_name", "image_column", "label_column", "max_bad_fraction"),
     *("train_batch_size", "gradient_accumulation_steps"),  # only their product with the processes counts: plan.batch
+    *("images", "num_epochs"),  # a run may be made longer: plan.steps
+}
+# What flags come to, in the plan: said otherwise, or left to a default that is the same, they do not differ.
+_COMES_TO = {
+    "learning_rate": ("learning_rate",),
+    "warmup_steps": ("lr_warmup_steps",),
+    "network": ("network",),
+    "objective": (
+        *("preset", "objective", "perturbation", "strength", "gate", "radius_exponent", "radius_scale", "radius_floor"),
+        *("radius_factor", "attack_steps", "attack_step_size", "inner", "gradient"),
+    ),
+}
+_SHAPE = ("resolution", "channels")  # come to the pixels
+_USUAL: dict[str, Any] = {
+    **{"prediction_type": "epsilon", "ddpm_num_steps": 1000, "ddpm_beta_schedule": "linear"},  # of a new network
+    **{"clean_subset": False, "auto": False, "auto_without": []},  # of runs of before there were the flags
 }
 
 
@@ -81,39 +100,47 @@ def check_resumable(
     plan: Plan,
     folder: Path,
     conditional: bool,
-) -> None:
+) -> int:
     """Refuse to go on with other settings, other data or other noise levels than the run was started with.
 
     ``trust`` is the digest of what ``auto`` found.
+
+    Returns:
+        How many images the run was to see, which may be fewer than now.
 
     Raises:
         UsageError: Naming the flags that differ.
     """
     try:
         saved, account = atomic_io.read_json(folder / "config.json"), atomic_io.read_json(folder / "data.json")
-        earlier, batch, before = dict(saved["settings"]), saved["plan"]["batch"], account["data"]
-        pixels, labels = before["sha256"], before.get("labels_sha256")
+        earlier, before, known = dict(saved["settings"]), dict(saved["plan"]), account["data"]
+        length, batch = operator.index(before["images"]), operator.index(before["batch"])
+        meant = {name: _value(name, value) for name, value in earlier.items()}
+        pixels, labels = known["sha256"], known.get("labels_sha256")
         told = account["noise_levels"]["sha256"] if account.get("noise_levels") else None
         trusted = account["auto"]["sha256"] if account.get("auto") else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = atomic_io.one_line(error)
         raise UsageError(f"`resume`: {folder} has no readable config.json and data.json ({reason})") from None
+    spared = {flag for entry, flags in _COMES_TO.items() if before.get(entry) == getattr(plan, entry) for flag in flags}
+    spared |= {*_FREE, *(_SHAPE if pixels == data.sha256 else ())}
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    earlier = {
-        "clean_subset": False,
-        "auto": False,
-        "auto_without": [],
-    } | earlier  # runs of before there were the flags
     if not config.auto:  # the default has changed its name, not its meaning
-        earlier["preset"], now["preset"] = earlier.get("preset") or "gated", config.start
-    differing = sorted(name for name in now if name not in _FREE and now[name] != earlier.get(name))
+        meant["preset"], now["preset"] = meant.get("preset") or "gated", config.start
+    differing = sorted(n for n in now if n not in spared and _value(n, now[n]) != meant.get(n, _USUAL.get(n)))
     if differing:
         flags = ", ".join(f"`{n}` (was {earlier.get(n)!r:.80}, now {now[n]!r})" for n in differing)
         raise UsageError(f"`resume`: these settings differ from those of {folder}: {flags}")
     if batch != plan.batch:
         raise UsageError(
-            f"`resume`: {batch!r:.40} images per step before, {plan.batch} now: keep `train_batch_size` x "
+            f"`resume`: {batch} images per step before, {plan.batch} now: keep `train_batch_size` x "
             "`gradient_accumulation_steps` x processes the same"
+        )
+    if length > plan.images:
+        flag = "images" if config.num_epochs is None else "num_epochs"
+        raise UsageError(
+            f"`resume`: {folder} is a run of {length:,} images, `{flag}` {getattr(config, flag)} are {plan.images:,}: "
+            "give as many as before, or more to train longer"
         )
     if pixels != data.sha256:
         raise UsageError(f"`resume`: `data` {config.data} holds other images than those {folder} was trained on")
@@ -123,3 +150,15 @@ def check_resumable(
         raise UsageError(f"`resume`: `noise_levels` are others than those {folder} was trained with: give the same")
     if trusted != trust:
         raise UsageError(f"`resume`: {folder / 'auto.json'} is not what the run began with: put it back, or start anew")
+    return length
+
+
+def _value(name: str, value: Any) -> Any:  # noqa: ANN401 - of any setting
+    """What a setting means, however it is written."""
+    if value is None:
+        return _USUAL.get(name)
+    if name == "corrupt":
+        return [str(corruption) for corruption in check_corruptions(value)]
+    if name in ("init_from", "model_config_name_or_path") and Path(value).exists():
+        return str(Path(value).resolve())
+    return value

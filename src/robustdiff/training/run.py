@@ -85,7 +85,11 @@ class TrainingRun:
     ) -> None:
         """Put the network on the device and make what trains it; nothing is trained yet. See :func:`fit`."""
         self.options, self.loss, self.callbacks, self._say = options, loss, tuple(callbacks), say
-        self.accelerator = build_accelerator(options.mixed_precision) if accelerator is None else accelerator
+        if accelerator is None:
+            accelerator = build_accelerator(
+                options.mixed_precision, gradient_accumulation_steps=options.gradient_accumulation_steps
+            )
+        self.accelerator = accelerator
         _check_accelerator(self.accelerator, options.mixed_precision)
         device = self.accelerator.device
         self.pipeline = None if isinstance(model, nn.Module) else model

@@ -129,6 +129,8 @@ def check_gate(objective: DenoisingLoss, levels: NoiseLevels) -> None:
 def build_pipeline(config: TrainConfig, data: ImageDataset) -> tuple[DiffusionPipeline, str]:
     """The pipeline to train (its ``unet`` and ``scheduler``), and the network's name for the plan.
 
+    That of ``init_from`` has its own classes: see :func:`robustdiff.data.match_model.renumber`.
+
     Raises:
         UsageError: If network and images do not fit, or ``init_from`` cannot be used.
     """
@@ -226,20 +228,10 @@ def _initial_pipeline(config: TrainConfig, data: ImageDataset) -> DiffusionPipel
         )
     if config.class_conditional and classes is None:
         raise UsageError(f"`class_conditional`: {source} is not conditional; leave one of `init_from` and it out")
-    _check_classes(f"`init_from` {source}", classes, data)
     check_size(data.size, size_multiple(unet), source)
     side = data.size[0] if data.size[0] == data.size[1] else data.size
     unet.register_to_config(sample_size=side)
     return pipeline
-
-
-def _check_classes(what: str, classes: int | None, data: ImageDataset) -> None:
-    if classes is not None and (data.labels is None or len(data.classes) > classes):
-        have = "none" if data.labels is None else str(len(data.classes))
-        raise UsageError(
-            f"{what} is conditional on {classes} classes, `data` has {have}: put the images of each class in a folder, "
-            "or name a `label_column`"
-        )
 
 
 def _configured_unet(source: str, data: ImageDataset, classes: int | None) -> UNet2DModel:
@@ -265,5 +257,11 @@ def _configured_unet(source: str, data: ImageDataset, classes: int | None) -> UN
         reason = atomic_io.one_line(error)
         raise UsageError(f"{flag} {source}: not a UNet2DModel configuration ({reason})") from None
     check_size(size, size_multiple(unet), source)
-    _check_classes(f"{flag} {source}", Denoiser.of(unet).num_classes, data)
+    classes = Denoiser.of(unet).num_classes
+    if classes is not None and (data.labels is None or len(data.classes) > classes):
+        have = "none" if data.labels is None else str(len(data.classes))
+        raise UsageError(
+            f"{flag} {source} is conditional on {classes} classes, `data` has {have}: put the images of each class in "
+            "a folder, or name a `label_column`"
+        )
     return unet

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from robustdiff import __version__
+from robustdiff.data.match_model import renumber
 from robustdiff.diffusion.pipeline import largest_divisor
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.training.callbacks.base import Callback
@@ -56,12 +57,14 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Path:
     source = Path(config.data).resolve()
     folder = Path(config.output_dir or f"runs/{source.name if source.is_dir() else source.stem}")
     found = claim_output(config, folder)
-    accelerator = build_accelerator(config.mixed_precision, config.logger, folder)
+    accelerator = build_accelerator(config.mixed_precision, config.logger, folder, config.gradient_accumulation_steps)
     if not accelerator.is_local_main_process:
         say = _silent
 
     images = load_training_images(config, accelerator)
     pipeline, network = build_pipeline(config, images)
+    if config.init_from:
+        images = renumber(images, pipeline, config.init_from)
     schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
     data = build_training_set(config, images, schedule, accelerator, folder)
     loss = build_objective(config, schedule, None if data.audit is None else data.audit.regularise)
@@ -72,13 +75,18 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Path:
     callbacks = _callbacks(config, plan, data, pipeline, accelerator, folder, found)
     if config.resuming:
         audited = None if data.audit is None else data.audit.sha256
-        check_resumable(config, images, data.levels, audited, plan, folder, takes_labels(pipeline.unet))
+        conditional = takes_labels(pipeline.unet)
+        length = check_resumable(config, images, data.levels, audited, plan, folder, conditional)
+        if length < plan.images:
+            say(f"training longer: {plan.images:,} images instead of {length:,}")
 
     try:
         fit(pipeline, loss, data.batches, _options(config, plan, data), callbacks, accelerator=accelerator, say=say)
     except Interrupted as stopped:
         accelerator.end_training()
-        raise Interrupted(f"{stopped}, saved; go on with the same command and `resume`", stopped.status) from None
+        so_far = "saved; go on" if stopped.saved else "nothing since the last checkpoint was saved; go on"
+        message = f"{stopped}, {so_far} with the same command and `resume`"
+        raise Interrupted(message, stopped.status, stopped.saved) from None
     except NonFinite as bad:
         raise TrainingError(_explained(config, folder, bad)) from None
     if config.dry_run:

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
 from robustdiff.utils.errors import UsageError
+
+
+class Settings:
+    """Base of the configurations of all commands, frozen dataclasses: in them ``~`` is the home folder.
+
+    Shells leave it as it is where it does not begin a word, as in ``output=~/x``.
+    """
+
+    def __post_init__(self) -> None:
+        """Put the home folder for the ``~`` that any text begins with."""
+        for name, value in list(vars(self).items()):
+            if isinstance(value, str):
+                object.__setattr__(self, name, os.path.expanduser(value))
+            elif isinstance(value, tuple):
+                parts = tuple(os.path.expanduser(part) if isinstance(part, str) else part for part in value)
+                object.__setattr__(self, name, parts)
+
 
 MAX_SEED = 2**32 - 1
 """torch's CPU generators use the low 32 bits only: a larger seed would repeat a smaller one."""

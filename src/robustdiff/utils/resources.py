@@ -68,12 +68,35 @@ def rank() -> int:
     return int(value) if value.isdecimal() else 0
 
 
+PLUGINS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+}
+"""What accelerate's launcher says in these variables, and nothing here can use."""
+SWITCHES = ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED")
+"""Variables that accelerate reads as yes or no, and that are taken over."""
+YES_OR_NO = re.compile("y|yes|t|true|on|1|n|no|f|false|off|0", re.IGNORECASE)
+
+
 def check_launcher() -> None:
-    """Notice a launcher that was asked for several processes and started one.
+    """Refuse what a launcher, or the environment, says to accelerate and what cannot be followed here.
 
     Raises:
-        UsageError: Under ``accelerate launch --cpu --num_processes N``, which starts several only through MPI.
+        UsageError: For what splits the network, for what accelerate cannot read, and under ``accelerate launch --cpu
+            --num_processes N``, which starts several processes only through MPI.
     """
+    for name, plugin in PLUGINS.items():
+        if os.environ.get(name, "").lower() == "true":
+            raise UsageError(
+                f"accelerate is set to {plugin} ({name}), which cannot be used here: use plain data parallelism "
+                "(accelerate launch --multi_gpu)"
+            )
+    for name in SWITCHES:
+        if not YES_OR_NO.fullmatch(os.environ.get(name, "no")):
+            raise UsageError(f"{name} is {os.environ[name]!r:.40}: accelerate takes true or false")
     through_mpi = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
     # Batch scripts export MASTER_ADDR for reasons of their own; this one is accelerate's.
     alone = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("MASTER_ADDR") == "127.0.0.1"
@@ -86,7 +109,5 @@ def check_launcher() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, here or in a worker process that the system killed for it."""
-    text = r"out of memory|can't allocate memory|worker.*is killed by signal: (Killed|Bus error)"
-    if isinstance(error, MemoryError) or re.search(text, str(error), re.IGNORECASE | re.DOTALL):
-        return True
-    return error.__cause__ is not None and is_out_of_memory(error.__cause__)  # the loader says "exited unexpectedly"
+    text = r"out of memory|can't allocate memory"
+    return isinstance(error, MemoryError) or re.search(text, str(error), re.IGNORECASE) is not None

@@ -184,7 +184,7 @@ def features_of(config: AttackConfig, extractor: Extractor, images: Images, tell
     """
     cache = None
     if config.cache != "none":
-        cache = Path(config.cache).expanduser() if config.cache else default_cache()
+        cache = Path(config.cache) if config.cache else default_cache()
     with bar(extractor.name, len(images), "image") as show:
 
         def progress(done: int) -> None:

@@ -53,6 +53,7 @@ class CheckpointCallback(Callback):
             raise UsageError(f"{self.resume} is later than the last step, {run.options.steps}: give more `steps`")
         run.step, run.images = saved["step"], saved["images"]
         run.say(f"going on from {self.resume}: step {run.step} of {run.options.steps}")
+        _follow_schedule(run)
 
     def on_checkpoint(self, run: TrainingRun) -> None:
         """Save."""
@@ -61,6 +62,22 @@ class CheckpointCallback(Callback):
             # In a row of bad steps nothing is deleted: the checkpoint before it may be the one to go back to.
             keep = sys.maxsize if run.metrics.streak else self.keep
             save_checkpoint(self.folder, run.step, run.training_state(), counters, keep)
+
+
+def _follow_schedule(run: TrainingRun) -> None:
+    """The learning rate as if the run had been of this length from its start, which the checkpoint may not know."""
+    schedule = run.lr_schedule
+    rules = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    rates = [base * rule(schedule.last_epoch) for base, rule in rules]
+    before = schedule.get_last_lr()
+    if rates != before:
+        schedule.load_state_dict({**schedule.state_dict(), "_last_lr": rates})
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        run.say(
+            f"learning rate: {rates[0]:.3g} from here, where the checkpoint has {before[0]:.3g}: "
+            f"{run.options.lr_scheduler} over all {run.options.steps} steps"
+        )
 
 
 def _rules(run: TrainingRun) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -139,6 +140,8 @@ class EvaluationCallback(Callback):
             self.best = now["value"]
             (self.folder / BEST).mkdir(exist_ok=True)
             save_pipeline(self.folder / BEST, pipeline)
+            if (self.folder / "data.json").exists():  # it names the classes
+                shutil.copyfile(self.folder / "data.json", self.folder / BEST / "data.json")
             about = {"step": step, "images": seen, "metric": self.metric, "pipeline": BEST}
             atomic_io.write_json(
                 self.folder / "evaluation" / "best.json", {**about, "value": now["value"], "floor": now["floor"]}

@@ -11,6 +11,7 @@ from accelerate.tracking import GeneralTracker
 
 from robustdiff.training.callbacks.base import Callback
 from robustdiff.utils.errors import RobustdiffWarning
+from robustdiff.utils.signals import WaitOver, ends_with_signals
 
 if TYPE_CHECKING:
     from robustdiff.training.run import TrainingRun
@@ -50,7 +51,10 @@ class TrackerCallback(Callback):
         if self._given_up:
             return
         try:
-            action()
+            with ends_with_signals():
+                action()
+        except WaitOver:
+            self._give_up("it did not answer before the run was stopped")
         except Exception as error:  # trackers are other people's services: anything may come
             self._give_up(" ".join(str(error).split()) or type(error).__name__)
 
