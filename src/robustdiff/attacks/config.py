@@ -25,6 +25,7 @@ from robustdiff.utils.options import (
     Split,
     Title,
     Told,
+    ValueRange,
     check_bad_fraction,
     check_extractors,
     check_given,
@@ -229,6 +230,7 @@ class PurifyConfig:
     split: Split = None
     dataset_config_name: HubConfig = None
     image_column: ImageColumn = None
+    value_range: ValueRange = None
     label_column: OptionalText = None
     """Column of a table that holds the class labels, for class-conditional models. Default: as `robustdiff train`."""
     max_bad_fraction: BadFraction = 0.01
@@ -246,7 +248,7 @@ class PurifyConfig:
             self.data != "" and self.model != "", "`data` and `model` must not be empty: name images and a pipeline"
         )
         require(self.output is not None, "`output` is missing: name a folder, such as purified")
-        check_given(self, "output", "split", "dataset_config_name", "image_column", "label_column")
+        check_given(self, "output", "split", "dataset_config_name", "image_column", "label_column", "value_range")
         good = 0 < self.strength <= 1
         require(good, f"`strength` {self.strength} must be above 0 and at most 1: 0.1 removes what is faint")
         require(self.steps >= 1, f"`steps` {self.steps} must be at least 1")
@@ -288,6 +290,7 @@ class CorruptConfig:
     split: Split = None
     dataset_config_name: HubConfig = None
     image_column: ImageColumn = None
+    value_range: ValueRange = None
     max_bad_fraction: BadFraction = 0.01
     max_memory_gib: MemoryGiB = None
     overwrite: bool = False
@@ -309,7 +312,7 @@ class CorruptConfig:
         self._check_poison()
         check_memory(self.max_memory_gib)
         check_bad_fraction(self.max_bad_fraction)
-        check_given(self, "split", "dataset_config_name", "image_column")
+        check_given(self, "split", "dataset_config_name", "image_column", "value_range")
         require(self.seed >= 0, "`seed` must be 0 or more")
         check_resolution(self.resolution)
 

@@ -18,6 +18,7 @@ from robustdiff.utils.options import (
     OptionalInt,
     OptionalText,
     Split,
+    ValueRange,
     check_given,
     check_resolution,
     require,
@@ -39,6 +40,7 @@ class AuditConfig:
     split: Split = None
     dataset_config_name: HubConfig = None
     image_column: ImageColumn = None
+    value_range: ValueRange = None
     extractor: OptionalText = None
     """Look for foreign pictures too: the farthest from the others in these features, as --extractor of
     `robustdiff evaluate` takes them. They are shown, and not acted on."""
@@ -51,7 +53,7 @@ class AuditConfig:
         Raises:
             UsageError: One line that names the setting and the remedy.
         """
-        check_given(self, "data", "output", "split", "dataset_config_name", "image_column", "extractor")
+        check_given(self, "data", "output", "split", "dataset_config_name", "image_column", "value_range", "extractor")
         check_resolution(self.resolution)
         require(self.output is not None or not self.overwrite, "`overwrite` does nothing without `output`: add it")
 
@@ -81,6 +83,7 @@ def run(config: AuditConfig, say: Say) -> int:
         "split": config.split,
         "config": config.dataset_config_name,
         "image_column": config.image_column,
+        "value_range": config.value_range,
     }
     try:
         source = open_source(config.data, **options)

@@ -50,6 +50,7 @@ def source_options(config: TrainConfig) -> dict[str, str | None]:
         "config": config.dataset_config_name,
         "image_column": config.image_column,
         "label_column": config.label_column,
+        "value_range": config.value_range,
     }
 
 
