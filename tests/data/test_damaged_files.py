@@ -124,6 +124,41 @@ def test_damaged_files_are_not_called_clean(tmp_path):
     assert len(statistics.unreadable) == len(loaded.skipped) >= 11
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "RGBA"])
+def test_a_png_of_too_few_rows_is_cut_off(mode):
+    """Every checksum is right: it was written so."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    data = saved(photo(0, 64).quantize(200) if mode == "P" else photo(0, 64, mode), "PNG")
+    start = data.index(b"IDAT") - 4
+    rows = zlib.decompress(data[start + 8 : data.rindex(b"IEND") - 8])
+    row = len(rows) // 64
+    for count in (64, 63, 32, 1):
+        pixels = chunk(b"IDAT", zlib.compress(rows[: count * row]))
+        assert tell(data[:start] + pixels + chunk(b"IEND", b""))[1] == ("" if count == 64 else "cut off")
+
+
+@pytest.mark.parametrize("missing", [0, 1, 500])
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (3, 5), (16, 16), (17, 9)])
+def test_an_interlaced_png_has_all_of_its_passes(width, height, missing):
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    grey = np.random.default_rng(0).integers(1, 256, (height, width)).astype(np.uint8)
+    raw = b"".join(b"\0" + row.tobytes() for x, y, dx, dy in passes for row in grey[y::dy, x::dx] if row.size)
+    if missing >= len(raw):
+        return
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 1)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(raw[: len(raw) - missing])), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    pixels, reason = tell(data)
+    assert reason == ("cut off" if missing else "")
+    if not missing:
+        np.testing.assert_array_equal(pixels[0], grey)
+
+
 # -- good files stay good ----------------------------------------------------------------------------
 
 GOOD = {

@@ -103,6 +103,7 @@ def _open(item: Item) -> Iterator[Image.Image]:
                 if stream.hold >= 0 and CUT.search(str(error)):
                     raise OSError(intact.PIECE_MISSING) from None
                 raise
+            intact.check_rows(image, stream.getvalue())
         stream.check_read()
 
 
@@ -142,12 +143,17 @@ def _identified(stream: BinaryIO, name: str, head: bytes) -> Image.Image:
     try:
         image = Image.open(stream, formats=formats)
     except UnidentifiedImageError:
-        accepts = (Image.OPEN[one][1] for one in formats if one in SIGNED)
-        if any(accept and accept(head[:16]) for accept in accepts):
+        if _signed(head):
             raise OSError(DAMAGED) from None
         raise
     file_kinds.refuse_thumbnail(image)
     return image
+
+
+def _signed(head: bytes) -> bool:
+    """Whether a file begins as an image."""
+    accepts = (Image.OPEN[one][1] for one in SIGNED if one in Image.OPEN)
+    return any(accept is not None and bool(accept(head[:16])) for accept in accepts)
 
 
 CUT = re.compile(r"truncated|not enough (image )?data|unexpected end", re.IGNORECASE)
@@ -183,7 +189,8 @@ def is_image(item: Item) -> bool:
         return True
     try:
         with item.open("rb") as file:
-            return file_kinds.recognised(file.read(file_kinds.HEAD))
+            head = file.read(file_kinds.HEAD)
+            return file_kinds.recognised(head) or _signed(head)
     except OSError:
         return False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import struct
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -22,6 +23,8 @@ CHECKSUM = "damaged: a checksum of its pixels is wrong"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_KEPT = (b"tRNS", b"eXIf", b"acTL", b"fcTL")
 """Chunks that are not critical and say how the picture looks; all others are metadata."""
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""First column and row, and steps to the right and down, of the passes of an interlaced PNG."""
 LARGEST_PROFILE = 2**24
 """Bytes of a colour profile in PNG: a larger one is ignored."""
 PADDING = b"\xfe" * 16
@@ -113,6 +116,39 @@ def png(file: BinaryIO, *, pixels: bool) -> Stream:
         if kind == b"IEND":
             return Stream(b"".join(parts), profile=profile)
     raise OSError(CUT_OFF)
+
+
+def check_rows(image: Image.Image, data: bytes) -> None:
+    """Of a decoded PNG: whether its pixels were all there; decoders stop where the compressed ones end.
+
+    They are counted only where the last row is empty, or rows are not in order.
+
+    Raises:
+        OSError: If some were missing.
+    """
+    if image.format != "PNG":
+        return
+    width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    last = image.crop((0, image.height - 1, image.width, image.height))
+    if not interlaced and last.getbbox(alpha_only=False) is not None:
+        return
+    bits = depth * {2: 3, 4: 2, 6: 4}.get(colour, 1)
+    steps = ADAM7 if interlaced else ((0, 0, 1, 1),)
+    sizes = ((-(-(width - x) // across), -(-(height - y) // down)) for x, y, across, down in steps)
+    due = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns > 0 and rows > 0)
+    unpacker = zlib.decompressobj()
+    found = sum(len(unpacker.decompress(body)) for body in _pixel_chunks(data))
+    if found < due:
+        raise OSError(CUT_OFF)
+
+
+def _pixel_chunks(data: bytes) -> Iterator[bytes]:
+    place = len(PNG_SIGNATURE)
+    while place < len(data):
+        length = int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] == b"IDAT":
+            yield data[place + 8 : place + 8 + length]
+        place += length + 12
 
 
 def _profile(body: bytes) -> bytes | None:

@@ -57,8 +57,8 @@ def labels_for(images: ImageDataset, pipeline: Any, model: str) -> Tensor | None
         return None
     if images.labels is None:
         raise UsageError(
-            f"{model} is class-conditional and {images.source} has no labels: sort its images into one folder per "
-            "class, or name a pipeline without classes"
+            f"{model} is class-conditional and {images.source} has no labels: {images.unlabelled}; or name a pipeline "
+            "without classes"
         )
     names = class_names(model)
     if names and images.classes:

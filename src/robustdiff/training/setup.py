@@ -124,10 +124,7 @@ def build_pipeline(config: TrainConfig, data: ImageDataset) -> tuple[DiffusionPi
     torch.manual_seed(derive_seed(config.seed, "weights"))
     classes = len(data.classes) if config.class_conditional else None
     if classes == 0:
-        raise UsageError(
-            f"`class_conditional`: `data` {config.data} has no labels: put the images of each class in a folder, or "
-            "name a `label_column`"
-        )
+        raise UsageError(f"`class_conditional`: `data` {config.data} has no labels: {data.unlabelled}")
     if config.init_from:
         return _initial_pipeline(config, data), f"from {config.init_from}"
     if config.model_config_name_or_path:
@@ -224,11 +221,8 @@ def _initial_pipeline(config: TrainConfig, data: ImageDataset) -> DiffusionPipel
 
 def _check_classes(what: str, classes: int | None, data: ImageDataset) -> None:
     if classes is not None and (data.labels is None or len(data.classes) > classes):
-        have = "none" if data.labels is None else str(len(data.classes))
-        raise UsageError(
-            f"{what} is conditional on {classes} classes, `data` has {have}: put the images of each class in a folder, "
-            "or name a `label_column`"
-        )
+        have = f"none: {data.unlabelled}" if data.labels is None else f"{len(data.classes)}: leave some out"
+        raise UsageError(f"{what} is conditional on {classes} classes, `data` has {have}")
 
 
 def _configured_unet(source: str, data: ImageDataset, classes: int | None) -> UNet2DModel:

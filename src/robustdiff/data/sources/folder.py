@@ -32,8 +32,8 @@ SYSTEM = re.compile(
 SAMPLE = re.compile(r"\d{6,}\.png")
 """Names that `robustdiff sample` gives to images."""
 NO_CLASSES = (
-    "put the images of each class in a folder of its own, or name the class of each in metadata.csv (columns file_name "
-    "and label)"
+    "sort its images into one folder per class, or name the class of each in metadata.csv, columns file_name and label "
+    "(another column with `label_column`)"
 )
 
 
@@ -152,7 +152,13 @@ def first_level(names: Sequence[str], others: Sequence[str]) -> labels.Labels:
     stray = next((name for name in names if "/" not in name), None)
     if stray is not None:
         inside = any("/" in name for name in names)
-        return (), None, f"{stray} lies beside the folders: move it into one, or away" if inside else NO_CLASSES
+        return (
+            (),
+            None,
+            f"{stray} lies beside the folders of the classes: move it into one of them, or away"
+            if inside
+            else NO_CLASSES,
+        )
     classes = tuple(sorted({name.partition("/")[0] for name in (*names, *others) if "/" in name}))
     number = {name: place for place, name in enumerate(classes)}
     return classes, [number[name.partition("/")[0]] for name in names], ""
