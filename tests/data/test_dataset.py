@@ -18,6 +18,7 @@ from robustdiff.data import decode, decode_pool, image_folder
 from robustdiff.data.corruption import Corruption, corrupt
 from robustdiff.data.dataset import DataError, load_images
 from robustdiff.data.image_folder import write_dirty_copy
+from robustdiff.utils.errors import RobustdiffWarning
 from robustdiff.utils.images import save_png
 
 REDUCE = "more than 1000 pixels: make it smaller first, if it is a picture and no decompression bomb"
@@ -327,6 +328,34 @@ def test_reducing_is_antialiased(tmp_path):
     assert abs(reduced.astype(int) - 127.5).max() < 10
 
 
+@pytest.mark.parametrize("shape", [(64, 65), (65, 64), (64, 64), (64, 99), (67, 64)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_where_the_shorter_side_fits_pixels_are_copied(tmp_path, shape, channels):
+    noise = pixels(*shape, channels)
+    save(tmp_path / "a.png", noise)
+    copied, notes = only(tmp_path, resolution=64)
+    top, left = ((side - 64) // 2 for side in shape)
+    expected = np.atleast_3d(noise)[top : top + 64, left : left + 64].transpose(2, 0, 1)
+    np.testing.assert_array_equal(copied, expected)
+    assert "reduced" not in notes
+
+
+def test_animations_that_begin_alike_are_told(tmp_path, recwarn):
+    title = Image.fromarray(pixels(seed=0))
+    for number in range(3):
+        frames = [Image.fromarray(pixels(seed=number + 1))]
+        title.save(tmp_path / f"{number}.png", save_all=True, append_images=frames)
+    save(tmp_path / "still.png", pixels(seed=9))
+    with pytest.warns(RobustdiffWarning, match="3 of 3 animations begin with the same picture"):
+        load_images(tmp_path)
+    for number in range(2):
+        frames = [Image.fromarray(pixels(seed=number + 1))]
+        Image.fromarray(pixels(seed=number + 5)).save(tmp_path / f"{number}.png", save_all=True, append_images=frames)
+    recwarn.clear()
+    load_images(tmp_path)
+    assert len(recwarn) == 0
+
+
 # -- files that cannot be read -----------------------------------------------------------------------
 
 
@@ -624,10 +653,29 @@ def test_names_that_collide_keep_their_suffix(tmp_path):
     manifest = write_dirty_copy(clean, tmp_path / "dirty", [], seed=0)
     files = [entry["file"] for entry in manifest["images"]]
     assert len({file.casefold() for file in files}) == len(clean)
-    assert dict(zip(clean.names, files, strict=True))["a.bmp"] == "a.png"
+    assert dict(zip(clean.names, files, strict=True)) == {
+        "B/c.png": "B/c.png",
+        "a.bmp": "a.bmp.png",
+        "a.jpg": "a.jpg.png",
+        "a.png": "a.png",
+        "a.png.bmp": "a.png.png",
+        "b/C.bmp": "b/C.bmp.png",
+    }
     for entry in manifest["images"]:
         written = np.asarray(Image.open(tmp_path / "dirty" / entry["file"])).transpose(2, 0, 1)
         np.testing.assert_array_equal(written, clean.images[entry["index"]].numpy())
+
+
+@pytest.mark.parametrize("stem", ["x" * 252, "é" * 126])
+def test_names_as_long_as_they_can_be_are_copied(tmp_path, stem):
+    for seed, suffix in enumerate(("", ".im", ".ps")):
+        save(tmp_path / "clean" / f"{stem}{suffix}", pixels(seed=seed), format="PNG")
+    save(tmp_path / "clean" / "a.png", pixels(seed=9))
+    clean = load_images(tmp_path / "clean")
+    assert len(clean) == 4
+    write_dirty_copy(clean, tmp_path / "dirty", [], seed=0)
+    copied = load_images(tmp_path / "dirty")
+    assert sorted(image.sum().item() for image in copied.images) == sorted(i.sum().item() for i in clean.images)
 
 
 def test_a_name_cannot_lead_out_of_the_destination(tmp_path):
