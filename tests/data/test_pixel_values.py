@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from robustdiff.commands import main
 from robustdiff.data.dataset import load_images
 from robustdiff.utils.errors import DataError, RobustdiffWarning
 
@@ -162,6 +163,20 @@ def test_a_set_that_spans_a_sliver_of_its_range_is_told_and_mended(tmp_path, nam
         assert abs(mended[2] - RAMP * 255 / 4).max() <= 1  # with all of its bits
     streamed = load_images(source, value_range=value_range, max_memory=0)
     assert (streamed.images[0].numpy() == mended).all()
+
+
+def test_every_command_says_so_and_takes_the_flag(tmp_path, capfd):
+    (tmp_path / "photos").mkdir()
+    write_12_in_16(tmp_path / "photos")
+    flag = ("--value-range", "0:4095")
+    commands = {"audit": (), "corrupt": (str(tmp_path / "copy"), "--corrupt", "blur", "--overwrite")}
+    for command, more in commands.items():
+        arguments = [command, str(tmp_path / "photos"), *more]
+        assert main.main(arguments) == 0
+        assert "--value-range LOW:HIGH" in capfd.readouterr().err
+        assert main.main([*arguments, *flag]) == 0
+        assert capfd.readouterr().err == ""
+    assert abs(read(tmp_path / "copy")[0][0] - GREY).max() <= 40  # blurred
 
 
 def test_a_set_of_its_whole_range_is_not_told_anything(tmp_path, recwarn):

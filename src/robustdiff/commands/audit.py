@@ -68,6 +68,7 @@ def run(config: AuditConfig, say: Say) -> int:
     from robustdiff.audit.summary import TOO_FEW
     from robustdiff.audit.survey import FEWEST
     from robustdiff.data.dataset import load_images
+    from robustdiff.data.doubts import Doubts
     from robustdiff.data.sources.open import open_source
     from robustdiff.utils.resources import free_memory
 
@@ -91,6 +92,11 @@ def run(config: AuditConfig, say: Say) -> int:
         raise UsageError(f"{config.data}: {error}") from None
     statistics = image_statistics(source, data=config.data, resolution=config.resolution, memory=free_memory() // 2)
     say(statistics.text())
+    if statistics.images is not None:
+        doubts = Doubts(config.data, source)
+        for place in range(len(statistics.images)):
+            doubts.look(statistics.images.images[place].numpy())
+        doubts.say(len(statistics.images), statistics.notes)
     write: Callable[[Path], object] | None = None
     if len({record.size for record in statistics.records}) > 1:
         say("damage: not looked for, images differ in size: add `resolution` N, the size you would train at")
@@ -98,7 +104,7 @@ def run(config: AuditConfig, say: Say) -> int:
         say(TOO_FEW)
     elif statistics.records:
         images = statistics.images
-        if images is None:
+        if images is None:  # which warns too
             images = load_images(config.data, resolution=config.resolution, max_bad_fraction=1.0, **options)
         features = None
         if extractor is not None:

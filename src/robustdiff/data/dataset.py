@@ -23,15 +23,12 @@ from torch import Tensor
 from robustdiff.data import decode
 from robustdiff.data.decode import Pixels
 from robustdiff.data.decode_pool import in_parallel
-from robustdiff.data.pixel_values import SIXTEEN_BIT
+from robustdiff.data.doubts import Doubts
 from robustdiff.data.sources.folder import first_level
 from robustdiff.data.sources.open import Source, open_source
-from robustdiff.utils.errors import DataError, RobustdiffWarning
+from robustdiff.utils.errors import DataError
 from robustdiff.utils.images import from_uint8
 from robustdiff.utils.resources import free_memory, processes_here
-
-SLIVER = 64
-"""Grey levels of 256: a whole set that spans no more is hardly meant so."""
 
 __all__ = ["DataError", "ImageDataset", "StreamedImages", "load_images"]
 
@@ -271,8 +268,7 @@ def _load(
     kept: list[int] = []
     checks: list[int] = []
     notes: Counter[str] = Counter()
-    sizes, any_colour, span = Counter(), False, (255, 0)
-    first_frames: Counter[int] = Counter()
+    sizes, any_colour, doubts = Counter(), False, Doubts(asked, source)
     decoder = partial(_decoder(source, resolution), channels=target)
     for place, (decoded, reason) in in_parallel(source, decoder, readable, "decoding"):
         if decoded is None:
@@ -297,10 +293,7 @@ def _load(
         kept.append(place)
         notes.update(remarks)
         any_colour |= not grey
-        if span[1] - span[0] <= SLIVER:
-            span = min(span[0], int(image.min())), max(span[1], int(image.max()))
-        if decode.FIRST_FRAME in remarks:
-            first_frames[zlib.crc32(np.ascontiguousarray(image).data)] += 1
+        doubts.look(image, remarks)
     if len(sizes) > 1:
         raise _mixed_sizes(sizes)
     if not kept:
@@ -317,10 +310,7 @@ def _load(
         )
     names, notes = tuple(source.names[place] for place in kept), notes + Counter(source.notes)
     classes, labels, why = _labels(source, names, kept, [name for name, _ in bad])
-    low, high = span
-    deep = SIXTEEN_BIT in notes
-    dark = high - low <= SLIVER and (deep or low < high <= SLIVER)  # 8-bit pixels that are all alike hold no more
-    _warn(asked, source, len(kept), span if dark else None, first_frames, classes, labels)
+    doubts.say(len(kept), notes, classes, labels)
     return ImageDataset(asked, images, names, tuple(sorted(skipped)), dict(notes), classes, labels, source.what, why)
 
 
@@ -344,37 +334,6 @@ def _labels(
     if labels is None:
         return (), None, why or f"{source.what} comes without any"
     return classes, torch.tensor(labels), ""
-
-
-def _warn(
-    asked: str,
-    source: Source,
-    count: int,
-    span: tuple[int, int] | None,
-    first_frames: Counter[int],
-    classes: Sequence[str],
-    labels: Tensor | None,
-) -> None:
-    """Say what is hardly meant so."""
-    said = []
-    if span is not None and source.value_range is None:
-        said.append(
-            f"the pixels of all {count} images lie within {span[0]} .. {span[1]} of 0 .. 255: if other values are "
-            "black and white in them, say which with `value_range` LOW:HIGH (0:1 for masks, 0:4095 for 12 bit)"
-        )
-    if (alike := sum(many for many in first_frames.values() if many > 1)) > 0:
-        said.append(
-            f"{alike} of {first_frames.total()} animations begin with the same picture as another, and only the first "
-            "is read: write the frames that you want as files of their own"
-        )
-    if labels is not None and source.what == "folder":
-        empty = [
-            name for name, many in zip(classes, torch.bincount(labels, minlength=len(classes)), strict=True) if not many
-        ]
-        if empty:
-            said.append(f"no image of class {', '.join(empty[:8])} can be read; the class keeps its number")
-    for text in said:
-        warnings.warn(RobustdiffWarning(f"{asked}: {text}"), stacklevel=4)
 
 
 def _counts_as_image(source: Source, place: int) -> bool:
