@@ -170,6 +170,12 @@ def test_an_image_without_a_label_is_named(tmp_path):
     unlabelled(tmp_path, "1.png has no label")
 
 
+def test_a_column_of_another_name_is_to_be_named(tmp_path):
+    save(tmp_path / "0.png")
+    write_metadata(tmp_path, "csv", [{"file_name": "0.png", "breed": "a"}])
+    unlabelled(tmp_path, "metadata.csv has the columns breed", "`label_column`")
+
+
 def test_a_column_that_is_not_there(tmp_path):
     save(tmp_path / "0.png")
     with pytest.raises(DataError, match=r"`label_column` breed: .* there is no metadata"):

@@ -183,6 +183,8 @@ def _told(folder: Path, files: Sequence[str], names: Sequence[str], asked: str |
             where = f"the columns of {files[0]} are {listed(columns)}"
         raise DataError(f"`label_column` {asked}: no such column; {where}. Else {NO_CLASSES}")
     if column is None:
+        if columns:
+            why = f"{files[0]} has the columns {listed(columns)}: name that of the labels with `label_column`"
         return (), None, why
     values = [rows[name].get(column) if name in rows else None for name in names]
     if all(isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value) for value in values if value != ""):
