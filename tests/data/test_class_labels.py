@@ -130,13 +130,15 @@ def test_a_flat_folder_says_what_would_help(tmp_path):
 def write_metadata(folder, kind, rows):
     if kind == "jsonl":
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(folder / "metadata.parquet")
     else:
         names = list(rows[0])
         lines = [",".join(names), *(",".join(str(row[name]) for name in names) for row in rows)]
         (folder / "metadata.csv").write_text("\ufeff" + "\n".join(lines) + "\n")
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("column", ["label", "category", "Class"])
 @pytest.mark.parametrize("values", [("cat", "dog", "cat"), (10, 9, 10)])
 def test_labels_of_a_metadata_file(tmp_path, kind, column, values):
@@ -150,7 +152,7 @@ def test_labels_of_a_metadata_file(tmp_path, kind, column, values):
     assert load_images(tmp_path).classes == (("cat", "dog") if "cat" in values else ("9", "10"))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_labels_are_those_that_datasets_reads(tmp_path, kind):
     for seed in range(3):
         save(tmp_path / "train" / f"{seed}.png", seed)
@@ -183,6 +185,12 @@ def test_a_column_that_is_not_there(tmp_path):
     write_metadata(tmp_path, "csv", [{"file_name": "0.png", "kind": "a"}])
     with pytest.raises(DataError, match=r"`label_column` breed: .* metadata.csv are kind"):
         load_images(tmp_path, label_column="breed")
+
+
+def test_a_damaged_metadata_table_costs_nothing(tmp_path):
+    expected = classes(tmp_path)
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1 and no more")
+    assert labelled(tmp_path) == expected
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\0", b"{", b"[1, 2]\n", b"[" * 100_000, b""])

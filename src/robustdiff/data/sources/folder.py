@@ -1,7 +1,7 @@
 """Images in a folder: which files count, and what class they are of.
 
-The classes are the folders of the first level, or what ``metadata.jsonl`` or ``metadata.csv`` say, as ``datasets``
-reads them: a row per image, with its ``file_name`` relative to the metadata file.
+The classes are the folders of the first level, or what ``metadata.jsonl``, ``.csv`` or ``.parquet`` say, as
+``datasets`` reads them: a row per image, with its ``file_name`` relative to the metadata file.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from robustdiff.data.sources import labels
-from robustdiff.data.sources.base import Files, Source, listed, short_reason
+from robustdiff.data.sources.base import Files, Source, listed, missing, short_reason
 from robustdiff.utils.errors import DataError
 
 SIDE_CARS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".xml", ".yaml", ".yml", ".html", ".db", ".ini")
 """Suffixes of files that commonly lie beside images; they are counted, neither opened nor named."""
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA, METADATA_TABLE = ("metadata.jsonl", "metadata.csv"), "metadata.parquet"
 SYSTEM = re.compile(
     r"@eaDir|@Recycle|@Recently-Snapshot|#recycle|#snapshot|\$RECYCLE\.BIN|RECYCLER|System Volume Information|"
     r"lost\+found|__MACOSX|__pycache__",
@@ -52,6 +52,12 @@ class Found:
     skipped: list[tuple[str, str]]
     metadata: list[str]
     notes: dict[str, int] = field(default_factory=dict)
+
+    def take_metadata_tables(self) -> None:
+        """Parquet files of that name are metadata beside images, and the images themselves elsewhere."""
+        tables = [name for name in self.names if PurePosixPath(name).name == METADATA_TABLE]
+        self.metadata.extend(tables)
+        self.names[:] = [name for name in self.names if name not in tables]
 
 
 def images(folder: Path, found: Found, label_column: str | None) -> Source:
@@ -193,6 +199,13 @@ def _told(folder: Path, files: Sequence[str], names: Sequence[str], asked: str |
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise missing("datasets") from None
+        yield from parquet.read_table(path).to_pylist()
+        return
     with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
             yield from csv.DictReader(file)

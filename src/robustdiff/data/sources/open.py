@@ -137,9 +137,11 @@ def _table(source: str | Path, options: dict[str, str | None]) -> Source:
 
 def _folder(path: Path, options: dict[str, str | None]) -> Source:
     found = folder.scan(path)
+    images = [name for name in found.names if decode.is_image_name(name)]
+    if images:
+        found.take_metadata_tables()
     tables = [name for name in found.names if name.lower().endswith(".parquet")]
     if tables:
-        images = [name for name in found.names if decode.is_image_name(name)]
         if not images:
             return _table(path, options)
         raise DataError(
