@@ -1,4 +1,7 @@
-"""Pixels as the file declares them, in every format and depth: scale, sign, transparency, turns, colour profiles."""
+"""Pixels as the file declares them, in every format and depth: scale, sign, transparency, turns, colour profiles.
+
+Long, because all of them need files written by hand: one section per claim.
+"""
 
 import io
 import struct
@@ -296,27 +299,35 @@ def test_a_palette_of_greys_and_16_bit_grey_with_alpha_are_grey(tmp_path):
 # -- colour profiles ---------------------------------------------------------------------------------
 
 
-def matrix_profile(red, green, blue, gamma=2.2):
-    """An RGB profile of three primaries (XYZ, D50) and one exponent."""
+def s15(*values):
+    """Numbers as profiles hold them."""
+    return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
 
-    def number(value):
-        return struct.pack(">i", round(value * 65536))
 
-    tags = {b"wtpt": b"XYZ \0\0\0\0" + b"".join(map(number, (0.9642, 1.0, 0.8249)))}
-    for name, primary in ((b"rXYZ", red), (b"gXYZ", green), (b"bXYZ", blue)):
-        tags[name] = b"XYZ \0\0\0\0" + b"".join(map(number, primary))
-    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
-    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
-    tags[b"desc"] = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + bytes(80)
-    tags[b"cprt"] = b"text\0\0\0\0x\0\0\0"
+D50 = s15(0.9642, 1.0, 0.8249)
+
+
+def icc(kind, tags):
+    """A profile of a class, a colour space and a connection space."""
     place, index, body = 128 + 4 + 12 * len(tags), b"", b""
     for name, data in tags.items():
         index += name + struct.pack(">II", place + len(body), len(data))
         body += data.ljust(-(-len(data) // 4) * 4, b"\0")
-    head = b"\0\0\0\0lcms\x02\x10\0\0mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28)
-    head += b"".join(map(number, (0.9642, 1.0, 0.8249)))
+    head = b"\0\0\0\0lcms\x02\x10\0\0" + kind + bytes(12) + b"acsp" + bytes(28) + D50
     whole = head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + index + body
     return struct.pack(">I", len(whole)) + whole[4:]
+
+
+def matrix_profile(red, green, blue, gamma=2.2):
+    """An RGB profile of three primaries (XYZ, D50) and one exponent."""
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + D50}
+    for name, primary in ((b"rXYZ", red), (b"gXYZ", green), (b"bXYZ", blue)):
+        tags[name] = b"XYZ \0\0\0\0" + s15(*primary)
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    tags[b"desc"] = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + bytes(80)
+    tags[b"cprt"] = b"text\0\0\0\0x\0\0\0"
+    return icc(b"mntrRGB XYZ ", tags)
 
 
 P3 = matrix_profile((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841))
@@ -344,6 +355,33 @@ def test_colours_of_another_profile_become_srgb(tmp_path, suffix, options):
     assert notes["colours converted to sRGB by the embedded profile"] == 1
     streamed = load_images(tmp_path, max_memory=0)
     assert (streamed.images[0].numpy() == image).all()
+
+
+def table_profile(corners):
+    """A CMYK profile that says the colour (L*, a*, b* + 128) of every corner, C varying slowest."""
+    straight = bytes(range(256))
+    table = b"mft1\0\0\0\0\4\3\2\0" + b"".join(struct.pack(">i", 65536 * (i % 4 == 0)) for i in range(9))
+    table += straight * 4 + bytes(np.asarray(corners, np.uint8)) + straight * 3
+    tags = {b"A2B0": table, b"cprt": b"text\0\0\0\0x\0\0\0", b"wtpt": b"XYZ \0\0\0\0" + D50}
+    tags[b"desc"] = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + bytes(80)
+    return icc(b"prtrCMYKLab ", tags)
+
+
+@pytest.mark.parametrize("form", ["jpg", "tif"])
+def test_cmyk_is_converted_by_its_profile(tmp_path, form):
+    corners = np.zeros((2, 2, 2, 2, 3))
+    corners[...] = (60, 100, 150)
+    corners[0, 0, 0, 0] = (255, 128, 128)
+    corners[1, 0, 0, 0] = (128, 200, 100)  # this printer's cyan is no cyan
+    profile = table_profile(corners)
+    for name, ink in (("a", (0, 0, 0, 0)), ("b", (255, 0, 0, 0))):
+        Image.new("CMYK", (16, 16), ink).save(tmp_path / f"{name}.{form}", icc_profile=profile, quality=100)
+    loaded = load_images(tmp_path)
+    lab = Image.new("LAB", (1, 1), (128, 200, 100))
+    to = ImageCms.profileToProfile(lab, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert loaded.images[0].min() >= 253
+    assert abs(loaded.images[1][:, 8, 8].numpy().astype(int) - to.getpixel((0, 0))).max() <= 6
+    assert loaded.notes["colours converted to sRGB by the embedded profile"] == 2
 
 
 @pytest.mark.parametrize("form", ["P", "RGBA"])
