@@ -8,10 +8,12 @@ import dataclasses
 import inspect
 import itertools
 import json
+import linecache
 import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -33,6 +35,18 @@ from robustdiff.utils.images import to_uint8
 HEAVY = ("torch", "diffusers", "numpy", "PIL", "accelerate", "scipy", "sklearn")
 COMMANDS = [(), ("train",), ("sample",), ("corrupt",)]
 FIELDS = [(name, field) for name, command in main.COMMANDS.items() for field in dataclasses.fields(command.config)]
+
+
+def test_a_warning_of_a_library_is_one_line_without_its_code(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = "/somewhere/site-packages/library/part/file.py"
+    names = {"__name__": "library", "warnings": warnings}
+    work = compile("warnings.warn('this is\\nno good', UserWarning)", path, "exec")
+    monkeypatch.setattr(main, "_main", lambda *_: exec(work, names) or 0)
+    monkeypatch.setattr(linecache, "getline", lambda *_: "the line of code")
+    assert main.main(["corrupt"]) == 0
+    assert capfd.readouterr().err == "robustdiff: UserWarning of library: this is no good\n"
 
 
 # -- help and version --------------------------------------------------------------------------------

@@ -18,7 +18,10 @@ from robustdiff.data import decode, decode_pool, image_folder
 from robustdiff.data.corruption import Corruption, corrupt
 from robustdiff.data.dataset import DataError, load_images
 from robustdiff.data.image_folder import write_dirty_copy
+from robustdiff.utils.errors import RobustdiffWarning
 from robustdiff.utils.images import save_png
+
+REDUCE = "more than 1000 pixels: make it smaller first, if it is a picture and no decompression bomb"
 
 
 def pixels(height=6, width=8, channels=3, seed=0, low=0, high=256):
@@ -325,6 +328,34 @@ def test_reducing_is_antialiased(tmp_path):
     assert abs(reduced.astype(int) - 127.5).max() < 10
 
 
+@pytest.mark.parametrize("shape", [(64, 65), (65, 64), (64, 64), (64, 99), (67, 64)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_where_the_shorter_side_fits_pixels_are_copied(tmp_path, shape, channels):
+    noise = pixels(*shape, channels)
+    save(tmp_path / "a.png", noise)
+    copied, notes = only(tmp_path, resolution=64)
+    top, left = ((side - 64) // 2 for side in shape)
+    expected = np.atleast_3d(noise)[top : top + 64, left : left + 64].transpose(2, 0, 1)
+    np.testing.assert_array_equal(copied, expected)
+    assert "reduced" not in notes
+
+
+def test_animations_that_begin_alike_are_told(tmp_path, recwarn):
+    title = Image.fromarray(pixels(seed=0))
+    for number in range(3):
+        frames = [Image.fromarray(pixels(seed=number + 1))]
+        title.save(tmp_path / f"{number}.png", save_all=True, append_images=frames)
+    save(tmp_path / "still.png", pixels(seed=9))
+    with pytest.warns(RobustdiffWarning, match="3 of 3 animations begin with the same picture"):
+        load_images(tmp_path)
+    for number in range(2):
+        frames = [Image.fromarray(pixels(seed=number + 1))]
+        Image.fromarray(pixels(seed=number + 5)).save(tmp_path / f"{number}.png", save_all=True, append_images=frames)
+    recwarn.clear()
+    load_images(tmp_path)
+    assert len(recwarn) == 0
+
+
 # -- files that cannot be read -----------------------------------------------------------------------
 
 
@@ -364,8 +395,8 @@ def test_every_bad_file_is_skipped_and_named_with_its_reason(tmp_path, monkeypat
     assert [name for name, _ in loaded.skipped] == sorted(reasons)
     assert "4500 pixels" in reasons.pop("bomb.png")
     assert reasons == {
-        "truncated.jpg": "truncated",
-        "truncated.png": "truncated",
+        "truncated.jpg": "cut off",
+        "truncated.png": "cut off",
         "empty.png": "empty file",
         "text.png": "not an image",
         "data.bin": "not an image",
@@ -395,7 +426,7 @@ def test_formats_that_take_much_memory_have_a_limit_of_their_own(tmp_path, monke
     monkeypatch.setitem(decode.LIMITS, "JPEG2000", 1000)
     loaded = load_images(tmp_path)
     assert loaded.names == ("good.png",)
-    assert loaded.skipped == (("small.jp2", "more than 1000 pixels: may be a decompression bomb"),)
+    assert loaded.skipped == (("small.jp2", REDUCE),)
 
 
 def test_side_cars_are_counted_and_not_named(tmp_path):
@@ -550,8 +581,8 @@ def test_pickles_are_never_read(tmp_path):
 
 
 def test_an_archive_of_several_arrays_needs_the_name(tmp_path):
-    np.savez(tmp_path / "a.npz", x=np.zeros((2, 4, 4), np.uint8), y=np.zeros(2))
-    fails("named images", "x, y", source=tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", x=np.zeros((2, 4, 4), np.uint8), z=np.zeros(2))
+    fails("named images", "x, z", source=tmp_path / "a.npz")
 
 
 def test_digits():
@@ -622,10 +653,29 @@ def test_names_that_collide_keep_their_suffix(tmp_path):
     manifest = write_dirty_copy(clean, tmp_path / "dirty", [], seed=0)
     files = [entry["file"] for entry in manifest["images"]]
     assert len({file.casefold() for file in files}) == len(clean)
-    assert dict(zip(clean.names, files, strict=True))["a.bmp"] == "a.png"
+    assert dict(zip(clean.names, files, strict=True)) == {
+        "B/c.png": "B/c.png",
+        "a.bmp": "a.bmp.png",
+        "a.jpg": "a.jpg.png",
+        "a.png": "a.png",
+        "a.png.bmp": "a.png.png",
+        "b/C.bmp": "b/C.bmp.png",
+    }
     for entry in manifest["images"]:
         written = np.asarray(Image.open(tmp_path / "dirty" / entry["file"])).transpose(2, 0, 1)
         np.testing.assert_array_equal(written, clean.images[entry["index"]].numpy())
+
+
+@pytest.mark.parametrize("stem", ["x" * 252, "é" * 126])
+def test_names_as_long_as_they_can_be_are_copied(tmp_path, stem):
+    for seed, suffix in enumerate(("", ".im", ".ps")):
+        save(tmp_path / "clean" / f"{stem}{suffix}", pixels(seed=seed), format="PNG")
+    save(tmp_path / "clean" / "a.png", pixels(seed=9))
+    clean = load_images(tmp_path / "clean")
+    assert len(clean) == 4
+    write_dirty_copy(clean, tmp_path / "dirty", [], seed=0)
+    copied = load_images(tmp_path / "dirty")
+    assert sorted(image.sum().item() for image in copied.images) == sorted(i.sum().item() for i in clean.images)
 
 
 def test_a_name_cannot_lead_out_of_the_destination(tmp_path):

@@ -70,7 +70,7 @@ def both(source: Path, **options: int) -> tuple[ImageDataset, ImageDataset]:
 def test_a_streamed_folder_is_the_held_one(photos: Path, resolution: int | None, channels: int | None) -> None:
     held, streamed = both(photos, resolution=resolution, channels=channels)
     assert held.describe() == streamed.describe()
-    assert held.skipped == (("odd/3.png", "truncated"),)
+    assert held.skipped == (("odd/3.png", "cut off"),)
     assert held.notes["palette expanded"] == 1
     assert held.names == streamed.names
     assert torch.equal(held.labels, streamed.labels)

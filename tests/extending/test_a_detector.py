@@ -76,7 +76,7 @@ def test_the_command_and_its_files_name_it(added: str, tmp_path: Path, capsys: p
 
 def test_training_may_leave_it_out_and_the_accuracy_experiment_has_rows_of_it(added: str) -> None:
     TrainConfig("digits", auto=True, auto_without=(added,)).validate()
-    with pytest.raises(UsageError, match=f"^`auto_without` dust: not one of blur, jpeg, {added}, noise, holes"):
+    with pytest.raises(UsageError, match=f"^`auto_without` dust: not one of cut, blur, jpeg, {added}, noise, holes"):
         TrainConfig("digits", auto=True, auto_without=("dust",)).validate()
     accuracy = experiment("audit_accuracy")
     assert list(accuracy.simulated()) == [f"{added} 24 on 30 %", f"{added} 4 on 30 %"]

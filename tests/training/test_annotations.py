@@ -255,6 +255,17 @@ def test_levels_of_images_that_are_left_out_do_not_count(config: TrainConfig, ph
         plan_of(config, capsys, noise_levels=str(tmp_path / "hit.csv"), **changes)
 
 
+@pytest.mark.parametrize(("sigma", "told"), [(25, 1), (0.9, 0)])
+def test_a_level_in_8_bit_steps_is_told(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], sigma: float, told: int
+) -> None:
+    (tmp_path / "levels.csv").write_text(f"even/0.png,{sigma}\n")
+    arguments = [config.data, "--noise-levels", str(tmp_path / "levels.csv"), "--output-dir", str(tmp_path / "new")]
+    assert main.main(["train", *arguments, "--dry-run"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert [("--noise-levels" in line and "divide them by 127.5" in line) for line in lines] == [True] * told
+
+
 # -- refused -----------------------------------------------------------------------------------------
 
 MANIFEST = {

@@ -128,7 +128,7 @@ def test_labels_of_an_array_file_condition_too(config: TrainConfig, tmp_path: Pa
 
 def test_without_labels_it_is_refused(config: TrainConfig, shades: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "set.npy", np.zeros((4, 8, 8), np.uint8))
-    with pytest.raises(UsageError, match=r"`class_conditional`: `data` .* has no labels: .* `label_column`"):
+    with pytest.raises(UsageError, match=r"`class_conditional`: `data` .* has no labels: .* images and labels"):
         train(dataclasses.replace(config, data=str(tmp_path / "set.npy"), output_dir=str(tmp_path / "run")))
     assert not os.path.exists(tmp_path / "run")
 

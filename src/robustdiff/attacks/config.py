@@ -26,6 +26,7 @@ from robustdiff.utils.options import (
     Split,
     Title,
     Told,
+    ValueRange,
     check_bad_fraction,
     check_extractors,
     check_given,
@@ -230,6 +231,7 @@ class PurifyConfig(Settings):
     split: Split = None
     dataset_config_name: HubConfig = None
     image_column: ImageColumn = None
+    value_range: ValueRange = None
     label_column: OptionalText = None
     """Column of a table that holds the class labels, for class-conditional models. Default: as `robustdiff train`."""
     max_bad_fraction: BadFraction = 0.01
@@ -247,7 +249,7 @@ class PurifyConfig(Settings):
             self.data != "" and self.model != "", "`data` and `model` must not be empty: name images and a pipeline"
         )
         require(self.output is not None, "`output` is missing: name a folder, such as purified")
-        check_given(self, "output", "split", "dataset_config_name", "image_column", "label_column")
+        check_given(self, "output", "split", "dataset_config_name", "image_column", "label_column", "value_range")
         good = 0 < self.strength <= 1
         require(good, f"`strength` {self.strength} must be above 0 and at most 1: 0.1 removes what is faint")
         require(self.steps >= 1, f"`steps` {self.steps} must be at least 1")
@@ -289,6 +291,7 @@ class CorruptConfig(Settings):
     split: Split = None
     dataset_config_name: HubConfig = None
     image_column: ImageColumn = None
+    value_range: ValueRange = None
     max_bad_fraction: BadFraction = 0.01
     max_memory_gib: MemoryGiB = None
     overwrite: bool = False
@@ -310,7 +313,7 @@ class CorruptConfig(Settings):
         self._check_poison()
         check_memory(self.max_memory_gib)
         check_bad_fraction(self.max_bad_fraction)
-        check_given(self, "split", "dataset_config_name", "image_column")
+        check_given(self, "split", "dataset_config_name", "image_column", "value_range")
         require(self.seed >= 0, "`seed` must be 0 or more")
         check_resolution(self.resolution)
 

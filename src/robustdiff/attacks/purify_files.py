@@ -68,6 +68,7 @@ def purify_to_files(config: PurifyConfig) -> dict[str, Any]:
         config=config.dataset_config_name,
         image_column=config.image_column,
         label_column=config.label_column,
+        value_range=config.value_range,
     )
     labels = labels_for(images, pipeline, config.model)
     if labels is None and config.label_column is not None:

@@ -19,6 +19,7 @@ from robustdiff.utils.options import (
     OptionalText,
     Settings,
     Split,
+    ValueRange,
     check_given,
     check_resolution,
     require,
@@ -40,6 +41,7 @@ class AuditConfig(Settings):
     split: Split = None
     dataset_config_name: HubConfig = None
     image_column: ImageColumn = None
+    value_range: ValueRange = None
     extractor: OptionalText = None
     """Look for foreign pictures too: the farthest from the others in these features, as --extractor of
     `robustdiff evaluate` takes them. They are shown, and not acted on."""
@@ -52,7 +54,7 @@ class AuditConfig(Settings):
         Raises:
             UsageError: One line that names the setting and the remedy.
         """
-        check_given(self, "data", "output", "split", "dataset_config_name", "image_column", "extractor")
+        check_given(self, "data", "output", "split", "dataset_config_name", "image_column", "value_range", "extractor")
         check_resolution(self.resolution)
         require(self.output is not None or not self.overwrite, "`overwrite` does nothing without `output`: add it")
 
@@ -67,6 +69,7 @@ def run(config: AuditConfig, say: Say) -> int:
     from robustdiff.audit.summary import TOO_FEW
     from robustdiff.audit.survey import FEWEST
     from robustdiff.data.dataset import load_images
+    from robustdiff.data.doubts import Doubts
     from robustdiff.data.sources.open import open_source
     from robustdiff.utils.resources import free_memory
 
@@ -82,6 +85,7 @@ def run(config: AuditConfig, say: Say) -> int:
         "split": config.split,
         "config": config.dataset_config_name,
         "image_column": config.image_column,
+        "value_range": config.value_range,
     }
     try:
         source = open_source(config.data, **options)
@@ -89,6 +93,11 @@ def run(config: AuditConfig, say: Say) -> int:
         raise UsageError(f"{config.data}: {error}") from None
     statistics = image_statistics(source, data=config.data, resolution=config.resolution, memory=free_memory() // 2)
     say(statistics.text())
+    if statistics.images is not None:
+        doubts = Doubts(config.data, source)
+        for place in range(len(statistics.images)):
+            doubts.look(statistics.images.images[place].numpy())
+        doubts.say(len(statistics.images), statistics.notes)
     write: Callable[[Path], object] | None = None
     if len({record.size for record in statistics.records}) > 1:
         say("damage: not looked for, images differ in size: add `resolution` N, the size you would train at")
@@ -96,7 +105,7 @@ def run(config: AuditConfig, say: Say) -> int:
         say(TOO_FEW)
     elif statistics.records:
         images = statistics.images
-        if images is None:
+        if images is None:  # which warns too
             images = load_images(config.data, resolution=config.resolution, max_bad_fraction=1.0, **options)
         features = None
         if extractor is not None:

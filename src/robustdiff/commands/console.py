@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 import sys
-import warnings
 from typing import Any
 
 from robustdiff.commands.flags import Speak
@@ -25,9 +25,10 @@ def show_warning(
     *where: Any,  # noqa: ANN401
     **more: Any,  # noqa: ANN401
 ) -> None:
-    """Our own warnings as one line, without the line of code that they come from; once for all processes."""
+    """A warning as one line, without the line of code that it comes from; our own once for all processes."""
     if not issubclass(category, RobustdiffWarning):
-        print(warnings.formatwarning(message, category, *where[:2]), end="", file=sys.stderr)
+        library = re.sub(r".*/(site|dist)-packages/|/.*", "", str(where[0])) if where else "a library"
+        print(f"robustdiff: {category.__name__} of {library}: {' '.join(str(message).split())}", file=sys.stderr)
     elif rank() == 0:
         print(f"robustdiff: warning: {' '.join(speak(str(message)).split())}", file=sys.stderr)
 

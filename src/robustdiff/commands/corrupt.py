@@ -23,6 +23,7 @@ def run(config: CorruptConfig, say: Say) -> int:
         "split": config.split,
         "config": config.dataset_config_name,
         "image_column": config.image_column,
+        "value_range": config.value_range,
     }
     poison = None
     if config.poison is None:

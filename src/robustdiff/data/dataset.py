@@ -10,7 +10,7 @@ import hashlib
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +23,8 @@ from torch import Tensor
 from robustdiff.data import decode
 from robustdiff.data.decode import Pixels
 from robustdiff.data.decode_pool import in_parallel
+from robustdiff.data.doubts import Doubts
+from robustdiff.data.sources.folder import first_level
 from robustdiff.data.sources.open import Source, open_source
 from robustdiff.utils.errors import DataError
 from robustdiff.utils.images import from_uint8
@@ -78,7 +80,7 @@ class StreamedImages:
         return torch.from_numpy(np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8))
 
     def _decode(self, place: int, check: int) -> Pixels:
-        work = partial(decode.decode, channels=self.shape[1], resolution=self.resolution, crop=self.source.crop)
+        work = partial(_decoder(self.source, self.resolution), channels=self.shape[1])
         with warnings.catch_warnings():  # remarks on metadata were passed over when the set was loaded, too
             warnings.filterwarnings("ignore", module="PIL")
             decoded, reason = decode.guarded(work, self.source.read, place)
@@ -90,7 +92,7 @@ class StreamedImages:
             raise DataError(
                 f"{self.source.names[place]} changed since the run began: {reason}; restore it and go on with `resume`"
             )
-        return np.ascontiguousarray(decoded[0])
+        return np.array(decoded[0], order="C")  # its own: Pillow's may not be written to, of which torch warns
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +108,7 @@ class ImageDataset:
         classes: Names of the classes; none if the images have no labels.
         labels: Each image's place in ``classes``, int64, shape (N,), or None.
         what: The kind of source.
+        unlabelled: Why there are no labels, and what would help.
     """
 
     source: str
@@ -116,6 +119,7 @@ class ImageDataset:
     classes: tuple[str, ...] = ()
     labels: Tensor | None = field(default=None, repr=False)
     what: str = field(default="array")
+    unlabelled: str = field(default="", repr=False)
 
     def __len__(self) -> int:
         """How many images."""
@@ -196,7 +200,10 @@ def load_images(
             bad file never stops a small folder, unless this is 0. Files that are no images do not count.
         max_memory: Hold the pixels if they take at most this many bytes, stream them otherwise. Default: half of the
             memory that is free, divided by the processes of this machine.
-        options: ``split``, ``config``, ``image_column``, ``label_column`` of ``open_source``.
+        options: ``split``, ``config``, ``image_column``, ``label_column``, ``value_range`` of ``open_source``.
+
+    Warns if what was read is hardly meant so: pixels within a sliver of their range, classes without an image that can
+    be read, animations that all begin alike.
 
     Raises:
         DataError: In one line, if the source or an option cannot be used; NoSuchSplit, which is one, of its splits.
@@ -227,20 +234,21 @@ def _load(
     asked: str, source: Source, resolution: int | None, channels: int | None, max_bad_fraction: float, max_memory: int
 ) -> ImageDataset:
     skipped = list(source.skipped)
-    bad = [item for item in skipped if _counts_as_image(source, item[0])]
+    bad = [item for item in skipped if source.what != "folder" or decode.is_image_name(item[0])]
 
     # -- headers only: channels, sizes and most bad files are known before anything large is decoded
     readable: list[int] = []
-    modes: set[str] = set()
+    greys: set[bool] = set()
     sizes: Counter[tuple[int, ...]] = Counter()
-    for place, (header, reason) in in_parallel(source, partial(decode.header, crop=source.crop), None, "headers"):
+    look = partial(decode.header, crop=source.crop)
+    for place, (header, reason) in in_parallel(source, look, None, "headers", whole=False):
         if header is None:
             skipped.append((source.names[place], reason))
-            if _counts_as_image(source, source.names[place]):
+            if _counts_as_image(source, place):
                 bad.append(skipped[-1])
         else:
             readable.append(place)
-            modes.add(header[0])
+            greys.add(header[0])
             sizes[header[1]] += 1
     if not readable:
         reasons = Counter(reason for _, reason in skipped) + Counter(source.notes)
@@ -253,15 +261,15 @@ def _load(
         raise _mixed_sizes(sizes)
 
     # -- pixels: all are decoded once; what fits is kept
-    target = channels or (1 if all(map(decode.is_grey, modes)) else 3)
+    target = channels or (1 if all(greys) else 3)
     pixels: Pixels | None = None
     digest = hashlib.sha256()
     shape: tuple[int, ...] = ()
     kept: list[int] = []
     checks: list[int] = []
     notes: Counter[str] = Counter()
-    sizes, any_colour = Counter(), False
-    decoder = partial(decode.decode, channels=target, resolution=resolution, crop=source.crop)
+    sizes, any_colour, doubts = Counter(), False, Doubts(asked, source)
+    decoder = partial(_decoder(source, resolution), channels=target)
     for place, (decoded, reason) in in_parallel(source, decoder, readable, "decoding"):
         if decoded is None:
             skipped.append((source.names[place], reason))
@@ -285,6 +293,7 @@ def _load(
         kept.append(place)
         notes.update(remarks)
         any_colour |= not grey
+        doubts.look(image, remarks)
     if len(sizes) > 1:
         raise _mixed_sizes(sizes)
     if not kept:
@@ -299,28 +308,37 @@ def _load(
         images = StreamedImages(
             source, np.array(kept), np.array(checks, np.uint32), full, resolution, digest.hexdigest()
         )
-    names = tuple(source.names[place] for place in kept)
-    classes, labels = _labels(source, names, kept)
-    return ImageDataset(
-        asked, images, names, tuple(sorted(skipped)), dict(notes + Counter(source.notes)), classes, labels, source.what
-    )
+    names, notes = tuple(source.names[place] for place in kept), notes + Counter(source.notes)
+    classes, labels, why = _labels(source, names, kept, [name for name, _ in bad])
+    doubts.say(len(kept), notes, classes, labels)
+    return ImageDataset(asked, images, names, tuple(sorted(skipped)), dict(notes), classes, labels, source.what, why)
 
 
-def _labels(source: Source, names: Sequence[str], kept: Sequence[int]) -> tuple[tuple[str, ...], Tensor | None]:
-    """The source's own labels; for a folder, its first level, if every image lies in one of its folders."""
-    if source.labels is not None:
-        return source.classes, torch.tensor([source.labels[place] for place in kept])
-    tops = {top if slash else "" for top, slash, _ in (name.partition("/") for name in names)}
-    if source.what != "folder" or "" in tops:
-        return (), None
-    classes = tuple(sorted(tops))
-    number = {name: place for place, name in enumerate(classes)}
-    return classes, torch.tensor([number[name.partition("/")[0]] for name in names])
+def _decoder(source: Source, resolution: int | None) -> Callable[..., tuple[Pixels, bool, list[str]]]:
+    return partial(decode.decode, resolution=resolution, crop=source.crop, value_range=source.value_range)
 
 
-def _counts_as_image(source: Source, name: str) -> bool:
+def _labels(
+    source: Source, names: Sequence[str], kept: Sequence[int], bad: Sequence[str]
+) -> tuple[tuple[str, ...], Tensor | None, str]:
+    """The source's own labels; for a folder, its first level; or why there are none."""
+    classes, labels, why = source.classes, source.labels, source.unlabelled
+    if labels is not None:
+        labels = [labels[place] for place in kept]
+        if None in labels:
+            classes, why = (), f"{names[labels.index(None)]} has no label, others have: give it one"
+            labels = None
+    elif source.what == "folder":
+        classes, labels, other = first_level(names, bad)
+        why = "" if labels is not None else why or other
+    if labels is None:
+        return (), None, why or f"{source.what} comes without any"
+    return classes, torch.tensor(labels), ""
+
+
+def _counts_as_image(source: Source, place: int) -> bool:
     """Whether a file that cannot be read is a bad image rather than some other file in the folder."""
-    return source.what != "folder" or decode.is_image_name(name)
+    return source.what != "folder" or decode.is_image(source.read(place))
 
 
 def _check_bad(bad: Sequence[tuple[str, str]], total: int, max_bad_fraction: float) -> float:

@@ -1,6 +1,7 @@
 """One image, a file or bytes or an array -> 8-bit pixels: guarded opening, and every conversion remarked upon.
 
-``sources/`` says where images come from, ``dataset.py`` what must agree between them.
+``sources/`` says where images come from, ``dataset.py`` what must agree between them; ``file_kinds.py`` refuses files,
+``intact.py`` finds damaged ones, ``pixel_values.py`` makes 8 bit of what is left.
 """
 
 from __future__ import annotations
@@ -9,18 +10,26 @@ import contextlib
 import ctypes
 import io
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import TypeAlias, TypeVar
+from typing import BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from robustdiff.data import file_kinds, intact
+from robustdiff.data.pixel_values import Reader, ValueRange, is_grey
+
 NOT_DECODED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 """Pillow formats left out: EPS starts an external interpreter, the others have no decoder of their own."""
+SIGNED = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PSD", "TIFF", "WEBP"}
+"""Formats whose first bytes no other file has by chance."""
 EXIF_ORIENTATION = 0x0112
+FIRST_FRAME = "first frame of an animation"
+DAMAGED = "damaged: its pixels cannot be decoded"
 TURNS = {number: Image.Transpose[name] for number, name in enumerate(
     ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2
 )}  # fmt: skip
@@ -45,16 +54,25 @@ Item: TypeAlias = "Path | bytes | Pixels"
 """What a source hands out: a file, an encoded image, or pixels of shape (H, W, C) with C = 1 or 3."""
 
 
-def guarded(work: Callable[[Image.Image], T], read: Callable[[int], Item], index: int) -> tuple[T | None, str]:
-    """(work(open image), "") or (None, reason)."""
+def guarded(
+    work: Callable[[Image.Image], T], read: Callable[[int], Item], index: int, *, whole: bool = True
+) -> tuple[T | None, str]:
+    """(work(open image), "") or (None, reason).
+
+    Args:
+        work: Takes an image that is not loaded yet.
+        read: Gives the item of a place.
+        index: That place.
+        whole: Whether to check the file as a whole, and not only its head.
+    """
     try:
-        with _open(read(index)) as image:
+        with (_open if whole else _open_head)(read(index)) as image:
             if 0 in image.size:
                 raise OSError("zero size")
             pixels = image.width * image.height
             limit = min(Image.MAX_IMAGE_PIXELS or pixels, LIMITS.get(image.format or "", pixels))
             if pixels > limit:
-                raise OSError(f"more than {limit} pixels: may be a decompression bomb")
+                raise OSError(_too_large(limit))
             with _one_large if pixels > LARGE else contextlib.nullcontext():
                 return work(image), ""
     except MemoryError:  # this machine's trouble, not the file's
@@ -63,19 +81,88 @@ def guarded(work: Callable[[Image.Image], T], read: Callable[[int], Item], index
         return None, reason(error)
 
 
+def _too_large(limit: int | None) -> str:
+    return f"more than {limit} pixels: make it smaller first, if it is a picture and no decompression bomb"
+
+
 @contextlib.contextmanager
 def _open(item: Item) -> Iterator[Image.Image]:
+    """An image whose file is whole; raises at the end if the decoder has left some of it over."""
     if isinstance(item, np.ndarray):
         yield Image.fromarray(item[..., 0] if item.shape[2] == 1 else item)
         return
-    if not (len(item) if isinstance(item, bytes) else item.stat().st_size):
-        raise OSError("empty file")
+    with _file(item) as (file, name, head):
+        stream = intact.whole(file.read())
+        with _identified(stream, name, head) as image:
+            intact.check_strips(image, stream.getbuffer())
+            if stream.profile:
+                image.info["icc_profile"] = stream.profile
+            try:
+                yield image
+            except OSError as error:  # its end is there
+                if stream.hold >= 0 and CUT.search(str(error)):
+                    raise OSError(intact.PIECE_MISSING) from None
+                raise
+            intact.check_rows(image, stream.getvalue())
+        stream.check_read()
+
+
+@contextlib.contextmanager
+def _open_head(item: Item) -> Iterator[Image.Image]:
+    """An image of which nothing but mode and size will be asked."""
+    if isinstance(item, np.ndarray):
+        yield Image.fromarray(item[..., 0] if item.shape[2] == 1 else item)
+        return
+    with _file(item) as (file, name, head):
+        is_png = head.startswith(intact.PNG_SIGNATURE)
+        with _identified(intact.png(file, pixels=False) if is_png else file, name, head) as image:
+            yield image
+
+
+@contextlib.contextmanager
+def _file(item: Path | bytes) -> Iterator[tuple[BinaryIO, str, bytes]]:
+    """A file at its start, its name, its first bytes; refused if its kind cannot be read.
+
+    Open, and not a path: Pillow would map files of some formats into memory, and turn them wrongly (TIFF whose
+    orientation is 5 to 8).
+    """
+    with io.BytesIO(item) if isinstance(item, bytes) else item.open("rb") as file:
+        name, head = item.name if isinstance(item, Path) else "", file.read(file_kinds.HEAD)
+        if not head:
+            raise OSError("empty file")
+        file_kinds.refuse(name, head)
+        file.seek(0)
+        yield file, name, head
+
+
+def _identified(stream: BinaryIO, name: str, head: bytes) -> Image.Image:
     Image.init()
-    own = None if isinstance(item, bytes) else Image.registered_extensions().get(item.suffix.lower())
+    own = Image.registered_extensions().get(PurePosixPath(name).suffix.lower())
     # Formats without a signature would claim any binary file: they are tried only where the suffix asks for them.
-    formats = [name for name, (_, accept) in Image.OPEN.items() if name not in NOT_DECODED and (accept or name == own)]
-    with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item, formats=formats) as image:
-        yield image
+    formats = [one for one, (_, accept) in Image.OPEN.items() if one not in NOT_DECODED and (accept or one == own)]
+    try:
+        image = Image.open(stream, formats=formats)
+    except UnidentifiedImageError:
+        if _signed(head):
+            raise OSError(DAMAGED) from None
+        raise
+    file_kinds.refuse_thumbnail(image)
+    return image
+
+
+def _signed(head: bytes) -> bool:
+    """Whether a file begins as an image."""
+    accepts = (Image.OPEN[one][1] for one in SIGNED if one in Image.OPEN)
+    return any(accept is not None and bool(accept(head[:16])) for accept in accepts)
+
+
+CUT = re.compile(r"truncated|not enough (image )?data|unexpected end", re.IGNORECASE)
+BROKEN = re.compile(
+    r"decoder error|broken data|data stream|cannot load this image|buffer overrun|could not create decoder|next frame|"
+    r"failed to decode|codec configuration|encoding error|bad header checksum|broken png",
+    re.IGNORECASE,
+)
+"""What decoders say of files that are cut off, and of damaged ones."""
 
 
 def reason(error: Exception) -> str:
@@ -83,89 +170,77 @@ def reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
     if isinstance(error, Image.DecompressionBombError):
-        return f"more than {Image.MAX_IMAGE_PIXELS} pixels: may be a decompression bomb"
+        return _too_large(Image.MAX_IMAGE_PIXELS)
     if isinstance(error, OSError) and error.strerror:  # without the path that str(error) carries
         return error.strerror.lower()
     text = " ".join(str(error).split()) or type(error).__name__
-    return "truncated" if "truncated" in text.lower() else text  # without byte counts, so that reasons can be counted
+    return intact.CUT_OFF if CUT.search(text) else DAMAGED if BROKEN.search(text) else text
 
 
 def is_image_name(name: str) -> bool:
-    """Whether the suffix is that of a format tried here."""
+    """Whether the suffix is that of a format tried here, or of a kind of image that is refused."""
     kind = Image.registered_extensions().get(PurePosixPath(name).suffix.lower())
-    return kind in Image.OPEN and kind not in NOT_DECODED
+    return (kind in Image.OPEN and kind not in NOT_DECODED) or file_kinds.known(name)
 
 
-def is_grey(mode: str) -> bool:
-    """Whether a Pillow mode has no colour."""
-    return mode in ("1", "L", "LA", "La", "I") or mode.startswith("I;16")
+def is_image(item: Item) -> bool:
+    """Whether a file that cannot be read is one of an image, by its name or its content."""
+    if not isinstance(item, Path) or is_image_name(item.name):
+        return True
+    try:
+        with item.open("rb") as file:
+            head = file.read(file_kinds.HEAD)
+            return file_kinds.recognised(head) or _signed(head)
+    except OSError:
+        return False
 
 
-def header(image: Image.Image, *, crop: int | None) -> tuple[str, tuple[int, ...]]:
-    """Mode and (longer, shorter) side: which of them is the width, EXIF may still exchange."""
-    return image.mode, (crop, crop) if crop else tuple(sorted(image.size, reverse=True))
+def header(image: Image.Image, *, crop: int | None) -> tuple[bool, tuple[int, ...]]:
+    """Whether it has no colour, and (longer, shorter) side: which of them is the width, EXIF may still exchange."""
+    return is_grey(image), (crop, crop) if crop else tuple(sorted(image.size, reverse=True))
 
 
 def decode(
-    image: Image.Image, *, channels: int | None, resolution: int | None, crop: int | None
+    image: Image.Image,
+    *,
+    channels: int | None,
+    resolution: int | None,
+    crop: int | None,
+    value_range: ValueRange | None = None,
 ) -> tuple[Pixels, bool, list[str]]:
-    """((C, H, W), grey by mode, remarks).
+    """((C, H, W), grey, remarks).
 
     Args:
         image: Opened, not yet loaded.
         channels: 1 or 3; None leaves them as they are.
         resolution: Side in pixels; None leaves the size alone.
         crop: Side in pixels of the centre square that is cut out before anything else; None = all.
+        value_range: Values of black and white; None: as the file declares.
     """
     remarks = []
-    if getattr(image, "is_animated", False):
-        remarks.append("first frame of an animation")
-    tile = str(getattr(image, "tile", ""))
-    if image.mode.startswith("I") or any(code in tile for code in (";16B", ";16L", ";16N")):
-        remarks.append("16-bit reduced to 8-bit")  # Pillow itself reduces colour, so its mode does not tell
-    grey = is_grey(image.mode)
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # a photograph and a smaller copy of it
+        remarks.append(FIRST_FRAME)
+    reader = Reader(image)
     image.load()  # a truncated file fails here
     try:  # after load: Pillow turns TIFF files itself and then clears the tag
         turn = TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # unreadable metadata are no reason to lose the picture
         turn = None
-    eight_bit = _eight_bit(image, remarks)
+    eight_bit = reader.eight_bit(value_range, remarks)
     if turn is not None:
         remarks.append("EXIF rotation applied")
         eight_bit = eight_bit.transpose(turn)
     if crop is not None:
         if min(eight_bit.size) < crop:
             raise OSError(f"smaller than the centre crop of {crop} pixels")
-        left, top = (eight_bit.width - crop) // 2, (eight_bit.height - crop) // 2
-        eight_bit = eight_bit.crop((left, top, left + crop, top + crop))
-    return fit(eight_bit, channels or (1 if grey else 3), resolution, remarks), grey, remarks
+        eight_bit = _centre(eight_bit, crop)
+    return fit(eight_bit, channels or (1 if reader.grey else 3), resolution, remarks), reader.grey, remarks
 
 
-def _eight_bit(image: Image.Image, remarks: list[str]) -> Image.Image:
-    """Mode L or RGB; alpha is composited over white."""
-    mode = image.mode
-    if mode == "F":
-        raise OSError("floating-point pixels (mode F): convert the file to 8 bit first")
-    if mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise OSError("32-bit integer pixels outside 0..65535: convert the file to 8 bit first")
-        values = values.astype(np.uint32)  # in place from here on: there may be 89 million
-        values *= 255
-        values += 32767
-        values //= 65535
-        return Image.fromarray(values.astype(np.uint8))
-    if mode == "1":
-        remarks.append("1-bit expanded to 8-bit")
-    elif mode in ("P", "PA"):
-        remarks.append("palette expanded")
-    elif mode not in ("L", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX"):
-        remarks.append(f"{mode} converted to RGB")
-    if image.has_transparency_data:
-        remarks.append("alpha composited over white")
-        rgba = image.convert("LA" if mode == "La" else "RGBA").convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba)
-    return image.convert("L" if is_grey(mode) else "RGB")
+def _centre(image: Image.Image, side: int) -> Image.Image:
+    """The centre square, its pixels copied."""
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def fit(image: Image.Image, channels: int, resolution: int | None, remarks: list[str]) -> Pixels:
@@ -179,6 +254,8 @@ def fit(image: Image.Image, channels: int, resolution: int | None, remarks: list
             remarks.append("cropped to a square")
         if min(image.size) != resolution:
             remarks.append("enlarged" if min(image.size) < resolution else "reduced")
-        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+            image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+        else:
+            image = _centre(image, resolution)
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)

@@ -70,7 +70,9 @@ def decode_all(
     """
 
     def worked(image: Image.Image) -> tuple[T, bool, list[str]]:
-        pixels, grey, remarks = decode.decode(image, channels=channels, resolution=resolution, crop=source.crop)
+        pixels, grey, remarks = decode.decode(
+            image, channels=channels, resolution=resolution, crop=source.crop, value_range=source.value_range
+        )
         return work(pixels), grey, remarks
 
     for place, (done, reason) in in_parallel(source, worked, indices, what):
@@ -79,9 +81,9 @@ def decode_all(
 
 
 def in_parallel(
-    source: Source, work: Callable[[Image.Image], T], indices: Sequence[int] | None, what: str
+    source: Source, work: Callable[[Image.Image], T], indices: Sequence[int] | None, what: str, *, whole: bool = True
 ) -> Iterator[tuple[int, tuple[T | None, str]]]:
-    """Work on every image of a source, or on those at ``indices``.
+    """Work on every image of a source, or on those at ``indices``; ``whole`` as for :func:`decode.guarded`.
 
     Yields:
         (place, (work(open image), "") or (None, reason)) in order, computed by threads a chunk at a time.
@@ -92,7 +94,7 @@ def in_parallel(
     with warnings.catch_warnings(), limits, threads as pool:
         # Pillow's bomb warning is replaced by the check in decoding.guarded; its remarks on metadata concern nobody.
         warnings.filterwarnings("ignore", module="PIL")
-        one = partial(decode.guarded, work, source.read)
+        one = partial(decode.guarded, work, source.read, whole=whole)
         starts = range(0, len(places), CHUNK)
         results = (result for start in starts for result in pool.map(one, places[start : start + CHUNK]))
         yield from zip(places, progress_bar(results, len(places), what), strict=True)

@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import shutil
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -19,6 +21,8 @@ from robustdiff.data.decode_pool import progress_bar
 from robustdiff.utils import atomic_io
 from robustdiff.utils.images import save_png, to_uint8
 
+LONGEST_NAME = 255
+"""Bytes that file systems allow in a name."""
 MANIFEST_FORMAT = "robustdiff dirty copy 1"
 
 
@@ -174,17 +178,43 @@ def check_destination(
 
 
 def png_names(names: Sequence[str]) -> list[str]:
-    """The same relative names with .png; one that is taken (a.jpg, then a.png) keeps its suffix: a.png.png."""
+    """The same relative names with .png.
+
+    Of several that would share one, ``a.bmp``, ``a.jpg`` and ``a.png``, only that which is a PNG has it; the others
+    keep their suffix, ``a.bmp.png``: whoever pairs files by name compares the same picture. Names that a file system
+    would not take are cut.
+
+    Raises:
+        DataError: If a name points elsewhere.
+    """
+    paths = [PurePosixPath(name) for name in names]
+    outside = next((str(path) for path in paths if path.is_absolute() or ".." in path.parts), None)
+    if outside is not None:
+        raise DataError(f"image name {outside!r} points outside the destination")
+    wanted = Counter(_key(path.with_suffix(".png")) for path in paths)
     taken: set[str] = set()
-    files = []
-    for name in names:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            raise DataError(f"image name {name!r} points outside the destination")
-        file = path.with_suffix(".png")
-        while str(file).casefold() in taken:  # file systems may ignore case
+    files: dict[int, str] = {}
+    alone = [wanted[_key(path.with_suffix(".png"))] == 1 or path.suffix.lower() == ".png" for path in paths]
+    for place in sorted(range(len(paths)), key=lambda place: not alone[place]):
+        path = paths[place]
+        file = _shortened(path.with_suffix(".png") if alone[place] else path.with_name(f"{path.name}.png"))
+        while _key(file) in taken:
             path = path.with_name(f"{path.name}.png")
-            file = path
-        taken.add(str(file).casefold())
-        files.append(str(file))
-    return files
+            file = _shortened(path)
+        taken.add(_key(file))
+        files[place] = str(file)
+    return [files[place] for place in range(len(paths))]
+
+
+def _key(path: PurePosixPath) -> str:
+    """What two names share that are one on file systems that ignore case."""
+    return str(path).casefold()
+
+
+def _shortened(path: PurePosixPath) -> PurePosixPath:
+    """A name of at most 255 bytes; one that is cut ends in a digest of the whole, so that it stays its own."""
+    name = os.fsencode(path.name)
+    if len(name) <= LONGEST_NAME:
+        return path
+    mark = f"~{zlib.crc32(name):08x}.png"
+    return path.with_name(name[: LONGEST_NAME - len(mark)].decode(errors="ignore") + mark)

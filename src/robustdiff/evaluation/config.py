@@ -23,6 +23,7 @@ from robustdiff.utils.options import (
     SigmaFloor,
     Title,
     Told,
+    ValueRange,
     check_bad_fraction,
     check_extractors,
     check_floor,
@@ -60,6 +61,7 @@ class EvaluateConfig(Settings):
     """Part of --held-out. Default: train."""
     dataset_config_name: ReferenceConfig = None
     image_column: ReferenceColumn = None
+    value_range: ValueRange = None
     resolution: OptionalInt = None
     """Resize the shorter side of every image to this many pixels and crop the centre square. Default: as the generated
     images are; real images of another size are brought to that if it is square."""
@@ -93,7 +95,9 @@ class EvaluateConfig(Settings):
             UsageError: One line that names the setting and the remedy.
         """
         texts = ("run", "reference", "training", "held_out", "split", "training_split", "held_out_split", "title")
-        check_given(self, *texts, "dataset_config_name", "image_column", "few_step", "output", "told", "cache")
+        check_given(
+            self, *texts, "dataset_config_name", "image_column", "value_range", "few_step", "output", "told", "cache"
+        )
         require(
             self.reference is not None,
             "`reference` is missing: name clean real images to compare with (a folder, a parquet file ...)",

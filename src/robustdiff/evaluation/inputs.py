@@ -208,7 +208,7 @@ def load_real(
     flag = f"`{name}`"
     own = {"config": config.dataset_config_name, "image_column": config.image_column}
     options = {"split": config.split, **own} if name == "reference" else {"split": getattr(config, f"{name}_split")}
-    shape = {"resolution": resolution, "channels": channels}
+    shape = {"resolution": resolution, "channels": channels, "value_range": config.value_range}
     images = _load(getattr(config, name), flag, config.max_bad_fraction, **shape, **options)
     _same_size(images, flag, size)
     check_enough(flag, len(images))
@@ -230,8 +230,9 @@ def load_training(
     if config.training == "none":
         return None, None
     if config.training is not None:
-        options = {"split": config.training_split, "resolution": resolution, "channels": channels}
-        images = _load(config.training, "`training`", config.max_bad_fraction, **options)
+        options = {"split": config.training_split, "value_range": config.value_range}
+        shape = {"resolution": resolution, "channels": channels}
+        images = _load(config.training, "`training`", config.max_bad_fraction, **shape, **options)
         _same_size(images, "`training`", size)
         return images, None
     try:
@@ -263,6 +264,7 @@ def trained_on(run: str, resolution: int | None, channels: int, size: tuple[int,
             split=settings.get("split"),
             config=settings.get("dataset_config_name"),
             image_column=settings.get("image_column"),
+            value_range=settings.get("value_range"),
         )
         _same_size(images, "the training images", size)
     except UsageError as error:

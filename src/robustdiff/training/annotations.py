@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,10 @@ from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.training.config import FROM_CORRUPT
 from robustdiff.training.curriculum import LevelBalancedSampler
 from robustdiff.utils import atomic_io
-from robustdiff.utils.errors import UsageError
+from robustdiff.utils.errors import RobustdiffWarning, UsageError
 
+LARGEST_SEEN = 1.0
+"""No image in [-1, 1] has a larger standard deviation."""
 Entry = tuple[str, float, str]
 """Name of an image, its noise level, and where that is written, for messages."""
 
@@ -129,6 +132,14 @@ def told_levels(
                 raise UsageError(
                     f"{flag}{where}: `data` {data.source} has no image {name!r}; its names are like {data.names[0]!r}"
                 )
+        if not corruptions and (most := sigma.max().item()) > LARGEST_SEEN:
+            warnings.warn(
+                RobustdiffWarning(
+                    f"{flag}: sigma up to {most:.4g}, more than images in [-1, 1] can show: if these are 8-bit steps, "
+                    "divide them by 127.5"
+                ),
+                stacklevel=2,
+            )
     if not bool((sigma[trained] > 0).any()):
         raise UsageError(f"{flag}: no image that is trained on has a level above 0: leave the flag out")
     return NoiseLevels(source, sigma, trained, schedule)

@@ -31,6 +31,7 @@ from robustdiff.utils.options import (
     OptionalText,
     Settings,
     Split,
+    ValueRange,
     check_memory,
     listed,
     parse_count,
@@ -81,6 +82,7 @@ class TrainConfig(Settings):
     image_column: ImageColumn = None
     label_column: OptionalText = None
     """Column of a table that holds the class labels. Default: the only one declared so, or called label, class ..."""
+    value_range: ValueRange = None
     class_conditional: bool = False
     """Train on class labels too (folder names, or the label column), to draw images class by class."""
     resolution: OptionalInt = None
@@ -255,6 +257,7 @@ class TrainConfig(Settings):
             "dataset_config_name",
             "image_column",
             "label_column",
+            "value_range",
             "noise_levels",
         ):
             require(getattr(self, name) != "", f"`{name}` is empty: name a file or folder, or leave the flag out")

@@ -72,6 +72,7 @@ _FREE = {
     *("logger", "compile", "max_memory_gib", "dataloader_num_workers", "on_nonfinite"),
     # The pixels, labels and noise levels themselves are compared.
     *("noise_levels", "data", "split", "dataset_config_name", "image_column", "label_column", "max_bad_fraction"),
+    "value_range",
     *("train_batch_size", "gradient_accumulation_steps"),  # only their product with the processes counts: plan.batch
     *("images", "num_epochs"),  # a run may be made longer: plan.steps
 }

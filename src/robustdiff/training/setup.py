@@ -51,6 +51,7 @@ def source_options(config: TrainConfig) -> dict[str, str | None]:
         "config": config.dataset_config_name,
         "image_column": config.image_column,
         "label_column": config.label_column,
+        "value_range": config.value_range,
     }
 
 
@@ -137,10 +138,7 @@ def build_pipeline(config: TrainConfig, data: ImageDataset) -> tuple[DiffusionPi
     torch.manual_seed(derive_seed(config.seed, "weights"))
     classes = len(data.classes) if config.class_conditional else None
     if classes == 0:
-        raise UsageError(
-            f"`class_conditional`: `data` {config.data} has no labels: put the images of each class in a folder, or "
-            "name a `label_column`"
-        )
+        raise UsageError(f"`class_conditional`: `data` {config.data} has no labels: {data.unlabelled}")
     if config.init_from:
         return _initial_pipeline(config, data), f"from {config.init_from}"
     if config.model_config_name_or_path:

@@ -56,6 +56,14 @@ HubConfig = Annotated[str | None, arg(metavar="TEXT", help="Configuration of a h
 ImageColumn = Annotated[
     str | None, arg(metavar="TEXT", help="Column of a table that holds the images. Default: the only one that can.")
 ]
+ValueRange = Annotated[
+    str | None,
+    arg(
+        metavar="LOW:HIGH",
+        help="Values of black and white, such as 0:4095, in files that can hold larger ones than they use (write "
+        "--value-range=-1024:3071 if LOW is negative). Default: as each file declares.",
+    ),
+]
 ReferenceSplit = Annotated[
     str | None,
     arg(metavar="TEXT", help="Part of the reference, if it comes in parts (train, test ..., or all). Default: train."),

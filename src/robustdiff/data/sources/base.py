@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from robustdiff.data import decode
 from robustdiff.data.decode import Item, Pixels
+from robustdiff.data.pixel_values import ValueRange
 from robustdiff.utils.errors import DataError, NoSuchSplit
 
 PLAIN = re.compile(r"[\w-][\w.-]{0,254}", re.ASCII)
@@ -33,9 +35,11 @@ class Source:
             or forking; raises any exception for a bad item.
         skipped: (name, reason) of what was refused at sight.
         classes: Names of the labels, if the source has labels of its own. Those of a folder follow from its names.
-        labels: One per name, places in ``classes``.
+        labels: One per name, places in ``classes``; None for an image that has none.
         crop: Side in pixels of the centre square to cut out before anything else.
         notes: Counts of what else was found, such as side-car files.
+        unlabelled: Why there are no labels, and what would help.
+        value_range: Values of black and white, where files do not declare them.
     """
 
     what: str
@@ -43,9 +47,11 @@ class Source:
     read: Callable[[int], Item]
     skipped: Sequence[tuple[str, str]] = ()
     classes: tuple[str, ...] = ()
-    labels: Sequence[int] | None = None
+    labels: Sequence[int | None] | None = None
     crop: int | None = None
     notes: Mapping[str, int] = field(default_factory=dict)
+    unlabelled: str = ""
+    value_range: ValueRange | None = None
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,18 @@ class Files:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Reads an array (N, H, W, C) in memory."""
+    """Reads an array (N, H, W, C) in memory, uint8 or bool."""
 
-    array: Pixels
+    array: NDArray[Any]
 
     def __call__(self, index: int) -> Pixels:
-        """One image, a view."""
-        return np.asarray(self.array[index])
+        """One image."""
+        return eight_bit(self.array[index])
+
+
+def eight_bit(row: NDArray[Any]) -> Pixels:
+    """A row of an array, uint8 or true and false, as pixels: true is white."""
+    return np.asarray(row) if row.dtype == np.uint8 else np.where(row, np.uint8(255), np.uint8(0))
 
 
 def numbers(count: int) -> tuple[str, ...]:

@@ -106,7 +106,7 @@ def _environment(folder: str) -> Environment:
             needed = (opened.info()["last_pgno"] + 1) * opened.stat()["psize"]
             if needed > os.path.getsize(os.path.join(folder, "data.mdb")):  # reading on would kill the process
                 opened.close()
-                raise OSError("truncated")
+                raise OSError("cut off")
             _environments[folder] = opened
         return _environments[folder]
 

@@ -20,9 +20,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from robustdiff.data.decode import Item
+from robustdiff.data.sources import labels
 from robustdiff.data.sources.base import (
     Source,
-    by_name,
     choose_splits,
     listed,
     missing,
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 MAX_SPLITS = 100
 """Of a saved data set; ``datasets`` opens them all."""
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "y")
-"""Columns of numbers or text that are taken for labels unasked; others may be captions or file names."""
 
 
 def table(
@@ -57,7 +55,7 @@ def table(
         config: Which configuration of the data set.
         image_column: Default: the only column of images; if none is declared, the only one of bytes.
         label_column: Default: the only column of class labels; if none is declared, the only one of
-            :data:`LABEL_COLUMNS` that holds whole numbers or text. Labels with a gap (-1 or null) count as none.
+            :data:`labels.LABEL_COLUMNS` that holds whole numbers or text. Labels with a gap (-1 or null) count as none.
 
     Parquet files are first written out as Arrow files to the cache of ``datasets`` (``HF_DATASETS_CACHE``), or, if that
     cannot be written to, to a temporary folder that is removed when the program ends.
@@ -97,7 +95,7 @@ def table(
     if len(rows) == 0:
         raise DataError("the table is empty")
     column = _image_column(datasets, rows, image_column)
-    classes, labels = _labels(datasets, rows, label_column)
+    classes, places, why = _labels(datasets, rows, label_column)
     roots: tuple[Path, ...]
     if isinstance(source, Path):
         roots = (source if source.is_dir() else source.parent,)
@@ -110,7 +108,8 @@ def table(
     images = rows.select_columns([column]).with_format(None)
     if isinstance(images.features[column], datasets.Image):
         images = images.cast_column(column, datasets.Image(decode=False))
-    return Source(what + suffix, numbers(len(rows)), TableRows(images, column, roots), classes=classes, labels=labels)
+    read = TableRows(images, column, roots)
+    return Source(what + suffix, numbers(len(rows)), read, classes=classes, labels=places, unlabelled=why)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,29 +220,38 @@ def _image_column(datasets: ModuleType, rows: Dataset, asked: str | None) -> str
     return candidates[0]
 
 
-def _labels(datasets: ModuleType, rows: Dataset, asked: str | None) -> tuple[tuple[str, ...], list[int] | None]:
-    """Names of the classes and each row's place among them; ((), None) without labels."""
+def _labels(datasets: ModuleType, rows: Dataset, asked: str | None) -> labels.Labels:
+    """Names of the classes, each row's place among them; or why there are none."""
     features = rows.features
     declared = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     simple = [
         name
         for name, feature in features.items()
-        if isinstance(feature, datasets.Value) and re.fullmatch(r"u?int\d+|(large_)?string", feature.dtype)
+        if isinstance(feature, datasets.Value)
+        and re.fullmatch(r"u?int\d+|float\d+|bool|(large_)?string", feature.dtype)
     ]
     if asked is not None and asked not in declared + simple:
         raise DataError(f"`label_column` {asked}: no such column of labels; there is {listed(declared + simple)}")
-    candidates = [asked] if asked else declared or [name for name in simple if name.lower() in LABEL_COLUMNS]
+    candidates = [asked] if asked else declared or [name for name in simple if name.lower() in labels.LABEL_COLUMNS]
     if len(candidates) != 1:
-        return (), None
-    feature = features[candidates[0]]
-    values = rows.select_columns(candidates).with_format(None)[:][candidates[0]]
-    gaps = sum(value in (None, -1) for value in values)  # -1: the hub's way to leave test labels out
+        several = f"columns {listed(candidates)} may hold them" if candidates else "no column is declared or called so"
+        return (), None, f"{several}: name one with `label_column`; there is {listed(declared + simple)}"
+    column, feature = candidates[0], features[candidates[0]]
+    values = rows.select_columns([column]).with_format(None)[:][column]
+    values = [None if value == -1 else value for value in values]  # the hub's way to leave test labels out
+    classes, places, why = labels.from_values(values, f"column {column}")
+    if why and asked:
+        raise DataError(f"`label_column` {asked}: {why}")
+    if places is None:
+        return (), None, why
+    gaps = [number for number, place in enumerate(places) if place is None]
     if gaps:
+        why = f"{len(gaps)} of {len(values)} rows have no label (the first is row {gaps[0]}, counted from 0)"
         if asked:
-            raise DataError(f"`label_column` {asked}: {gaps} of {len(values)} rows have no label")
-        return (), None
+            raise DataError(f"`label_column` {asked}: {why}")
+        return (), None, f"column {column}: {why}: fill them in, or leave these rows out"
     if not isinstance(feature, datasets.ClassLabel):
-        return by_name(values)
+        return classes, places, ""
     if not 0 <= min(values) <= max(values) < len(feature.names):
-        raise DataError(f"column {candidates[0]} has labels outside its {len(feature.names)} classes")
-    return tuple(feature.names), values
+        raise DataError(f"column {column} has labels outside its {len(feature.names)} classes")
+    return tuple(feature.names), values, ""

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,20 +20,17 @@ from numpy.typing import NDArray
 
 from robustdiff.data import decode
 from robustdiff.data.decode import Item, Pixels
-from robustdiff.data.sources import celeba_lsun
-from robustdiff.data.sources.base import Files, Rows, Source, by_name, numbers, short_reason
+from robustdiff.data.pixel_values import parse_range
+from robustdiff.data.sources import celeba_lsun, folder, labels
+from robustdiff.data.sources.base import Rows, Source, eight_bit, numbers, short_reason
 from robustdiff.data.sources.cifar import cifar, is_cifar
 from robustdiff.data.sources.huggingface import table
 from robustdiff.utils.errors import DataError, NoSuchSplit
 
 __all__ = ["DataError", "Item", "Source", "open_source"]
 
-SIDE_CARS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".xml", ".yaml", ".yml", ".html", ".db", ".ini")
-"""Suffixes of files that commonly lie beside images; they are counted, neither opened nor named."""
 LABEL_KEYS = ("labels", "label", "y")
 """Names under which an ``.npz`` file may hold labels."""
-SAMPLE = re.compile(r"\d{6,}\.png")
-"""Names that `robustdiff sample` gives to images."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 WAYS = "a folder, an .npy, .npz or .parquet file, OWNER/NAME of a data set on the hub, or the word digits"
 
@@ -45,6 +42,7 @@ def open_source(
     config: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    value_range: str | None = None,
 ) -> Source:
     """Find out what ``source`` is, and what images it has; nothing is decoded yet.
 
@@ -68,7 +66,9 @@ def open_source(
         split: Name of a split, or ``all``. Default: ``train``, or the only one there is.
         config: Configuration of a table that has several.
         image_column: Column of a table; see :func:`robustdiff.data.sources.huggingface.table`.
-        label_column: Column of a table.
+        label_column: Column of a table, or of ``metadata.jsonl`` or ``metadata.csv`` in a folder of images.
+        value_range: ``LOW:HIGH``, the values of black and white where files can hold larger ones than are used.
+            Default: what each file declares.
 
     Parquet files and data sets from the hub are written out by ``datasets`` to its cache (``HF_DATASETS_CACHE``), or,
     where that cannot be written to, to a temporary folder that is removed when the program ends.
@@ -77,8 +77,9 @@ def open_source(
         DataError: In one line, if the source or an option cannot be used. Callers put the source's name before it.
     """
     options = {"split": split, "config": config, "image_column": image_column, "label_column": label_column}
+    told = None if value_range is None else parse_range(value_range)
     try:
-        return _open(source, options)
+        return replace(_open(source, options), value_range=told)
     except PermissionError:
         raise DataError("no permission to read it") from None
 
@@ -134,54 +135,21 @@ def _table(source: str | Path, options: dict[str, str | None]) -> Source:
 # -- a folder ----------------------------------------------------------------------------------------
 
 
-def _folder(folder: Path, options: dict[str, str | None]) -> Source:
-    found, skipped, side_cars = _scan(folder)
-    tables = [name for name in found if name.lower().endswith(".parquet")]
+def _folder(path: Path, options: dict[str, str | None]) -> Source:
+    found = folder.scan(path)
+    images = [name for name in found.names if decode.is_image_name(name)]
+    if images:
+        found.take_metadata_tables()
+    tables = [name for name in found.names if name.lower().endswith(".parquet")]
     if tables:
-        images = [name for name in found if decode.is_image_name(name)]
         if not images:
-            return _table(folder, options)
+            return _table(path, options)
         raise DataError(
             f"holds both tables ({tables[0]}) and images ({images[0]}): give a folder that holds only one kind, or the "
             ".parquet file itself"
         )
-    _unused("a folder of images", options)
-    notes = {"side-car files ignored (not images)": side_cars} if side_cars else {}
-    if "grid.png" in found and len(found) > 1 and all(SAMPLE.fullmatch(name) for name in found if name != "grid.png"):
-        found.remove("grid.png")  # `robustdiff sample` writes it beside the images
-        notes["grid.png ignored (an overview of the samples)"] = 1
-    return Source("folder", found, Files(folder, found), skipped, notes=notes)
-
-
-def _scan(folder: Path) -> tuple[list[str], list[tuple[str, str]], int]:
-    """Relative POSIX paths of the files to try, sorted; what is skipped at sight; the number of side-car files."""
-    found: list[str] = []
-    skipped: list[tuple[str, str]] = []
-    side_cars = 0
-    seen: set[str] = set()
-
-    def unreadable(error: OSError) -> None:
-        if Path(error.filename) == folder:
-            raise error
-        skipped.append((Path(error.filename).relative_to(folder).as_posix(), f"folder not read: {error.strerror}"))
-
-    for directory, subfolders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        if (real := os.path.realpath(directory)) in seen:  # a link back up
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for path in (Path(directory, file) for file in files if not file.startswith(".")):
-            name = path.relative_to(folder).as_posix()
-            if path.suffix.lower() in SIDE_CARS:
-                side_cars += 1
-            elif path.is_file():
-                found.append(name)
-            else:  # opening a pipe would wait for ever
-                skipped.append((name, "broken symbolic link" if path.is_symlink() else "not a regular file"))
-    if not (found or skipped or side_cars):
-        raise DataError("the folder is empty (hidden files are ignored)")
-    return sorted(found), skipped, side_cars
+    _unused("a folder of images", {name: value for name, value in options.items() if name != "label_column"})
+    return folder.images(path, found, options["label_column"])
 
 
 # -- arrays ------------------------------------------------------------------------------------------
@@ -192,11 +160,11 @@ class MappedRows:
     """Reads an array mapped from an ``.npy`` file; pickled as the path alone."""
 
     path: Path
-    array: Pixels
+    array: NDArray[Any]
 
     def __call__(self, index: int) -> Pixels:
-        """One image (H, W, C), a view of the file."""
-        return np.asarray(self.array[index])
+        """One image (H, W, C)."""
+        return eight_bit(self.array[index])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Map the file again where it is unpickled."""
@@ -207,8 +175,8 @@ def _mapped_rows(path: Path) -> MappedRows:
     with path.open("rb") as file:  # numpy's own arithmetic on absurd shapes overflows
         shape, dtype, size = _header(file, path.stat().st_size)
     _channels_last(np.broadcast_to(np.zeros((), dtype), shape))
-    if math.prod(shape) > size:
-        raise ValueError("truncated")
+    if math.prod(shape) > size:  # of a byte each
+        raise ValueError("cut off")
     return MappedRows(path, _channels_last(np.load(path, mmap_mode="r", allow_pickle=False)))
 
 
@@ -219,7 +187,8 @@ def _npy(path: Path) -> Source:
         raise
     except Exception as error:  # damaged files raise many types
         raise _unreadable(error) from None
-    return Source("array", numbers(len(rows.array)), rows)
+    why = "an .npy file has no room for them: save an .npz file with the arrays images and labels"
+    return Source("array", numbers(len(rows.array)), rows, unlabelled=why)
 
 
 def _npz(path: Path) -> Source:
@@ -232,16 +201,26 @@ def _npz(path: Path) -> Source:
             _channels_last(np.broadcast_to(np.zeros((), dtype), shape))  # refused before anything is read
             _check_size(key, *headers[key])
             array = _channels_last(_read(archive, key))
-            labels = None
+            told = None
             if label_key is not None:
                 _check_size(label_key, *headers[label_key])
-                labels = _read(archive, label_key).tolist()
+                told = _read(archive, label_key)
     except (DataError, MemoryError, PermissionError):
         raise
     except Exception as error:  # damaged files raise many types
         raise _unreadable(error) from None
-    classes, places = by_name(labels) if labels is not None else ((), None)
-    return Source("array", numbers(len(array)), Rows(array), classes=classes, labels=places)
+    if told is not None:
+        classes, places, why = labels.from_array(told, f"array {label_key}")
+    else:
+        others = {name: header for name, header in headers.items() if name != key}
+        classes, places, why = (), None, _no_label_array(others, shape[0])
+    return Source("array", numbers(len(array)), Rows(array), classes=classes, labels=places, unlabelled=why)
+
+
+def _no_label_array(others: dict[str, Header], count: int) -> str:
+    named = next((name for name in others if name in LABEL_KEYS), None)
+    shape = f"array {named} has shape {others[named][0]} and type {others[named][1]}; " if named else ""
+    return f"{shape}add an array labels of {count} whole numbers or texts, or of one row for each image (one-hot)"
 
 
 Header = tuple[tuple[int, ...], np.dtype[Any], int]
@@ -271,13 +250,13 @@ def _keys(headers: dict[str, Header]) -> tuple[str, str | None]:
     for key in ["images"] if "images" in headers else headers:
         shape, _, _ = headers[key]
         others = {name: header for name, header in headers.items() if name != key}
-        labels = [
+        named = [
             name
             for name, (other, dtype, _) in others.items()
-            if name in LABEL_KEYS and np.issubdtype(dtype, np.integer) and other == shape[:1]
+            if name in LABEL_KEYS and labels.may_be(other, dtype, shape)
         ]
-        if key == "images" or not others or (len(shape) >= 3 and list(others) == labels and len(labels) == 1):
-            return key, labels[0] if len(labels) == 1 else None
+        if key == "images" or not others or (len(shape) >= 3 and list(others) == named and len(named) == 1):
+            return key, named[0] if len(named) == 1 else None
     raise DataError(f"needs an array named images, or a single array; it has {', '.join(headers) or 'none'}")
 
 
@@ -310,15 +289,15 @@ def _digits() -> Source:
     return Source("digits", numbers(len(images)), Rows(images), classes=classes, labels=digits.target.tolist())
 
 
-def _channels_last(array: NDArray[Any]) -> Pixels:
+def _channels_last(array: NDArray[Any]) -> NDArray[Any]:
     """View of shape (N, H, W, C).
 
     Raises:
-        DataError: If it is not uint8, is empty, or its axes cannot be told apart.
+        DataError: If it is neither uint8 nor bool, is empty, or its axes cannot be told apart.
     """
     if array.dtype.hasobject:
         raise ValueError("Python objects, which could run code")
-    if array.dtype != np.uint8:
+    if array.dtype not in (np.uint8, np.bool_):
         how = "x.astype(numpy.uint8) if the values are whole numbers in 0..255"
         if np.issubdtype(array.dtype, np.floating):
             how = "numpy.uint8(numpy.round(s)) with s = 127.5 * (x + 1) for x in [-1, 1], 255 * x for x in [0, 1]"
