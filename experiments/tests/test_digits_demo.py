@@ -36,7 +36,7 @@ def test_the_demo_runs_and_writes_what_it_promises(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     names = [row["row"] for row in results["rows"]]
     assert names[-2:] == ["robust", "--auto"]
-    assert len(names) == 9
+    assert len(names) == 10
     rows = {row["row"]: row for row in results["rows"]}
     floor, dirty = rows["clean training digits (the floor)"], rows["dirty training digits"]
     assert 0 < floor["frechet"] < dirty["frechet"]

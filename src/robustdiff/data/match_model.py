@@ -67,8 +67,8 @@ def renumber(images: ImageDataset, pipeline: Any, model: str) -> ImageDataset:  
         return images
     if images.labels is None:
         raise UsageError(
-            f"{model} is conditional on {count} classes and {images.source} has no labels: {images.unlabelled}; or name a "
-            "pipeline without classes"
+            f"{model} is conditional on {count} classes and {images.source} has no labels: {images.unlabelled}; or "
+            "name a pipeline without classes"
         )
     classes, numbers = tuple(class_names(model)), torch.arange(len(images.classes))
     if classes and images.classes:
