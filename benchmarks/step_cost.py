@@ -82,7 +82,7 @@ def objectives(schedule: NoiseSchedule) -> dict[str, tuple[DenoisingLoss, float]
         "plain": (DenoisingLoss(schedule), 1.0),
         "random": (EquivarianceLoss.preset("paper-random", schedule), 2.0),
         "adversarial": (EquivarianceLoss.preset("paper", schedule), 8 / 3),
-        "fast": (fast, 1 + share(fast)),
+        "fast": (fast, 1 + 5 / 3 * share(fast)),
         "gated": (gated, 1 + share(gated)),
     }
 

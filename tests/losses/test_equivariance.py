@@ -711,10 +711,10 @@ def test_the_presets_of_the_paper_are_its_readings() -> None:
         assert EquivarianceLoss.preset(name, schedule) == reading
 
 
-def test_the_preset_fast_takes_a_second_pass_of_at_most_a_quarter_of_the_images() -> None:
+def test_the_preset_fast_is_paper_at_low_noise_levels_and_costs_at_most_a_quarter() -> None:
     for beta_schedule in ("linear", "squaredcos_cap_v2"):
         schedule = NoiseSchedule.from_scheduler(DDPMScheduler(beta_schedule=beta_schedule))
-        fast, full = (EquivarianceLoss.preset(name, schedule) for name in ("fast", "paper-random"))
+        fast, full = (EquivarianceLoss.preset(name, schedule) for name in ("fast", "paper"))
         assert (fast.perturbation, fast.radius, fast.normalise) == (full.perturbation, full.radius, full.normalise)
         count = 400
         t = torch.linspace(0, 999, count).long()
@@ -722,7 +722,7 @@ def test_the_preset_fast_takes_a_second_pass_of_at_most_a_quarter_of_the_images(
         inside = schedule.noise_to_signal(t) <= fast.strength.high
         assert torch.equal(terms.strength > 0, inside)
         assert bool((terms.strength[inside] == full.strength).all())
-        assert 0 < inside.double().mean() <= 0.25
+        assert 0 < 5 / 3 * inside.double().mean() <= 0.25  # one adversarial step costs 5 / 3 of a plain one
     assert EquivarianceLoss.preset("paper", schedule, strength=0.5).strength == 0.5
     assert "paper" in PRESETS
 

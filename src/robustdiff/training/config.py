@@ -117,9 +117,9 @@ class TrainConfig(Settings):
     preset: Literal["fast", "paper", "paper-random", "paper-noise", "paper-scaled", "gated", "plain"] | None = None
     """Objective settings to start from; the flags of this group override single ones. gated: random perturbation at low
     noise levels only (2 forward passes there); paper: adversarial, radius in units of the state, the reading of the
-    published settings that shows their pattern; paper-random: its random variant; paper-noise, paper-scaled: other
-    readings (docs/explanation/method.md); plain: no regulariser. Default: gated; with --auto plain, or a gate below the
-    noise if every image has some."""
+    published settings that shows their pattern; fast: the same at low noise levels only (3 passes there); paper-random:
+    the random variant; paper-noise, paper-scaled: other readings (docs/explanation/method.md); plain: no regulariser.
+    Default: gated; with --auto plain, or a gate below the noise if every image has some."""
     objective: LossName = "robust"
     """robust: equivariance. The others are what it is compared with."""
     perturbation: Literal["none", "random", "adversarial"] | None = None
@@ -375,9 +375,7 @@ class TrainConfig(Settings):
         if not loss.regularised:
             given += [] if self.preset is None else ["preset"]
             require(not given, f"`objective` {self.objective} has no perturbation: leave out {listed(given)}")
-        usual = {"fast": "random", "paper-random": "random", "gated": "random", "plain": "none"}.get(
-            self.start, "adversarial"
-        )
+        usual = {"paper-random": "random", "gated": "random", "plain": "none"}.get(self.start, "adversarial")
         perturbation = self.perturbation or usual
         if perturbation == "none" and loss.regularised:
             idle = [name for name in given if name != "perturbation"]
