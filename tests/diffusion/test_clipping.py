@@ -11,11 +11,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from robustdiff.diffusion.clipping import ClippedModel, clip_output
-from robustdiff.diffusion.pipeline import SCHEDULERS, clip_bound, sample, trajectory_of
+from robustdiff.diffusion.pipeline import SCHEDULERS, clip_bound, make_scheduler, sample, trajectory_of
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.evaluation.distances import frechet_distance
 from robustdiff.losses import DenoisingLoss
-from robustdiff.utils.errors import RobustdiffWarning
+from robustdiff.utils.errors import RobustdiffWarning, UsageError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -65,7 +65,28 @@ def test_the_bound_is_the_schedulers() -> None:
     assert clip_bound(DDPMScheduler()) == 1.0
     assert clip_bound(DDPMScheduler(clip_sample_range=3.0)) == 3.0
     assert clip_bound(DDPMScheduler(clip_sample=False)) is None
-    assert clip_bound(SCHEDULERS["euler"]()) is None
+    assert clip_bound(SCHEDULERS["euler"]()) == 1.0  # it says nothing, and images end at 1
+
+
+@pytest.mark.parametrize("other", ["dpm", "unipc", "euler"])
+def test_a_pipeline_saved_with_another_scheduler_is_sampled_alike(other: str) -> None:
+    torch.manual_seed(0)
+    network, scheduler = PointNetwork(), DDPMScheduler()
+    saved = SCHEDULERS[other].from_config(scheduler.config)
+    config = {key: value for key, value in saved.config.items() if not key.startswith("clip_sample")}
+    fresh = type(saved).from_config(config)
+    for name in SCHEDULERS:
+        one, two = (
+            sample(SimpleNamespace(unet=network, scheduler=s), 2, scheduler=name, steps=20) for s in (scheduler, fresh)
+        )
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+
+
+def test_no_sampler_clips_on_its_own() -> None:
+    for name in ("ddim", "ddpm"):
+        assert make_scheduler(name, DDPMScheduler(), 10).config.clip_sample is False
+    with pytest.raises(UsageError, match="thresholding"):
+        make_scheduler("ddim", DDPMScheduler(thresholding=True), 10)
 
 
 class PointNetwork(nn.Module):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -264,6 +265,24 @@ def test_step_counts_that_would_mis_step_are_refused_with_the_nearest_good_one()
     trailing = make_scheduler("ddim", DDPMScheduler(), 4).timesteps.tolist()
     assert trailing == [999, 749, 499, 249]
     assert largest_divisor(300, at_most=49) == 30
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"sigma_floor": -1.0}, "sigma_floor"),
+        ({"sigma_floor": math.nan}, "sigma_floor"),
+        ({"sigma_scale": 0.5}, "sigma_scale"),
+        ({"floor_shape": "quadratic"}, "floor_shape"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 2.5}, "steps"),
+        ({"steps": 2000, "scheduler": "dpm"}, "as many or fewer"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_bad_settings_of_sample_are_refused_by_name(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        sample(tiny_pipeline(), 1, **{"steps": 10, **settings})
 
 
 def test_relabelled_model_refuses_ranges_that_ask_for_more_detail() -> None:

@@ -563,8 +563,30 @@ def test_a_strength_function_sees_the_radius_of_each_image() -> None:
     for strength in (lambda levels: levels, lambda: 1.0):
         with pytest.raises(ValueError, match="takes the noise levels sigma/alpha and the radius"):
             EquivarianceLoss(schedule, "random", strength)
+    for strength in ("0.3", None):
+        with pytest.raises(ValueError, match="strength must be a finite number"):
+            EquivarianceLoss(schedule, "random", strength)
+    with pytest.raises(ValueError, match="a radius function takes the noise scales sigma, and a generator"):
+        EquivarianceLoss(schedule, "random", radius=lambda sigma: sigma)
+    with pytest.raises(ValueError, match="the strength function returned float, not a tensor"):
+        EquivarianceLoss(schedule, "random", lambda levels, radius: 1.0)(SmallNet(), images(dtype=torch.float64))
     with pytest.raises(ValueError, match="normalise needs a Radius"):
         EquivarianceLoss(schedule, "random", radius=lambda sigma, generator: sigma, normalise=True)
+
+
+def test_a_strength_that_only_some_radii_have_is_given_to_them() -> None:
+    x0, t = images(dtype=torch.float64), torch.full((6,), 500)
+
+    def large(levels: Tensor, radius: Tensor) -> Tensor:
+        return (radius > 0.9).to(levels.dtype)
+
+    box = Radius(exponent=0)
+    terms = EquivarianceLoss(ddpm_schedule(), "random", large, box)(SmallNet(), x0, t=t, generator=seeded(3))
+    assert torch.equal(terms.strength > 0, terms.radius > 0.9)
+    always = EquivarianceLoss(
+        ddpm_schedule(), "random", large, radius=lambda sigma, generator: torch.full_like(sigma, 5)
+    )
+    assert bool((always(SmallNet(), x0, t=t, generator=seeded()).strength == 1).all())
 
 
 def test_a_negative_strength_from_a_function_is_refused() -> None:
@@ -746,7 +768,15 @@ def test_bad_settings_of_the_objective_are_refused_by_name(settings: dict[str, A
 
 @pytest.mark.parametrize(
     ("low", "high", "value"),
-    [(-0.1, 1, 1), (2, 1, 1), (0, 1, -1), (float("nan"), 1, 1), (0, float("nan"), 1), (0, 1, float("nan"))],
+    [
+        (-0.1, 1, 1),
+        (2, 1, 1),
+        (0, 1, -1),
+        (float("nan"), 1, 1),
+        (0, float("nan"), 1),
+        (0, 1, float("nan")),
+        (0, 1, float("inf")),
+    ],
 )
 def test_bad_gates_are_refused(low: float, high: float, value: float) -> None:
     with pytest.raises(ValueError, match="SigmaRange"):

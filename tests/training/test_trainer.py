@@ -679,6 +679,9 @@ def test_an_output_folder_inside_the_data_is_refused(config: TrainConfig, photos
         (["--preset", "paper", "--gate", "0:1", "--strength-beta", "1"], "--strength-beta"),
         (["--preset", "paper-scaled", "--gate", "0:1"], "--gate"),
         (["--preset", "paper", "--normalise", "maybe"], "--normalise"),
+        (["--preset", "paper-scaled", "--radius-scale", "0", "--radius-floor", "0"], "--radius-scale 0"),
+        (["--gate", "500:600"], "--gate 500:600 holds no noise level"),
+        (["--preset", "paper", "--gate", "0:0.001"], "--gate"),
         (["--preset", "plain", "--normalise", "no"], "--normalise"),
         (["--perturbation", "none", "--objective", "invariance"], "--objective"),
         (["--objective", "pseudo-huber", "--strength", "1"], "--strength"),
@@ -720,6 +723,30 @@ def test_bad_input_to_train_is_one_line_that_names_the_flag(photos, tmp_path, ca
     assert names in error
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("normalise", True), ("radius_factor", "on"), ("preset", "papers"), ("objective", "robst"), ("channels", 2)],
+)
+def test_a_word_that_a_setting_does_not_offer_is_refused_in_python_too(name: str, value: object) -> None:
+    with pytest.raises(UsageError, match=f"`{name}` .* is not one of"):
+        TrainConfig("x", **{name: value}).validate()
+
+
+def test_a_run_whose_settings_mean_another_loss_by_now_is_not_resumed(config: TrainConfig) -> None:
+    run = train(changed(config, preset="paper", images="8", preview_images=0))
+    path = run / "config.json"
+    saved = json.loads(path.read_text())
+    now = saved["plan"]["objective"]
+    saved["plan"]["objective"] = now.replace("units='state'", "units='noise'")
+    assert saved["plan"]["objective"] != now
+    path.write_text(json.dumps(saved))
+    with pytest.raises(UsageError, match="the same settings meant .*units='noise'.* name the former"):
+        train(changed(config, preset="paper", images="16", preview_images=0, resume=True))
+    saved["plan"]["objective"] = now
+    path.write_text(json.dumps(saved))
+    train(changed(config, preset="paper", images="16", preview_images=0, resume=True, radius_units="state"))
 
 
 def test_diffusers_flag_names_are_accepted_with_underscores_and_dashes(photos, tmp_path, capsys) -> None:

@@ -146,24 +146,36 @@ def make_scheduler(name: str, like: Any, steps: int) -> Any:  # noqa: ANN401 - s
     """A sampler by name, configured as ``like`` (a scheduler), trailing spacing, set to ``steps`` steps.
 
     Raises:
-        UsageError: If the name is unknown, or the sampler would mis-step: ``ddim`` and ``ddpm`` move by a fixed
-            stride, which is wrong unless ``steps`` divides the number of noise levels.
+        UsageError: If the name is unknown, ``like`` thresholds dynamically, or the sampler would mis-step: ``ddim``
+            and ``ddpm`` move by a fixed stride, which is wrong unless ``steps`` divides the number of noise levels.
+
+    It does not clip: its model does (:class:`~robustdiff.diffusion.clipping.ClippedModel`).
     """
     if name not in SCHEDULERS:
         raise UsageError(f"`scheduler` {name!r} is not one of {', '.join(SCHEDULERS)}")
+    if like.config.get("thresholding"):
+        raise UsageError("the scheduler thresholds dynamically, which is not supported here: set thresholding to false")
     total = like.config.num_train_timesteps
-    if steps > total or (name in ("ddim", "ddpm") and total % steps):
+    if not isinstance(steps, int) or steps < 1:
+        raise UsageError(f"`steps` {steps} must be a whole number, at least 1")
+    if steps > total:
+        raise UsageError(f"`steps` {steps}: there are {total} noise levels: use as many or fewer")
+    if name in ("ddim", "ddpm") and total % steps:
         divisors = [d for d in range(1, total + 1) if total % d == 0]
         nearest = min(divisors, key=lambda d: abs(d - steps))
         raise UsageError(f"`steps` {steps} does not divide the {total} noise levels of {name}: use `steps` {nearest}")
-    scheduler = SCHEDULERS[name].from_config(like.config, timestep_spacing="trailing")
+    unclipped = {"clip_sample": False} if name in ("ddim", "ddpm") else {}
+    scheduler = SCHEDULERS[name].from_config(like.config, timestep_spacing="trailing", **unclipped)
     scheduler.set_timesteps(steps)
     return scheduler
 
 
 def clip_bound(scheduler: Any) -> float | None:  # noqa: ANN401 - schedulers share no typed base
-    """The bound on the predicted image that a pipeline's scheduler asks for (``clip_sample``), or None."""
-    return float(scheduler.config.get("clip_sample_range", 1.0)) if scheduler.config.get("clip_sample") else None
+    """The bound on the predicted image: ``clip_sample_range``, or None where a pipeline's scheduler says not to clip.
+
+    A scheduler that says nothing of it (Euler, DPM-Solver) clips at 1, where images end.
+    """
+    return float(scheduler.config.get("clip_sample_range", 1.0)) if scheduler.config.get("clip_sample", True) else None
 
 
 def trajectory_of(
@@ -187,8 +199,6 @@ def trajectory_of(
         raise UsageError(f"`scheduler` {scheduler!r} cannot be attacked: use ddim or ddpm")
     stock = make_scheduler(scheduler, pipeline.scheduler, steps if timesteps is None else 1)
     config = stock.config
-    if config.get("thresholding"):
-        raise UsageError("the scheduler thresholds dynamically, which is not supported here: set thresholding to false")
     variance = config.get("variance_type", "fixed_small") if scheduler == "ddpm" else "fixed_small"
     if variance not in ("fixed_small", "fixed_large"):
         raise UsageError(f"the scheduler's variance_type {variance!r} is not supported here: use `scheduler` ddim")
@@ -199,7 +209,7 @@ def trajectory_of(
         [int(t) for t in (stock.timesteps if timesteps is None else timesteps)],
         final_alpha_bar=float(getattr(stock, "final_alpha_cumprod", 1.0)),
         large_variance=variance == "fixed_large",
-        clip=clip_bound(stock),
+        clip=clip_bound(pipeline.scheduler),
         clamp=True,
     )
 
@@ -227,8 +237,8 @@ def sample(
 ) -> Tensor:
     """Draw images.
 
-    Where the pipeline's scheduler clips the predicted image (``clip_sample``), every sampler does, and takes the noise
-    that goes with the clipped image. Stock ``DDIMPipeline`` does so with ``use_clipped_model_output=True``.
+    Unless the pipeline's scheduler says not to (``clip_sample=False``), every sampler clips the predicted image, and
+    takes the noise that goes with it. Stock ``DDIMPipeline`` does so with ``use_clipped_model_output=True``.
 
     Args:
         pipeline: Anything with a ``unet`` (``UNet2DModel``) and a DDPM-type ``scheduler``.
@@ -249,8 +259,8 @@ def sample(
         Images in [-1, 1], float32, on the CPU, shape (n, C, H, W).
 
     Raises:
-        UsageError: If the scheduler or the steps do not fit.
-        ValueError: If classes are missing, or given to a network without any.
+        UsageError: If the scheduler, the steps or the batch size do not fit.
+        ValueError: If a floor or factor is out of range, or if classes are missing, or given to a network without any.
 
     Warns:
         RobustdiffWarning: If images end far outside [-1, 1], which holding them there at last would hide.
@@ -263,10 +273,12 @@ def sample(
         raise ValueError(f"got {len(labels)} class_labels for {len(indices)} images")
     model: Model = denoiser
     schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
-    if sigma_scale != 1.0 or sigma_floor > 0:
+    if (sigma_scale, sigma_floor, floor_shape) != (1.0, 0.0, "hard"):
         model = SigmaClampedModel(denoiser, schedule, sigma_scale, sigma_floor, floor_shape)
     if (bound := clip_bound(pipeline.scheduler)) is not None:
         model = ClippedModel(model, schedule, bound)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UsageError(f"`batch_size` {batch_size} must be a whole number, at least 1")
     device, dtype = unet.device, unet.dtype
     shape = (denoiser.channels, *denoiser.size)
     images, furthest = [], torch.zeros(())
@@ -295,10 +307,9 @@ def sample(
             progress(len(batch))
     unet.train(was_training)
     if not furthest <= FAR:  # or not a number
-        remedy = "" if bound is not None else "set clip_sample in the pipeline's scheduler, or "
+        remedy = "use more `steps`" if bound is not None else "remove clip_sample=false from the pipeline's scheduler"
         message = (
-            f"`scheduler` {scheduler} ended as far as {furthest:.4g} from 0, where images lie in [-1, 1]: {remedy}use "
-            "more `steps`"
+            f"`scheduler` {scheduler} ended as far as {furthest:.4g} from 0, where images lie in [-1, 1]: {remedy}"
         )
         warnings.warn(message, RobustdiffWarning, stacklevel=3)
     return torch.cat(images) if images else torch.empty(0, *shape)

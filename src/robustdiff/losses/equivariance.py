@@ -21,7 +21,7 @@ from robustdiff.losses.perturbation import (
     Response,
     named_perturbation,
 )
-from robustdiff.losses.strength import InverseRadius, SigmaRange, Strength, check_takes_radius
+from robustdiff.losses.strength import InverseRadius, SigmaRange, Strength, check_takes_two
 from robustdiff.utils.errors import check_choice
 from robustdiff.utils.random import Generators
 from robustdiff.utils.tensors import to_device
@@ -74,14 +74,16 @@ class EquivarianceLoss(DenoisingLoss):
         if isinstance(self.perturbation, str):
             object.__setattr__(self, "perturbation", named_perturbation(self.perturbation))
         if callable(self.strength):
-            check_takes_radius(self.strength)
-        elif not 0 <= self.strength < float("inf"):
-            raise ValueError(f"strength must be a finite number >= 0, got {self.strength}")
+            check_takes_two("strength", self.strength, "the noise levels sigma/alpha and the radius")
+        elif not isinstance(self.strength, int | float) or not 0 <= self.strength < float("inf"):
+            raise ValueError(f"strength must be a finite number >= 0, or a function, got {self.strength!r:.80}")
         if not callable(self.radius):
             raise ValueError(
                 f"radius must be a Radius or a function, got {self.radius}: "
                 f"Radius(exponent=0, scale=..., floor=0, random=False) is constant"
             )
+        if not isinstance(self.radius, Radius):
+            check_takes_two("radius", self.radius, "the noise scales sigma, and a generator")
         check_choice("gradient", self.gradient, ("both", "perturbed", "clean"))
         check_choice("target", self.target, ("output", "noise"))
         if self.normalise is None:
@@ -122,10 +124,13 @@ class EquivarianceLoss(DenoisingLoss):
         if not callable(self.strength):
             return None
         sigma = self.schedule.sigma(t).to(dtype)
-        if isinstance(self.radius, Radius):
-            strength = self.radius.mean(lambda radius: self._strength(t, radius), sigma)
-        else:
+        if isinstance(self.strength, SigmaRange):
             strength = self._strength(t, torch.ones_like(sigma))
+        elif isinstance(self.radius, Radius):  # the strengths of the smallest, the largest and two radii between
+            ends = [self._strength(t, self.radius.at(sigma, torch.full_like(sigma, u))) for u in (0.0, 1.0)]
+            strength = self.radius.mean(lambda radius: self._strength(t, radius), sigma) + sum(ends)
+        else:
+            return None
         index = strength.nonzero().squeeze(1)
         return index if len(index) < len(t) else None
 
@@ -174,7 +179,7 @@ class EquivarianceLoss(DenoisingLoss):
         if not callable(self.strength):
             return torch.full(t.shape, float(self.strength), dtype=radius.dtype, device=t.device)
         level = self.schedule.noise_to_signal(t).to(radius.dtype)
-        return checked("strength", self.strength(level, radius).to(radius.dtype), t)
+        return checked("strength", self.strength(level, radius), t).to(radius.dtype)
 
     def _weight(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """``1 / (1 + lambda E[omega^2])`` of each image's noise level, shape (B,), where ``t`` lies."""
@@ -234,6 +239,8 @@ def checked(what: str, values: Tensor, t: Tensor) -> Tensor:
     Raises:
         ValueError: If it is not one number >= 0 per image.
     """
+    if not isinstance(values, Tensor):
+        raise ValueError(f"the {what} function returned {type(values).__name__}, not a tensor")
     if values.shape != t.shape:
         raise ValueError(f"the {what} function returned shape {tuple(values.shape)}, not {tuple(t.shape)}")
     if not bool(((values >= 0) & values.isfinite()).all()):

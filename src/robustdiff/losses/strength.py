@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 Strength = Callable[[Tensor, Tensor], Tensor]
@@ -40,8 +39,8 @@ class SigmaRange:
         """Check the order."""
         if not 0 <= self.low <= self.high:
             raise ValueError(f"SigmaRange needs 0 <= low <= high, got low={self.low}, high={self.high}")
-        if not self.value >= 0:
-            raise ValueError(f"SigmaRange needs value >= 0, got {self.value}")
+        if not 0 <= self.value < float("inf"):
+            raise ValueError(f"SigmaRange needs a finite value >= 0, got {self.value}")
 
     def __call__(self, noise_to_signal: Tensor, radius: Tensor) -> Tensor:
         """The strength per image, shape (B,), whatever the radius."""
@@ -76,19 +75,22 @@ class InverseRadius:
         return self.value * 3**0.5 / (self.beta * radius)
 
 
-def check_takes_radius(strength: Strength) -> None:
-    """Refuse a strength function of another kind before training starts.
+def check_takes_two(what: str, function: Callable[..., Tensor], arguments: str) -> None:
+    """Refuse a function of another kind before training starts.
+
+    Args:
+        what: ``"strength"`` or ``"radius"``.
+        function: What a user gave.
+        arguments: What it must take.
 
     Raises:
         ValueError: In one line that says what it must take.
     """
     try:
-        signature = inspect.signature(strength)
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-in functions have none
         return
     try:
-        signature.bind(torch.ones(1), torch.ones(1))
+        signature.bind(None, None)
     except TypeError as error:
-        raise ValueError(
-            f"a strength function takes the noise levels sigma/alpha and the radius, both of shape (B,): {error}"
-        ) from None
+        raise ValueError(f"a {what} function takes {arguments}, of shape (B,): {error}") from None

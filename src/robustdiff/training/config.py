@@ -246,6 +246,7 @@ class TrainConfig(Settings):
         Raises:
             UsageError: One line that names the setting and the remedy.
         """
+        self.check_choices()
         for name in (
             "data",
             "output_dir",

@@ -83,7 +83,8 @@ _COMES_TO = {
     "network": ("network",),
     "objective": (
         *("preset", "objective", "perturbation", "strength", "gate", "radius_exponent", "radius_scale", "radius_floor"),
-        *("radius_factor", "attack_steps", "attack_step_size", "inner", "gradient"),
+        *("radius_factor", "radius_units", "strength_beta", "normalise"),
+        *("attack_steps", "attack_step_size", "inner", "gradient"),
     ),
 }
 _SHAPE = ("resolution", "channels")  # come to the pixels
@@ -132,6 +133,11 @@ def check_resumable(
     if differing:
         flags = ", ".join(f"`{n}` (was {earlier.get(n)!r:.80}, now {now[n]!r})" for n in differing)
         raise UsageError(f"`resume`: these settings differ from those of {folder}: {flags}")
+    if _loss(before.get("objective")) != _loss(plan.objective):
+        raise UsageError(
+            f"`resume`: the same settings meant {before.get('objective')} when {folder} was started and mean "
+            f"{plan.objective} now: name the former (`preset` paper was what paper-noise is), or start anew"
+        )
     if batch != plan.batch:
         raise UsageError(
             f"`resume`: {batch} images per step before, {plan.batch} now: keep `train_batch_size` x "
@@ -152,6 +158,11 @@ def check_resumable(
     if trusted != trust:
         raise UsageError(f"`resume`: {folder / 'auto.json'} is not what the run began with: put it back, or start anew")
     return length
+
+
+def _loss(description: object) -> str:
+    """What a plan says of the loss; what runs of before there was a choice leave out is left out."""
+    return str(description).replace(", units='noise'", "").replace(", normalise=False", "")
 
 
 def _value(name: str, value: Any) -> Any:  # noqa: ANN401 - of any setting

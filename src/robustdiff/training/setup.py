@@ -92,6 +92,16 @@ def build_objective(
     if changes:
         settings["radius"] = dataclasses.replace(settings["radius"], **changes)
     settings["strength"] = _strength(config, settings["strength"])
+    box, gate = settings["radius"], settings["strength"]
+    if settings["perturbation"] not in (None, "none"):
+        if box.scale == box.floor == 0:
+            raise UsageError("`radius_scale` 0 and `radius_floor` 0 perturb nothing: use `perturbation` none")
+        levels = schedule.noise_to_signal(torch.arange(schedule.num_timesteps))
+        if isinstance(gate, SigmaRange) and not bool(((levels >= gate.low) & (levels <= gate.high)).any()):
+            raise UsageError(
+                f"`gate` {gate.low:g}:{gate.high:g} holds no noise level sigma/alpha of the schedule, which has "
+                f"{levels.min().item():.3g} to {levels.max().item():.3g}"
+            )
     if config.normalise is not None:
         settings["normalise"] = config.normalise == "yes"
     if config.gradient is not None:

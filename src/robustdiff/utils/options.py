@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Annotated, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tyro.conf import arg
 
@@ -25,6 +26,32 @@ class Settings:
             elif isinstance(value, tuple):
                 parts = tuple(os.path.expanduser(part) if isinstance(part, str) else part for part in value)
                 object.__setattr__(self, name, parts)
+
+    def check_choices(self) -> None:
+        """Refuse words that are none of those a setting offers: a command line does, Python does not.
+
+        Raises:
+            UsageError: In one line with the setting and the words.
+        """
+        for name, hint in get_type_hints(type(self)).items():
+            choices = _choices(hint)
+            value = getattr(self, name)
+            if choices and not any(
+                value is choice or (value == choice and type(value) is type(choice)) for choice in choices
+            ):
+                words = ", ".join(str(choice) for choice in choices if choice is not None)
+                raise UsageError(f"`{name}` {value!r} is not one of {words}")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:  # noqa: ANN401 - any type
+    """The words of a Literal, and None if it may be missing; nothing of other types."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    parts = [part for part in get_args(hint) if part is not type(None)]
+    if isinstance(hint, UnionType) or get_origin(hint) is Union:
+        inner = _choices(parts[0]) if len(parts) == 1 else ()
+        return (*inner, None) if inner else ()
+    return ()
 
 
 MAX_SEED = 2**32 - 1
