@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import statistics
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +15,7 @@ from experiments.paper.toy_training import schedule_for
 from robustdiff.losses import EquivarianceLoss
 
 pytestmark = pytest.mark.slow
+RESULTS = Path(__file__).parents[1] / "results"
 SCHEDULE = schedule_for("v_prediction")
 
 
@@ -90,3 +95,26 @@ def test_the_table_says_effect_and_price() -> None:
     assert rows["random-c0.3"]["effect"] == pytest.approx(7 / 8)
     text = cost_frontier.table({"runs": runs})
     assert "| random, below 0.3 | 1.09 | 0.88 ± 0.00 | 0.110 |" in text
+
+
+def test_the_findings_and_the_readme_say_what_was_measured() -> None:
+    found = json.loads((RESULTS / "cost_frontier.json").read_text())
+    row = {row["variant"]: row for row in cost_frontier.rows(found)}
+    plain = {
+        dirt: statistics.fmean(found["runs"][f"plain/{dirt}/{seed}"]["w2"] for seed in range(3))
+        for dirt in cost_frontier.DIRTS
+    }
+    text = " ".join((RESULTS.parent / "findings.md").read_text().split())
+    fast, full, wide = row["adversarial-c0.2"], row["adversarial"], row["adversarial-c0.5"]
+    for title, name in (("`paper-random`", "random"), ("`paper`", "adversarial"), ("0.2", "adversarial-c0.2")):
+        w2 = " | ".join(f"{row[name][f'w2 {dirt}']:.3f}" for dirt in ("clean", "inlier", "outliers"))
+        assert f"{title} | {row[name]['cost']:.2f} | {w2} |" in text
+        assert row[name]["seeds"] == 3
+    assert f"| plain | 1.00 | {plain['clean']:.3f} | {plain['inlier']:.3f} | {plain['outliers']:.3f} |" in text
+    assert f"keeps {fast['effect']:.2f} ± {fast['deviation']:.2f} of the" in text
+    assert f"({wide['effect']:.2f} ± {wide['deviation']:.2f}, {wide['cost']:.2f} passes)" in text
+    low, high = (kind["w2 clean"] - plain["clean"] for kind in (fast, full))
+    assert f"a price of {low:.3f} to {high:.3f} on clean data" in text
+    readme = " ".join((RESULTS.parents[1] / "README.md").read_text().split())
+    out, price = (f"{number:.3f}"[1:] for number in (fast["w2 outliers"], low))
+    assert f"{plain['outliers']:.3f}"[1:] + f" to {out}, for {price} on clean data" in readme

@@ -742,7 +742,7 @@ def test_a_run_whose_settings_mean_another_loss_by_now_is_not_resumed(config: Tr
     saved["plan"]["objective"] = now.replace("units='state'", "units='noise'")
     assert saved["plan"]["objective"] != now
     path.write_text(json.dumps(saved))
-    with pytest.raises(UsageError, match="the same settings meant .*units='noise'.* name the former"):
+    with pytest.raises(UsageError, match=r"the same settings meant .*units='noise'.* name the former"):
         train(changed(config, preset="paper", images="16", preview_images=0, resume=True))
     saved["plan"]["objective"] = now
     path.write_text(json.dumps(saved))
