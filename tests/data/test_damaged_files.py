@@ -6,9 +6,11 @@ A broken download or a power cut leaves zeros at the end, or a piece out; what d
 import io
 import random
 import struct
+import tracemalloc
 import warnings
 import zlib
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from scipy.ndimage import gaussian_filter
 
 from robustdiff.audit.statistics import image_statistics
-from robustdiff.data import decode
+from robustdiff.data import decode, intact
 from robustdiff.data.dataset import load_images
 from robustdiff.data.sources.open import open_source
 
@@ -226,3 +228,47 @@ def test_metadata_cost_no_picture(tmp_path, name, good):
     loaded = load_images(tmp_path)
     np.testing.assert_array_equal(loaded.images[0].numpy().transpose(1, 2, 0), np.asarray(image))
     assert loaded.skipped == ()
+
+
+def swollen(kind: str, count: int) -> bytes:
+    """A picture of 8 x 8 whose compressed pixels swell to ``count`` MiB of zeros."""
+    packer = zlib.compressobj()
+    body = b"".join([*(packer.compress(bytes(2**20)) for _ in range(count)), packer.flush()])
+    file = io.BytesIO()
+    if kind == "png":
+
+        def chunk(name: bytes, content: bytes) -> bytes:
+            return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+        head = struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 0)
+        return intact.PNG_SIGNATURE + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    Image.new("L", (8, 8)).save(file, "TIFF", compression="tiff_adobe_deflate")
+    data = bytearray(file.getvalue())
+    for number, value in ((273, len(data)), (279, len(body))):  # where the strip is, and its size
+        entry = max(data.find(struct.pack("<HHI", number, size, 1)) for size in (3, 4))
+        assert entry > 0
+        data[entry : entry + 12] = struct.pack("<HHII", number, 4, 1, value)
+    return bytes(data) + body
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_what_swells_without_end_takes_no_memory(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"small.{kind}"
+    path.write_bytes(swollen(kind, 64))
+    tracemalloc.start()
+    try:
+        load_images(str(path.parent))
+        assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_remark_between_the_pixels_of_a_jpeg_and_its_end_is_no_damage(tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    picture.save(file, "JPEG")
+    data, remark = file.getvalue(), b"\xff\xfe\x00\x3cby hand" + bytes(range(52))
+    (tmp_path / "a.jpg").write_bytes(data)
+    (tmp_path / "b.jpg").write_bytes(data[:-2] + remark + data[-2:])
+    one, other = load_images(str(tmp_path)).images
+    assert bool((one == other).all())

@@ -6,12 +6,13 @@ nothing to do with the pixels, text and other metadata, is kept from the decoder
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from PIL import Image
@@ -27,6 +28,10 @@ ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (
 """First column and row, and steps to the right and down, of the passes of an interlaced PNG."""
 LARGEST_PROFILE = 2**24
 """Bytes of a colour profile in PNG: a larger one is ignored."""
+PIECE = 2**20
+"""Bytes that are inflated at a time: a file of a megabyte may swell to a gigabyte."""
+SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+"""The first marker after the pixels of a JPEG that is no restart."""
 PADDING = b"\xfe" * 16
 """Put where a JPEG ends: the decoder looks ahead that far, and as pixels it is enough for a block or two."""
 SPARE = 32
@@ -136,10 +141,29 @@ def check_rows(image: Image.Image, data: bytes) -> None:
     steps = ADAM7 if interlaced else ((0, 0, 1, 1),)
     sizes = ((-(-(width - x) // across), -(-(height - y) // down)) for x, y, across, down in steps)
     due = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns > 0 and rows > 0)
+    found = 0
+    with contextlib.suppress(zlib.error):  # it ends too early
+        for piece in _inflated(_pixel_chunks(data)):
+            found += len(piece)
+            if found >= due:
+                return
+    raise OSError(CUT_OFF)
+
+
+def _inflated(parts: Iterable[bytes | memoryview]) -> Iterator[bytes]:
+    """A zlib stream in pieces of at most :data:`PIECE` bytes, whatever it swells to, and its checksum at the end.
+
+    Raises:
+        zlib.error: If it is damaged, or not all there.
+    """
     unpacker = zlib.decompressobj()
-    found = sum(len(unpacker.decompress(body)) for body in _pixel_chunks(data))
-    if found < due:
-        raise OSError(CUT_OFF)
+    for part in parts:
+        rest: bytes | memoryview = part
+        while len(rest) and not unpacker.eof:
+            yield unpacker.decompress(rest, PIECE)
+            rest = unpacker.unconsumed_tail
+    if not unpacker.eof:
+        raise zlib.error("cut off")
 
 
 def _pixel_chunks(data: bytes) -> Iterator[bytes]:
@@ -183,9 +207,10 @@ def _jpeg(data: bytes) -> Stream:
         return Stream(data)  # no pixels at all: the decoder says so
     if len(frame) < 6 or segment[:1] != frame[5:6]:  # progressive, or a scan for each colour: read to the end marker
         return Stream(data)
-    end = data.find(b"\xff\xd9", place)
-    if end < 0:
+    marker_after = SCAN_END.search(data, place)  # of the end, or of a remark before it
+    if marker_after is None or data.find(b"\xff\xd9", marker_after.start()) < 0:
         raise OSError(CUT_OFF)
+    end = marker_after.start()
     if ZEROS in data[place:end] and not flat:
         raise OSError(PIECE_MISSING)
     if interval:
@@ -238,6 +263,7 @@ def check_strips(image: Image.Image, data: memoryview) -> None:
     for starts, sizes in ((273, 279), (324, 325)):
         for start, size in zip(tags.get(starts, ()), tags.get(sizes, ()), strict=False):
             try:
-                zlib.decompress(data[start : start + size])
+                for _ in _inflated([data[start : start + size]]):
+                    pass
             except zlib.error:
                 raise OSError(CHECKSUM) from None
