@@ -330,6 +330,14 @@ def test_sample_command_writes_into_the_run_by_default_and_names_what_it_did(run
     assert message.startswith(f"{run}/samples/ddim-10-seed0-relabel1.25-floor0.1: 1 images")
 
 
+def test_every_class_has_a_default_folder_of_its_own(tmp_path) -> None:
+    tiny_pipeline(classes=2).save_pretrained(tmp_path / "run")
+    for label in (None, "0", "1"):
+        sample_to_files(SampleConfig(str(tmp_path / "run"), n=1, steps=10, class_label=label))
+    folders = {path.name for path in (tmp_path / "run" / "samples").iterdir()}
+    assert folders == {"ddim-10-seed0", "ddim-10-seed0-class-0", "ddim-10-seed0-class-1"}
+
+
 def test_class_labels_in_turn_are_saved_beside_the_images(tmp_path) -> None:
     tiny_pipeline(classes=2).save_pretrained(tmp_path / "run")
     output = tmp_path / "x.npz"

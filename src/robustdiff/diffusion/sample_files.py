@@ -115,6 +115,7 @@ def _output_path(config: SampleConfig) -> Path:
     changed = f"-relabel{config.relabel:g}" if config.relabel != 1 else ""
     shape = "" if config.floor_shape == "hard" else f"-{config.floor_shape}"
     changed += f"-floor{config.sigma_floor:g}{shape}" if config.sigma_floor else ""
+    changed += "" if config.class_label is None else f"-class-{re.sub(r'[^0-9A-Za-z._-]', '_', config.class_label)}"
     name = f"{config.scheduler}-{config.steps}-seed{config.seed}{changed}"
     if config.output:
         output = Path(config.output).resolve()
