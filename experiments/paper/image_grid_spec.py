@@ -244,6 +244,7 @@ class Scale:
         batch: Images per step.
         network: Preset.
         flags: Further flags of ``robustdiff train``.
+        schedule: Flags of a new network's noise levels; a fine-tuned one has its own.
         samples: n of the rows.
         choosing: n of each setting that a free baseline tries.
         steps: Network calls per image (DDIM, trailing).
@@ -260,6 +261,7 @@ class Scale:
     batch: int
     network: str
     flags: tuple[str, ...] = ()
+    schedule: tuple[str, ...] = ()
     samples: int = 1000
     choosing: int = 300
     steps: int = 50
@@ -333,7 +335,7 @@ SCALE: Mapping[str, Scale] = {
         _LARGE,
         images=1_500_000,
         network="improved-ddpm",
-        flags=(*_LARGE.flags, "--ddpm-beta-schedule", "squaredcos_cap_v2", "--ddpm-num-steps", "4000"),
+        schedule=("--ddpm-beta-schedule", "squaredcos_cap_v2", "--ddpm-num-steps", "4000"),
     ),
     "gpu": _LARGE,
 }

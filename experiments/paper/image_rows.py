@@ -90,7 +90,7 @@ def run_of(row: ImageRow, method: str, seed: int) -> str:
 def train_flags(row: ImageRow, method: str, scale: Scale, seed: int) -> tuple[str, ...]:
     """The command that trains ``method`` on the row's dirt, without ``--resume``."""
     what = ImageRow(row.world, row.dirt, method, 1).what
-    images, start = scale.images, ("--network", scale.network)
+    images, start = scale.images, ("--network", scale.network, *scale.schedule)
     if what.tuned is not None:
         images, start = round(scale.images * what.tuned), ("--init-from", run_of(row, "plain", seed))
     flags = ["train", TRAINING, "--output-dir", run_of(row, method, seed), "--images", str(images)]

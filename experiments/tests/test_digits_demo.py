@@ -44,7 +44,7 @@ def test_the_demo_runs_and_writes_what_it_promises(tmp_path: Path) -> None:
     assert floor["noise"] < 0.06 < dirty["noise"] < 0.19
     assert (tmp_path / "demo" / "figure.png").stat().st_size > 10_000
     table = (tmp_path / "demo" / "table.md").read_text().splitlines()
-    assert len(table) == 11
+    assert len(table) == 12
 
 
 def test_the_noise_experiment_runs_and_its_committed_result_says_how_it_was_got(tmp_path: Path) -> None:

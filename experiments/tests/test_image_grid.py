@@ -130,7 +130,7 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             np.save(folder / "drawn" / "ddim-99-n1-stale.npy", 255 - images.numpy())
             (folder / "drawn" / ".half.npy").write_bytes(b"half")
             sha256 = hashlib.sha256(images.numpy().data).hexdigest()
-        best = {"relabel": 1.2, "label_floor": 0.15}
+        best = {"relabel": 1.2, "sigma_floor": 0.15}
         error = 1.0 + sum(abs(getattr(config, name) - best[name]) for name in best)
         if config.run.endswith(".npy"):
             error += abs(float(np.load(tmp_path / config.run).std()) - perform.wanted)

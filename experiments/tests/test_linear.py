@@ -89,7 +89,7 @@ def test_T6_optimum_takes_a_strength_per_level() -> None:
     level = schedule.noise_to_signal(LEVELS)
     gate = SigmaRange(float(level[1]) - 1e-6, float(level[3]) + 1e-6, 5.0)
     found = minimiser(EquivarianceLoss, schedule, kappa=0.3, strength=gate)
-    m = 0.3 * gate(level)
+    m = 0.3 * gate(level, level)
     assert m.tolist() == [0, 1.5, 1.5, 1.5, 0]
     near(found, linear.optimum(schedule.alphas_cumprod[LEVELS], V, m))
     assert linear.optimum(schedule.alphas_cumprod[300], V, 1.5).shape == (5,)

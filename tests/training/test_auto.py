@@ -254,7 +254,7 @@ def test_without_what_it_found_it_does_not_go_on(config: TrainConfig, tmp_path: 
         run(config, resume=True)
     file.write_bytes(good)
     assert same(whole, run(config, resume=True))
-    for changes in ({"auto": False}, {"auto_without": ("blur",)}, {"preset": "plain"}):
+    for changes in ({"auto": False}, {"auto_without": ("blur",)}, {"preset": "gated"}):
         with pytest.raises(UsageError, match="these settings differ"):
             run(config, resume=True, **changes)
 

@@ -246,7 +246,7 @@ class TrainConfig(Settings):
         Raises:
             UsageError: One line that names the setting and the remedy.
         """
-        self.check_choices()
+        self.check_choices(objective=LOSSES)
         for name in (
             "data",
             "output_dir",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -27,14 +28,17 @@ class Settings:
                 parts = tuple(os.path.expanduser(part) if isinstance(part, str) else part for part in value)
                 object.__setattr__(self, name, parts)
 
-    def check_choices(self) -> None:
+    def check_choices(self, **known: Iterable[str]) -> None:
         """Refuse words that are none of those a setting offers: a command line does, Python does not.
+
+        Args:
+            known: The words of settings that offer what is registered, as it is now.
 
         Raises:
             UsageError: In one line with the setting and the words.
         """
         for name, hint in get_type_hints(type(self)).items():
-            choices = _choices(hint)
+            choices = tuple(known[name]) if name in known else _choices(hint)
             value = getattr(self, name)
             if choices and not any(
                 value is choice or (value == choice and type(value) is type(choice)) for choice in choices
