@@ -115,6 +115,9 @@ def test_the_findings_and_the_readme_say_what_was_measured() -> None:
     assert f"({wide['effect']:.2f} ± {wide['deviation']:.2f}, {wide['cost']:.2f} passes)" in text
     low, high = (kind["w2 clean"] - plain["clean"] for kind in (fast, full))
     assert f"a price of {low:.3f} to {high:.3f} on clean data" in text
+    assert f"costs {row['random']['w2 clean'] - plain['clean']:.3f} and gains half as much" in text
+    gains = [plain["outliers"] - row[name]["w2 outliers"] for name in ("random", "adversarial")]
+    assert 0.4 < gains[0] / gains[1] < 0.6
     readme = " ".join((RESULTS.parents[1] / "README.md").read_text().split())
     out, price = (f"{number:.3f}"[1:] for number in (fast["w2 outliers"], low))
     assert f"{plain['outliers']:.3f}"[1:] + f" to {out}, for {price} on clean data" in readme

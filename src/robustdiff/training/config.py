@@ -1,6 +1,6 @@
-"""One dataclass per command: every setting with its unit and default, checked before anything heavy is imported.
+"""Settings of `robustdiff train`, each with its unit and default, checked before anything heavy is imported.
 
-Longer than most files, so that every flag of every command stands in one place.
+A little over 400 lines: every flag of the command in one place, with what it does and which others it excludes.
 
 Standard library and tyro's annotations only, so that ``robustdiff --help`` and a mistyped flag answer at once.
 """
