@@ -92,7 +92,7 @@ def _emblem(rng: Rng, pen: ImageDraw.ImageDraw, side: float, inks: list[Colour],
                 fill=inks[k % len(inks)],
             )
     elif name == 5:  # a swoosh
-        start, bend = middle - radius, between(rng, -0.6, 0.6) * side
+        start, bend = middle - radius, between(rng, 0.25, 0.7) * side * (1 if chance(rng, 0.7) else -1)
         upper = smooth([(start, middle + bend / 3), (middle, middle - bend), (middle + radius, middle)])
         lower = smooth(
             [(start, middle + bend / 3), (middle, middle - bend * between(rng, 0.2, 0.7)), (middle + radius, middle)]
@@ -122,18 +122,13 @@ def logos(rng: Rng, size: int) -> Bytes:
     if name:
         _emblem(rng, pen, side, inks, badge)
     if name == 0 or chance(rng, 0.35):
-        letters = word(rng)[: whole(rng, 1, 3)].upper() if name == 0 else word(rng).upper()[:6]
+        letters = word(rng).upper()[: whole(rng, 1, 3) if name == 0 else 3 if size < 48 else 6]
         height = side * (between(rng, 0.8, 1) / (0.4 + 0.6 * len(letters)) if name == 0 else between(rng, 0.14, 0.2))
+        height = max(height, 8 * FINE)
         ink = inks[-1] if name == 0 else (BLACK if sum(badge) > 380 else WHITE)
         place = (side / 2, side / 2 if name == 0 else side * 0.86)
-        pen.text(
-            place,
-            letters,
-            ink,
-            font=font(round(height)),
-            anchor="mm",
-            stroke_width=round(height * between(rng, 0, 0.05)),
-        )
+        bold = round(height * between(rng, 0, 0.05))
+        pen.text(place, letters, ink, font=font(round(height)), anchor="mm", stroke_width=bold)
     return reduced(rng, image, size)
 
 

@@ -89,6 +89,29 @@ def _tree(rng: Rng, side: int, x: float, foot: float, high: float) -> tuple[Floa
     return trunk, crown
 
 
+def _animal(rng: Rng, side: int, x: float, foot: float, high: float) -> tuple[Floats, Floats]:
+    """Where an animal on four legs is, and its coat: plain, striped or spotted, darker below."""
+    way, long, thin = (1 if chance(rng, 0.5) else -1), high * between(rng, 0.4, 0.6), high * between(rng, 0.04, 0.08)
+    back = foot - high * between(rng, 0.5, 0.65)
+    mask = _mask(side, blob(rng, side * x, side * back, side * long, 0.15, between(rng, 0.45, 0.65)))
+    nose, top = x + way * long * between(rng, 0.85, 1.1), back - high * between(rng, 0.1, 0.4)
+    head = high * between(rng, 0.14, 0.22)
+    parts = [blob(rng, nose, top, head, 0.2)]
+    parts += [polygon(nose + ear * head * 0.7, top - head, head * 0.6, 3, 0.5 * ear) for ear in (-1, 1)]
+    for k in (-0.75, -0.5, 0.5, 0.75):
+        leg, ends = x + k * long, x + k * long + between(rng, -0.05, 0.05) * high
+        parts.append([(leg - thin, back), (leg + thin, back), (ends + thin, foot), (ends - thin, foot)])
+    for part in parts:
+        mask = np.maximum(mask, _mask(side, [(side * u, side * v) for u, v in part]))
+    across, down = grid(side)
+    coat, pattern = np.ones((side, side)), whole(rng, 0, 2)
+    if pattern == 1:
+        coat -= between(rng, 0.3, 0.8) * (np.sin(across * between(rng, 25, 60) + 1.5 * fractal(rng, side, 1.8)) > 0.2)
+    elif pattern == 2:
+        coat -= between(rng, 0.3, 0.8) * (fractal(rng, side, 1.5) > 0.6)
+    return mask, coat * np.clip(1.1 - (down - back) / high, 0.35, 1.2)
+
+
 def scenes(rng: Rng, size: int) -> Bytes:
     """Landscapes, still lifes and faces of stone with light, shadow and texture, as a good lens shows them."""
     side = size * FINE
@@ -130,7 +153,7 @@ def scenes(rng: Rng, size: int) -> Bytes:
         px, foot, high = rng.random(), between(rng, horizon + 0.05, 1), between(rng, 0.15, 0.5)
         shadow = np.exp(-(((x - px + light[0] * high * 0.5) / (high * 0.6)) ** 2) - ((y - foot) / (high * 0.12)) ** 2)
         picture *= (1 - between(rng, 0.3, 0.6) * shadow)[..., None]
-        body, form = tint(colour(rng, (0.1, 0.9), (0.3, 0.95))), whole(rng, 0, 3)
+        body, form = tint(colour(rng, (0.1, 0.9), (0.3, 0.95))), whole(rng, 0, 4)
         grain = (1 + between(rng, 0.03, 0.2) * _turned(rng, rough))[..., None]
         if form == 0 or (indoors and form == 1):
             mask, lit = ball(side, px, foot - high / 2, high / 2, light)
@@ -141,6 +164,10 @@ def scenes(rng: Rng, size: int) -> Bytes:
             picture = blend(picture, tint(hsv(0.08, 0.5, 0.3)) * grain, trunk)
             leaf = tint(hsv(between(rng, 0.15, 0.4), between(rng, 0.3, 0.7), between(rng, 0.2, 0.5)))
             picture = blend(picture, leaf * np.clip(1 + 0.45 * rough + (x - px) * light[0], 0.1, 2)[..., None], crown)
+        elif form == 4:
+            mask, coat = _animal(rng, side, px, foot, high * 1.3)
+            fur = tint(hsv(between(rng, 0.02, 0.13), between(rng, 0, 0.7), between(rng, 0.2, 0.95)))
+            picture = blend(picture, fur * (1 + 0.2 * rough)[..., None] * coat[..., None], mask)
         else:  # a block or a house with two sides in the light
             wide, turn = high * between(rng, 0.3, 0.7), between(rng, 0.2, 0.8)
             corner, left, right = px - wide + 2 * wide * turn, px - wide, px + wide
@@ -233,6 +260,7 @@ def fog(rng: Rng, size: int) -> Bytes:
     haze = tint(hsv(between(rng, 0.5, 0.7), between(rng, 0, 0.15), between(rng, 0.5, 0.92)))
     far = np.clip(haze + between(rng, -0.08, 0.08), 0, 1)
     picture = haze + y[..., None] * (far - haze) + 0.012 * fractal(rng, side, 1.9)[..., None]
+    grain = fractal(rng, side, 1.2)
     near, count, start = tint(colour(rng, (0, 0.4), (0.1, 0.4))), whole(rng, 2, 5), between(rng, 0.2, 0.6)
     clear = between(rng, 0.15, 0.5)
     for k in range(count):
@@ -251,7 +279,7 @@ def fog(rng: Rng, size: int) -> Bytes:
                     mask, _mask(side, polygon(side * px, side * foot, side * between(rng, 0.05, 0.12), 4, math.pi / 4))
                 )
         sink = np.clip(1 - (y - edge) * between(rng, 0.5, 2), 0.2, 1)  # the foot of a hill lies in more haze
-        picture = blend(picture, body * (1 + 0.03 * share * fractal(rng, side, 1.2))[..., None], mask * sink)
+        picture = blend(picture, body * (1 + 0.03 * share * _turned(rng, grain))[..., None], mask * sink)
     picture = ndimage.gaussian_filter(box(picture, FINE), (0.3, 0.3, 0))
     return to_bytes(picture)
 

@@ -85,7 +85,7 @@ def pixel_art(rng: Rng, size: int) -> Bytes:
             for row in range(0, len(part), brick):
                 part[row : row + brick, row // brick % 2 * brick :: 2 * brick] = mixed(base, BLACK, 0.5)
             part[0] = mixed(base, WHITE, 0.4)
-    side = whole(rng, 8, max(9, min(24, size // 2))) if chance(rng, 0.7) else max(8, round(size * 0.8))
+    side = whole(rng, 8, max(9, min(24, size // 2))) if chance(rng, 0.7) else max(8, min(round(size * 0.8), 48))
     count = 1 if side > size // 2 else whole(rng, 1, max(1, (size // side) ** 2 // 2))
     same = _sprite(rng, side) if chance(rng, 0.3) else None
     for _ in range(count):
@@ -267,9 +267,9 @@ def text(rng: Rng, size: int) -> Bytes:
             length = round(wide / (0.52 * letter) * (between(rng, 0.2, 0.8) if last else 1))
             pen.text((left * fine, top * fine), words(rng, length), ink, font=font(round(letter * fine)))
             top += gap * (1.5 if last and chance(rng, 0.5) else 1)
-        pen.rectangle(
-            ((left + wide + 1) * fine, 0, (left + wide + margin) * fine - 1, size * fine), fill=paper
-        ) if margin > 2 else None
+        if margin > 2:  # no line runs into the next column
+            right = left + wide
+            pen.rectangle(((right + 1) * fine, 0, (right + margin) * fine - 1, size * fine), fill=paper)
     if fine == FINE and chance(rng, 0.4):
         image = image.rotate(between(rng, -6, 6), Image.Resampling.BICUBIC, fillcolor=paper)
     return np.array(image) if fine == 1 else reduced(rng, image, size)

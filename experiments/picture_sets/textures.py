@@ -101,7 +101,7 @@ def satellite(rng: Rng, size: int) -> Bytes:
     depth = np.where(rng.random(count) < 0.6, rng.uniform(0.01, 0.08, count), 0)
     place = x * np.cos(turn)[label] + y * np.sin(turn)[label]
     furrows = depth[label] * np.sin(2 * math.pi * place / period[label])
-    earth, fine_grain = fractal(rng, side, 1.3), fractal(rng, side, 0.7)
+    earth, fine_grain = fractal(rng, side, 1.3), fractal(rng, side, 1.0)
     picture = shades[label] * (1 + 0.10 * earth + 0.05 * fine_grain)[..., None] + furrows[..., None]
     wooded = ndimage.gaussian_filter(fractal(rng, side, 1.7), fine)
     if chance(rng, 0.7):  # woods: crowns lit from one side
@@ -160,7 +160,8 @@ def spectrograms(rng: Rng, size: int) -> Bytes:
             height, harmonics, wide = between(rng, 4, 12) / size * (1 + bend), size // 4, between(rng, 0.8, 1.3) / size
         lines = np.zeros((size, size))
         for k in range(1, harmonics + 1):
-            lines += np.exp(-(((pitch - k * height) / wide) ** 2))
+            steep = np.sqrt(1 + np.gradient(k * height * np.ones(size), 1 / size) ** 2)
+            lines += np.exp(-(((pitch - k * height) / (wide * steep)) ** 2))
         formants = 0.25 * np.exp(-3 * pitch)
         for middle in rng.uniform(0.05, 0.8, whole(rng, 2, 4)).tolist():
             formants = formants + np.exp(-(((pitch - middle - bend) / between(rng, 0.05, 0.12)) ** 2))
