@@ -26,6 +26,7 @@ class Detector:
     Attributes:
         name: As ``auto_without`` and findings name it: one word.
         title: What images of this kind are, for people, after "12 images,".
+        become: What others become at a strength, which is put into the braces: "at JPEG quality {:.0f}".
         strengths: The weakest and the strongest that :meth:`simulate` is tried with; empty if it cannot be simulated.
         order: Kinds are asked for by increasing order, each of the images that the earlier ones left. Noise has 30:
             what is to be found before it takes less.
@@ -36,6 +37,7 @@ class Detector:
 
     name: ClassVar[str]
     title: ClassVar[str]
+    become: ClassVar[str] = "with it"
     strengths: ClassVar[tuple[float, ...]] = ()
     order: ClassVar[int] = 25
     repairs: ClassVar[bool] = False
@@ -56,8 +58,11 @@ class Detector:
         raise NotImplementedError(f"{self.name} cannot be simulated")
 
     def detect(self, survey: Survey) -> Tensor | None:
-        """Which images show it, bool, shape (N,), of ``survey.left``; None: it claims none for itself."""
-        return None
+        """Which images show it, bool, shape (N,), of ``survey.left``; None: it claims none for itself.
+
+        Here: of a kind that can be simulated, those that look like it (``comparison.py``).
+        """
+        return survey.shows(self) if self.strengths else None
 
     def measure(self, survey: Survey, shows: Tensor | None) -> None:
         """What is done about the images that :meth:`detect` found: here, used at noise levels that hide the damage.
@@ -67,6 +72,9 @@ class Detector:
             shows: What :meth:`detect` said.
         """
         if shows is None or not bool(shows.any()):
+            return
+        if survey.compared is not None and self.strengths:
+            survey.add_simulated(self, shows)
             return
         level = survey.hidden_above(shows)
         finding = Finding(self.name, int(shows.sum()), self.title, Action.TRAINED_WHERE_HIDDEN, level)

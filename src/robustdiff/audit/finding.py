@@ -49,6 +49,8 @@ class Finding:
             where nothing stands apart, or where that was not measured.
         measured_on: Images that ``level`` was measured on, where these are a sample.
         otherwise: What is done beside it where no image is whole.
+        told_apart: How well a classifier tells the images from what clean ones become, damaged just so, as an area
+            under the curve: 0.5 is not at all, 1 always; None where that was not tested.
 
     Raises:
         ValueError: If the action is to train above a level, and there is none.
@@ -62,6 +64,7 @@ class Finding:
     confidence: float | None = None
     measured_on: int | None = None
     otherwise: Action | None = None
+    told_apart: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse an action whose level is not known."""

@@ -191,6 +191,7 @@ class AuditResult:
             "otherwise": None if one.otherwise is None else one.otherwise.value,
             "confidence": one.confidence,
             "measured_on": one.measured_on,
+            "told_apart": one.told_apart,
         }
 
     def save(self, path: str | Path) -> None:
@@ -284,4 +285,5 @@ def _read_finding(one: Mapping[str, Any]) -> Finding:
         one["confidence"],
         one["measured_on"],
         None if otherwise is None else Action(otherwise),
+        one.get("told_apart"),  # earlier versions had none
     )

@@ -169,6 +169,7 @@ def detect(
     side = min(load(range(1)).shape[2:])
     survey = Survey(load, count, names or numbers(count), features)
     kinds = [kind for kind in registered_detectors() if kind.name not in without and side >= kind.least_side]
+    survey.compare([kind for kind in registered_detectors() if side >= kind.least_side])
     found = {}
     for kind in sorted(kinds, key=lambda kind: not kind.repairs):
         survey.asking = kind.name

@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from robustdiff.audit import mixture
-from robustdiff.audit.finding import Finding
+from robustdiff.audit import comparison, mixture
+from robustdiff.audit.comparison import Comparison
+from robustdiff.audit.finding import Action, Finding
 from robustdiff.audit.result import IN_FILE, AuditResult
 from robustdiff.audit.spectral_model import Energies, Load, batches, energies_of, same_above
 
+if TYPE_CHECKING:  # which takes a survey
+    from robustdiff.audit.detector import Detector
+
+STEPS, MEASURED_ON = 4, 64
+"""Strengths, and images, on which it is measured where damage is hidden."""
 FEWEST = 64
 """Fewer images say nothing about one another."""
-TAKEN = {"name", "groups", "distance", "oddness", "<lambda>", *IN_FILE, *IN_FILE.values()}
+TAKEN = {"name", "groups", "distance", "oddness", "damaged", "strength", "<lambda>", *IN_FILE, *IN_FILE.values()}
 """What no other sign may be called: columns of the result and of its file, and the signs that others have."""
 NEAR_CONSTANT = 2 * 2 / 255
 """Largest standard deviation of an image of one colour: two grey levels."""
@@ -33,6 +40,7 @@ class Survey:
         blank: Images of one colour, bool, shape (N,).
         foreign: Pictures of another kind than most, which noise cannot be told of, bool, shape (N,).
         features: A name, and features of every image, shape (N, d), if they were given.
+        compared: What comparing the images with damaged copies of them said; None if they are too small, or too few.
         asking: Name of the detector that is asked now, for errors.
     """
 
@@ -43,6 +51,7 @@ class Survey:
         self.load, self.count, self.features = load, count, features
         self.asking = ""
         self.result = AuditResult.of_clean(count, names)
+        self.compared: Comparison | None = None
         self.blank = self.each(lambda images: images.flatten(2).std(2, correction=0).amax(1) <= NEAR_CONSTANT)
         self.foreign = torch.zeros(count, dtype=torch.bool)
         self._claimed = self.blank
@@ -71,6 +80,79 @@ class Survey:
     def yardstick(self) -> Tensor:
         """Images that damage is measured against, bool, shape (N,), at least one: the clean ones, or the least bad."""
         return next((some for some in (self.clean, self._unclaimed, ~self.blank) if bool(some.any())), self.blank)
+
+    # -- comparing with copies -----------------------------------------------------------------------------
+
+    def compare(self, kinds: Sequence[Detector]) -> None:
+        """Hold all images that hold a picture against copies damaged by these kinds, those that can be simulated."""
+        kinds = [kind for kind in kinds if kind.strengths]
+        places = (~self.blank).nonzero().flatten().tolist()
+        if not comparison.comparable(self.load(range(1)).shape[1:], len(places), kinds):
+            return
+
+        def some(at: Sequence[int]) -> Tensor:
+            return torch.cat([self.load(range(place, place + 1)) for place in at])
+
+        self.compared = comparison.compare(some, places, kinds).among(places, self.count)
+        read = self.compared.strength.gather(1, self.compared.kind[:, None])[:, 0]
+        self.add(signs={**self.result.signs, "damaged": self.compared.damaged, "strength": read})
+
+    def shows(self, kind: Detector) -> Tensor | None:
+        """Images left that look like copies damaged by this kind, bool, shape (N,); None if there was no comparison."""
+        return None if self.compared is None else self.left & self.compared.shows(kind.name)
+
+    def looks_like(self, *names: str) -> Tensor:
+        """Images that look like any of these kinds, bool, shape (N,)."""
+        found = torch.zeros(self.count, dtype=torch.bool)
+        for name in names:
+            if self.compared is not None and name in self.compared.names:
+                found |= self.compared.shows(name)
+        return found
+
+    def add_simulated(self, kind: Detector, shows: Tensor) -> None:
+        """Take images that look like a kind into the result, each trained where damage of its strength is hidden.
+
+        Images in doubt are trained from a level that is lower by how doubtful it is.
+        """
+        found = self.compared
+        assert found is not None, "there was a comparison"
+        strength = found.strength[:, found.names.index(kind.name)]
+        doubted = found.doubted(kind.name) & self.left
+        level = self.hidden_by_strength(kind, strength, shows)
+        middle = float(strength[shows].median())
+        finding = Finding(
+            kind.name,
+            int(shows.sum()),
+            f"what the others become {kind.become.format(middle)}",
+            Action.TRAINED_WHERE_HIDDEN,
+            float(level[shows].median()),
+            told_apart=found.told_apart.get(kind.name),
+        )
+        least = torch.where(shows, level, torch.where(doubted, level * found.damaged, 0.0))
+        self.add(finding, shows, min_sigma=torch.maximum(self.result.min_sigma, least))
+
+    def hidden_by_strength(self, kind: Detector, strength: Tensor, shows: Tensor) -> Tensor:
+        """The noise level above which damage of a strength can hardly be told, shape (N,).
+
+        Measured on copies of clean images at a few of the strengths that images show, and in between by interpolation.
+        """
+        among = strength[shows].log()
+        steps = torch.unique(torch.quantile(among, torch.linspace(0, 1, STEPS, dtype=among.dtype)))
+        every = self.yardstick.nonzero().flatten()
+        clean = every[:: -(-len(every) // MEASURED_ON)].tolist()
+        generator = torch.Generator().manual_seed(0)
+        originals = torch.cat([self.repaired(range(place, place + 1)) for place in clean])
+        before, levels = self.energies.of(originals).mean(0), []
+        for step in steps.exp().tolist():
+            copies = torch.stack([kind.simulate(image, step, generator) for image in originals])
+            after = self.energies.of(copies).mean(0)
+            level = max(
+                same_above(before, after, self.energies.values), same_above(after, before, self.energies.values)
+            )
+            changed = float((copies - originals).double().square().mean().sqrt())
+            levels.append(max(level, 2 * changed))
+        at = strength.nan_to_num(1.0).clamp(min=1e-9).log().numpy()
+        return torch.from_numpy(np.interp(at, steps.numpy(), np.array(levels)))
 
     # -- what is asked of them -----------------------------------------------------------------------------
 

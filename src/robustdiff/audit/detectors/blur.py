@@ -20,6 +20,7 @@ class Blur(Detector):
 
     name = "blur"
     title = "without the fine detail of the others"
+    become = "blurred by {:.2g} pixels"
     strengths = (0.8, 4.0)
     order = 10
 
@@ -27,9 +28,9 @@ class Blur(Detector):
         """See :meth:`Detector.simulate`."""
         return corrupted(image, generator, "blur", radius=strength)
 
-    def detect(self, survey: Survey) -> Tensor:
-        """A group that is less sharp than another."""
-        return survey.low_group(sharpness, BLURRED)
+    def detect(self, survey: Survey) -> Tensor | None:
+        """Among images too small to be compared with copies: a group that is less sharp than another."""
+        return super().detect(survey) if survey.compared else survey.low_group(sharpness, BLURRED)
 
 
 def sharpness(images: Tensor) -> Tensor:

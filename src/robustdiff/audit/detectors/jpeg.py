@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from io import BytesIO
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from robustdiff.audit.cosines import cosine_energy
 from robustdiff.audit.detector import Detector, register_detector
-from robustdiff.audit.simulate import corrupted
+from robustdiff.audit.simulate import draws, picture, tensor
 from robustdiff.audit.survey import Survey
 
 GRIDDED = -0.6
@@ -24,16 +26,20 @@ class Jpeg(Detector):
 
     name = "jpeg"
     title = "with the 8 x 8 grid of strong JPEG"
+    become = "at JPEG quality {:.0f}"
     strengths = (50, 5)
     order = 20
 
     def simulate(self, image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
         """See :meth:`Detector.simulate`."""
-        return corrupted(image, generator, "jpeg", quality=round(strength))
+        file = BytesIO()
+        subsampling = int(draws(generator).integers(3)) if len(image) == 3 else -1
+        picture(image).save(file, "JPEG", quality=round(strength), subsampling=subsampling)
+        return tensor(Image.open(file))
 
-    def detect(self, survey: Survey) -> Tensor:
-        """A group with more of a grid than another."""
-        return survey.low_group(jpeg_grid, GRIDDED)
+    def detect(self, survey: Survey) -> Tensor | None:
+        """Among images too small to be compared with copies: a group with more of a grid than another."""
+        return super().detect(survey) if survey.compared else survey.low_group(jpeg_grid, GRIDDED)
 
 
 def jpeg_grid(images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn.functional import avg_pool2d, pad
 from robustdiff.audit import mixture
 from robustdiff.audit.detector import Detector, register_detector
 from robustdiff.audit.finding import Action, Finding
-from robustdiff.audit.simulate import corrupted
+from robustdiff.audit.simulate import any_colour, corrupted, draws
 from robustdiff.audit.spectral_model import Load, batches, same_above
 
 if TYPE_CHECKING:  # it holds a result, which fills pixels in
@@ -41,6 +41,8 @@ ones too, if those are the blocks; how often a cell of the grid is lost at most:
 FARTHEST, AS_OFTEN = 0.75, 0.5
 """Where surroundings are least like the value: around the farthest quarter of the pixels; how often it is there at
 least, of how often it would be if pixels were lost whatever they show."""
+HOLED_KINDS = ("holes", "impulse")
+"""Kinds of simulated damage that an image with lost pixels looks like."""
 PAIRED = 512
 """Clean images on which a repair is tried, to measure it."""
 
@@ -311,18 +313,24 @@ class MissingPixels(Detector):
 
     name = "holes"
     title = "with scattered missing pixels"
+    become = "with {:.0%} of pixels lost"
     strengths = (0.05, 0.6)
     order = 40
     repairs = True
 
     def simulate(self, image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-        """See :meth:`Detector.simulate`; mid grey stands for lost pixels."""
-        return corrupted(image, generator, "missing", amount=strength)
+        """See :meth:`Detector.simulate`; mostly mid grey, black or white stands for lost pixels, alone or in blocks."""
+        rng = draws(generator)
+        value, block = any_colour(1, rng).item() / 127.5 - 1, int(rng.choice([1, 1, 2, 3, 4]))
+        return corrupted(image, generator, "missing", amount=strength, value=value, block=block)
 
     def detect(self, survey: Survey) -> Tensor:
         """Images with pixels of a value that may stand for lost ones."""
         lost, holed = find(survey.load, survey.count)
         has_missing = holed & ~survey.blank
+        if survey.compared is not None:  # what fits in with the pictures is none of it: dots, outlines, modules
+            has_missing &= survey.looks_like(*HOLED_KINDS)
+            lost = lost if bool(has_missing.any()) else ()
         survey.add(lost=lost, has_missing=has_missing)
         if lost:
             share = survey.each(lambda images: holes(images, lost).flatten(1).double().mean(1))

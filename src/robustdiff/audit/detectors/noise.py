@@ -6,6 +6,7 @@ over the common spectrum is white, and it is no long tail; if none stands apart,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +16,7 @@ from robustdiff.audit import mixture
 from robustdiff.audit.detector import Detector, register_detector
 from robustdiff.audit.finding import Action, Finding
 from robustdiff.audit.simulate import corrupted
-from robustdiff.audit.spectral_model import Load, SpectralFit, energies_of, separate
+from robustdiff.audit.spectral_model import Load, SpectralFit, batches, energies_of, separate
 from robustdiff.audit.survey import FEWEST, Survey
 
 WHITE, WHITER = 0.5, 0.7
@@ -37,6 +38,8 @@ BURIED = 0.25
 """Signal to noise, in variance, below which there is no picture left."""
 SMALL = 8
 """Edge of blocks below which one group alone says nothing: too few directions to tell its texture from noise."""
+FLATTEST = 0.4
+"""Deviation in the flattest squares of noisy images, of their noise, at least; clipping takes some of it."""
 AGAIN = 2
 """Blocks per value that the images without noise must have for directions of their own."""
 
@@ -72,6 +75,7 @@ class Noise(Detector):
 
     name = "noise"
     title = "with white noise"
+    become = "with white noise of level {:.3g}"
     strengths = (0.03, 0.5)
     order = 30
 
@@ -84,6 +88,9 @@ class Noise(Detector):
 
         It claims none for itself: beside their noise, which is known, their pictures are those of clean ones.
         """
+        if survey.compared is not None:
+            _compared(self, survey)
+            return
         places = survey.left.nonzero().flatten()
         if len(places) < FEWEST:
             return
@@ -113,6 +120,50 @@ class Noise(Detector):
         nowhere = torch.zeros_like(survey.foreign)
         for group in found:
             survey.add(group.finding, everywhere(nowhere, group.members))
+
+
+def _compared(kind: Noise, survey: Survey) -> None:
+    """Images that look like noised copies have the noise that they read as; the others may all be noisy."""
+    found = survey.compared
+    assert found is not None, "there was a comparison"
+    shows = survey.left & found.shows(kind.name)
+    strength, before = found.strength[:, found.names.index(kind.name)], survey.result
+    noise = torch.where(shows, strength, 0.0)
+    rest = survey.left & ~torch.stack([found.shows(name) for name in found.names]).any(0)
+    if bool(shows.any()):
+        own = noise[shows].std(correction=0) > SPREAD * noise[shows].mean()
+        level = float(noise[shows].median())
+        if not bool(own):
+            noise = torch.where(shows, level, 0.0)
+        what = f"white noise, {'levels about' if own else 'level'} {level:.3g}"
+        told = found.told_apart.get(kind.name)
+        survey.add(Finding(kind.name, int(shows.sum()), what, Action.TRAINED_ABOVE, level, told_apart=told), shows)
+    places = rest.nonzero().flatten()
+    if len(places) >= FEWEST:
+
+        def some(here: range) -> Tensor:
+            return torch.cat([survey.load(range(place, place + 1)) for place in places[list(here)].tolist()])
+
+        seen = separate(energies_of(some, len(places)))
+        flattest = torch.cat([_flattest(some(here)) for here in batches(len(places))])
+        more = _everywhere(seen, torch.ones(len(places), dtype=torch.bool))
+        if more is not None and float((flattest / more[1].max()).median()) >= FLATTEST:
+            members = torch.zeros(survey.count, dtype=torch.bool)
+            members[places[more[0]]] = True
+            noise[places[more[0]]] = more[1]
+            level = float(more[1].max())
+            what = f"white noise of level {level:.3g}, in all or too many to find those without"
+            survey.add(Finding(kind.name, int(members.sum()), what, Action.TRAINED_ABOVE_OWN, level), members)
+        sigma, error = torch.zeros_like(before.sigma), torch.full_like(before.sigma_error, math.nan)
+        sigma[places], error[places] = seen.sigma, seen.error
+        survey.add(sigma=torch.where(shows, noise, sigma), sigma_error=error)
+    survey.add(noise_std=noise, min_sigma=torch.maximum(survey.result.min_sigma, noise))
+
+
+def _flattest(images: Tensor) -> Tensor:
+    """Deviation in the flattest tenth of squares of 6 x 6 pixels, (B, C, H, W) -> (B,): noise is there too."""
+    squares = images.double().mean(1).unfold(1, 6, 6).unfold(2, 6, 6).flatten(3).flatten(1, 2)
+    return squares.std(2).quantile(0.1, dim=1) * math.sqrt(images.shape[1])
 
 
 def noisy_images(load: Load, count: int) -> tuple[SpectralFit, Tensor, list[NoisyGroup], Tensor]:

@@ -1,0 +1,349 @@
+"""Which images look like simulated damage of the set's own images: one decision for every kind that can be simulated.
+
+A clean image looks like none of them. Damaged copies of trusted images, of all kinds and strengths, stand against the
+images of the set; a classifier of plain statistics (``image_features.py``), cross-fitted by source image, tells "as in
+the set" from each kind. In the first round every image is trusted, damaged ones too, yet these have as much in common
+with the copies as with the set, and clean ones nothing. So what looks like damage is trusted no longer, and the next
+round's copies are made of the rest. In the last rounds probabilities count with how common each kind is, and images
+that were found with confidence join the class they were found in: the set teaches its own damage.
+
+Where one kind fills most of a set, its damaged images are what is usual, and clean ones would look foreign. So each
+kind is tried first as a hypothesis: images are ordered along "more of this damage" (the mean difference of a copy from
+its own source: shares do not matter); if they fall into two groups, the upper one is held against copies of the lower
+one, damaged just as strongly. If a classifier cannot tell these apart, the lower group alone is trusted to begin with.
+
+The same test goes with every finding: ``told_apart`` is the area under the curve of a classifier between the images
+found and copies of trusted images damaged just so; 0.5 says that the ones are what the others become.
+
+Sources: two-sample tests by classifiers: Lopez-Paz and Oquab (2017); the mechanism is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from torch import Tensor
+
+from robustdiff.audit import mixture
+from robustdiff.audit.damage_network import Scaling, calibration, fit_folds, with_own_shares
+from robustdiff.audit.image_features import LEAST_SIDE, image_features
+from robustdiff.utils.images import from_uint8, to_uint8
+from robustdiff.utils.resources import cores
+
+if TYPE_CHECKING:  # which asks for a comparison
+    from robustdiff.audit.detector import Detector
+
+FEWEST = 64
+"""Fewer images are not compared."""
+MOST = 4000
+"""Images, evenly spread, that networks learn from; further ones are only asked about."""
+COPIES = 300
+"""Copies of each kind and round."""
+FOLDS = 3
+SET_WEIGHT = 0.25
+"""Of the images of the set beside all copies."""
+TRUST = (0.75, 0.6, 0.5, 0.5)
+"""Probability of no damage from which on an image is trusted, after each round: the first round is timid."""
+OWN_SHARES_FROM = 2
+"""Round from which on it counts how common a kind is."""
+SURE = 0.9
+"""Probability of a kind from which on an image teaches it."""
+FOUND, DOUBTED = 0.8, 0.5
+"""Probability of damage from which on an image is called damaged; from which on it is in doubt."""
+TOGETHER = 32
+"""Images whose statistics are computed at once."""
+EXPLAINED = 0.75
+"""Largest area under the curve at which a hypothesis that one kind fills the set is believed."""
+REFUTED = 0.98
+"""Area beyond which images are not what others become: they are not called damaged."""
+TESTED, LEAST_TESTED = 200, 20
+"""Images that a finding is tested on at most; fewer than these are not."""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What was found about N images of one size.
+
+    Attributes:
+        kinds: The K kinds that were simulated.
+        probability: Of no damage, and of each kind, float64, shape (N, 1 + K); they sum to 1.
+        strength: As which strength of each kind an image reads, float64, shape (N, K); nan where the kind is unlikely.
+        told_apart: Of kinds that were found, by name: area under the curve between the images found and what trusted
+            ones become; 0.5: not at all.
+    """
+
+    kinds: tuple[Detector, ...]
+    probability: Tensor
+    strength: Tensor
+    told_apart: dict[str, float]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the kinds."""
+        return [kind.name for kind in self.kinds]
+
+    def among(self, places: Sequence[int], count: int) -> Comparison:
+        """The same where these images are some of ``count``; the others show no damage."""
+        probability = torch.zeros(count, 1 + len(self.kinds), dtype=torch.float64)
+        probability[:, 0] = 1
+        strength = torch.full((count, len(self.kinds)), math.nan, dtype=torch.float64)
+        probability[places], strength[places] = self.probability, self.strength
+        return Comparison(self.kinds, probability, strength, self.told_apart)
+
+    @property
+    def damaged(self) -> Tensor:
+        """Probability of any damage, float64, shape (N,)."""
+        return 1 - self.probability[:, 0]
+
+    @property
+    def kind(self) -> Tensor:
+        """The likeliest kind of each image, as a place in ``kinds``, int64, shape (N,)."""
+        return self.probability[:, 1:].argmax(1)
+
+    def shows(self, name: str) -> Tensor:
+        """Images found with this kind, bool, shape (N,)."""
+        certain = (self.damaged >= FOUND) & (self.kind == self.names.index(name))
+        return certain & (self.told_apart.get(name, 0.0) <= REFUTED)
+
+    def doubted(self, name: str) -> Tensor:
+        """Images in doubt that would have this kind, bool, shape (N,)."""
+        some = (self.damaged >= DOUBTED) & (self.damaged < FOUND)
+        return some & (self.kind == self.names.index(name))
+
+
+def comparable(shape: Sequence[int], count: int, kinds: Iterable[Detector]) -> bool:
+    """Whether images of a shape (C, H, W), so many of them, can be compared with copies of these kinds."""
+    return count >= FEWEST and min(shape[1:]) >= LEAST_SIDE and shape[0] in (1, 3) and any(kinds)
+
+
+def compare(load: Callable[[Sequence[int]], Tensor], places: Sequence[int], kinds: Sequence[Detector]) -> Comparison:
+    """Hold the images of a set against simulated damage of their own.
+
+    Nothing is random: the same images are always judged alike.
+
+    Args:
+        load: Images by place, (B, C, H, W), in [-1, 1]; seen at 8 bit.
+        places: Of the N images that are asked about, N >= :data:`FEWEST`.
+        kinds: What is simulated; each has strengths.
+    """
+    return _Rounds(load, places, kinds).result()
+
+
+@dataclass(frozen=True, eq=False)
+class _Copies:
+    """Damaged copies: statistics (M, F), kind 1 ... K, source and logarithm of the strength, each (M,)."""
+
+    features: Tensor
+    kind: Tensor
+    source: Tensor
+    strength: Tensor
+
+    def __getitem__(self, which: Tensor) -> _Copies:
+        return _Copies(self.features[which], self.kind[which], self.source[which], self.strength[which])
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Copies]) -> _Copies:
+        columns = zip(*((one.features, one.kind, one.source, one.strength) for one in parts), strict=True)
+        return cls(*(torch.cat(column) for column in columns))
+
+
+class _Rounds:
+    def __init__(
+        self, load: Callable[[Sequence[int]], Tensor], places: Sequence[int], kinds: Sequence[Detector]
+    ) -> None:
+        self.load, self.kinds, self.places = load, tuple(kinds), list(places)
+        self.generator = torch.Generator().manual_seed(0)
+        self.features = self._statistics(len(self.places), lambda at: load([self.places[at]])[0])
+        count = len(self.places)
+        self.learnt = torch.arange(0, count, -(-count // MOST))
+        self.fold = torch.randint(FOLDS, (count,), generator=self.generator)
+
+    # -- statistics and copies -----------------------------------------------------------------------------
+
+    def _statistics(self, count: int, make: Callable[[int], Tensor]) -> Tensor:
+        """Of images that are made one by one, (C, H, W) in [-1, 1], from their number."""
+
+        def some(first: int) -> Tensor:
+            numbers = range(first, min(first + TOGETHER, count))
+            return image_features(to_uint8(torch.stack([make(number) for number in numbers])))
+
+        with ThreadPoolExecutor(cores()) as pool:
+            return torch.cat(list(pool.map(some, range(0, count, TOGETHER))))
+
+    def _copies(self, kind: int, sources: Tensor, strengths: Tensor) -> _Copies:
+        """Copies of images with one kind, 1 ... K, and logarithms of strengths."""
+        one = self.kinds[kind - 1]
+        seeds = torch.randint(2**62, (len(sources),), generator=self.generator).tolist()
+
+        def copy(number: int) -> Tensor:
+            image = from_uint8(to_uint8(self.load([self.places[int(sources[number])]])))[0]
+            return one.simulate(image, math.exp(float(strengths[number])), torch.Generator().manual_seed(seeds[number]))
+
+        made = self._statistics(len(sources), copy)
+        return _Copies(made, torch.full((len(sources),), kind), sources, strengths)
+
+    def _of_all_kinds(self, trusted: Tensor) -> _Copies:
+        return _Copies.joined([self._of_one_kind(number, trusted) for number in range(1, 1 + len(self.kinds))])
+
+    def _of_one_kind(self, number: int, trusted: Tensor) -> _Copies:
+        """Copies of trusted images with a kind, 1 ... K, of all its strengths."""
+        some = self.learnt[trusted[self.learnt]]
+        low, high = self._reach(number)
+        source = some[torch.randint(len(some), (COPIES,), generator=self.generator)]
+        return self._copies(number, source, low + (high - low) * torch.rand(COPIES, generator=self.generator))
+
+    def _reach(self, number: int) -> tuple[float, float]:
+        """Logarithms of the least and the greatest strength of a kind."""
+        strengths = self.kinds[number - 1].strengths
+        return math.log(min(strengths)), math.log(max(strengths))
+
+    # -- the rounds ----------------------------------------------------------------------------------------
+
+    def result(self) -> Comparison:
+        everywhere = torch.ones(len(self.places), dtype=torch.bool)
+        copies = self._of_all_kinds(everywhere)
+        start = self.start = self._explained(copies)
+        trusted, known = (everywhere, copies) if start is None else (start, self._of_all_kinds(start))
+        judged = torch.zeros(len(self.places), 1 + len(self.kinds))
+        for number, least in enumerate(TRUST):
+            if number == 1:
+                known = self._of_all_kinds(trusted)
+            elif number == 2:
+                known = _Copies.joined([known, self._of_all_kinds(trusted)])
+            judged = self._judge(known, trusted, judged if number >= OWN_SHARES_FROM else None, number)
+            trusted = start if start is not None and number == 0 else judged[:, 0] >= math.log(least)
+            if not bool(trusted[self.learnt].any()):
+                trusted = judged[:, 0] >= judged[self.learnt, 0].median()
+        return self._read(judged.exp().double(), trusted, known)
+
+    def _judge(self, copies: _Copies, trusted: Tensor, before: Tensor | None, seed: int) -> Tensor:
+        """Logarithms of probabilities, (N, 1 + K): one round."""
+        classes = 1 + len(self.kinds)
+        scaling = Scaling.of(self.features[self.learnt[trusted[self.learnt]]])
+        here, copied = scaling(self.features), scaling(copies.features)
+        learnt = torch.zeros(len(here), dtype=torch.bool)
+        learnt[self.learnt] = True
+        weight, found, kind = trusted.float(), torch.zeros_like(trusted), torch.zeros(len(here), dtype=torch.long)
+        if before is not None:
+            kind = before[:, 1:].argmax(1) + 1
+            found = before[:, 0] < math.log(1 - SURE)
+            weight = before[:, 0].exp() * ~found
+            if self.start is not None:  # most of the set is damaged: little of each would add up to much
+                weight = weight * trusted
+        known, asked = [], []
+        for number in range(FOLDS):
+            mine, theirs = self.fold == number, self.fold[copies.source] == number
+            some, sure, far = learnt & ~mine & (weight > 0) & ~found, learnt & ~mine & found, ~theirs
+            share = weight[some] * (SET_WEIGHT * int(far.sum()) / weight[some].sum())
+            known.append(
+                (
+                    torch.cat([here[some], copied[far], here[sure]]),
+                    torch.cat([torch.zeros(int(some.sum()), dtype=torch.long), copies.kind[far], kind[sure]]),
+                    torch.cat([share, torch.ones(int(far.sum() + sure.sum()))]),
+                )
+            )
+            asked.append(torch.cat([here, copied]))
+        out = fit_folds(known, asked, classes, seed)
+        own = torch.stack(out)  # (folds, N + M, K)
+        fold = torch.cat([self.fold, self.fold[copies.source]])
+        judged = own[fold, torch.arange(len(fold))]
+        of_set, of_copies = judged[: len(here)], judged[len(here) :]
+        sample = learnt & (weight > 0)
+        factor, offset = calibration(
+            torch.cat([of_set[sample], of_copies]),
+            torch.cat([torch.zeros(int(sample.sum()), dtype=torch.long), copies.kind]),
+            torch.cat([weight[sample] * (SET_WEIGHT * len(copied) / weight[sample].sum()), torch.ones(len(copied))]),
+        )
+        shares = torch.tensor([SET_WEIGHT] + [1 / len(self.kinds)] * len(self.kinds))
+        shares = shares / shares.sum()
+        ratios = (torch.cat([of_set, of_copies]) * factor + offset).log_softmax(1) - shares.log()
+        if before is not None:
+            _, shares = with_own_shares(ratios[self.learnt], shares)
+        probability = (ratios + shares.log()).log_softmax(1)
+        damaged = probability[len(here) :, 0] <= math.log(1 - FOUND)
+        self.power = [float(damaged[copies.kind == number].float().mean()) for number in range(1, classes)]
+        return probability[: len(here)]
+
+    # -- hypotheses ----------------------------------------------------------------------------------------
+
+    def _explained(self, copies: _Copies) -> Tensor | None:
+        """Images to trust to begin with, bool, (N,), where one kind, or several, fill much of the set; None if none."""
+        trusted = None
+        spread = self.features[self.learnt].std(0) + 1e-3
+        for number in range(1, 1 + len(self.kinds)):
+            some = copies[copies.kind == number]
+            change = ((some.features - self.features[some.source]) / spread).numpy()
+            both = np.concatenate([change, -change])
+            signs = np.r_[np.ones(len(change)), np.zeros(len(change))]
+            ranker = LogisticRegression(C=0.01, fit_intercept=False, max_iter=500).fit(both, signs)
+            score = (self.features / spread) @ torch.from_numpy(ranker.coef_[0]).float()
+            groups = mixture.split(score[self.learnt].double())
+            if len(groups) < 2:
+                continue
+            cut = self._cut(score, groups)
+            lower = score <= cut
+            upper = ~lower
+            if int(lower[self.learnt].sum()) < LEAST_TESTED or 4 * int(upper[self.learnt].sum()) < len(self.learnt):
+                continue  # the rounds find what is rare
+            made = self._of_one_kind(number, lower)
+            area = self._area(number, upper, lower, made)
+            if area is not None and area < EXPLAINED:
+                trusted = lower if trusted is None else trusted & lower
+        return trusted if trusted is not None and int(trusted[self.learnt].sum()) >= LEAST_TESTED else None
+
+    def _cut(self, score: Tensor, groups: mixture.Groups) -> float:
+        """Between the lowest group and the others."""
+        low = score[self.learnt][groups.members(0)].max()
+        high = score[self.learnt][~groups.members(0)].min()
+        return float((low + high) / 2)
+
+    def _reader(self, number: int, copies: _Copies, trusted: Tensor) -> Callable[[Tensor], Tensor]:
+        """Logarithms of strengths from statistics, learnt from copies of one kind."""
+        scaling = Scaling.of(self.features[self.learnt[trusted[self.learnt]]])
+        ridge = RidgeCV(np.logspace(-1, 4, 11)).fit(scaling(copies.features).numpy(), copies.strength.numpy())
+        low, high = self._reach(number)
+        return lambda features: torch.from_numpy(ridge.predict(scaling(features).numpy())).clamp(low, high).float()
+
+    def _area(self, number: int, shown: Tensor, trusted: Tensor, copies: _Copies) -> float | None:
+        """How well images, bool (N,), are told from trusted ones that were damaged as strongly as they read."""
+        some = self.learnt[shown[self.learnt]]
+        if len(some) < LEAST_TESTED:
+            return None
+        some = some[torch.randperm(len(some), generator=self.generator)[:TESTED]]
+        strength = self._reader(number, copies, trusted)(self.features[some])
+        clean = self.learnt[trusted[self.learnt]]
+        source = clean[torch.randint(len(clean), (len(some),), generator=self.generator)]
+        made = self._copies(number, source, strength)
+        both = torch.cat([self.features[some], made.features])
+        x = Scaling.of(both)(both).numpy()
+        y = np.r_[np.zeros(len(some)), np.ones(len(made.kind))]
+        model = LogisticRegression(C=0.01, max_iter=500)
+        folds = StratifiedGroupKFold(4, shuffle=True, random_state=0)
+        groups = torch.cat([some, source]).numpy()
+        told = cross_val_predict(model, x, y, cv=folds, groups=groups, method="predict_proba")[:, 1]
+        return float(roc_auc_score(y, told))
+
+    # -- strengths -----------------------------------------------------------------------------------------
+
+    def _read(self, probability: Tensor, trusted: Tensor, copies: _Copies) -> Comparison:
+        strength = torch.full((len(probability), len(self.kinds)), math.nan, dtype=torch.float64)
+        found = Comparison(self.kinds, probability, strength, {})
+        for number, kind in enumerate(self.kinds, 1):
+            asked = (found.shows(kind.name) | found.doubted(kind.name)).nonzero().flatten()
+            if not len(asked):
+                continue
+            mine = copies[copies.kind == number]
+            strength[asked, number - 1] = self._reader(number, mine, trusted)(self.features[asked]).exp().double()
+            area = self._area(number, found.shows(kind.name), trusted, mine)
+            if area is not None:
+                found.told_apart[kind.name] = area
+        return found
