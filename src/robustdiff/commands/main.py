@@ -15,9 +15,10 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 import tyro
@@ -110,7 +111,7 @@ def main(
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = arguments if len(commands) > 1 else [*commands, *arguments]
     speak = _speech(arguments, commands)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _last_words(speak):
         warnings.showwarning = partial(show_warning, speak)
         status = _guarded(arguments, commands, prog, speak)
     if status and processes() > 1:  # the interpreter's end would wait for processes that wait for this one
@@ -126,6 +127,24 @@ def _speech(arguments: list[str], commands: Mapping[str, Command]) -> Speak:
     if command is None:
         return str
     return speak(command.config, command.aliases, (other.config for other in commands.values()))
+
+
+@contextlib.contextmanager
+def _last_words(speak: Speak) -> Iterator[None]:
+    """One line also where the process ends while its main thread hangs, see :func:`stop_signals`."""
+    before = sys.excepthook
+
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, Interrupted):
+            fail(speak(str(error)), error.status)
+        else:
+            before(kind, error, trace)
+
+    sys.excepthook = tell
+    try:
+        yield
+    finally:
+        sys.excepthook = before
 
 
 def _guarded(arguments: list[str], commands: Mapping[str, Command], prog: str, speak: Speak) -> int:

@@ -83,10 +83,9 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Path:
     try:
         fit(pipeline, loss, data.batches, _options(config, plan, data), callbacks, accelerator=accelerator, say=say)
     except Interrupted as stopped:
-        accelerator.end_training()
-        so_far = "saved; go on" if stopped.saved else "nothing since the last checkpoint was saved; go on"
-        message = f"{stopped}, {so_far} with the same command and `resume`"
-        raise Interrupted(message, stopped.status, stopped.saved) from None
+        if stopped.saved:  # else others hang, or have gone
+            accelerator.end_training()
+        raise
     except NonFinite as bad:
         raise TrainingError(_explained(config, folder, bad)) from None
     if config.dry_run:

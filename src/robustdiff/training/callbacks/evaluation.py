@@ -84,11 +84,13 @@ class EvaluationCallback(Callback):
         check_pipeline(self, run)
 
     def on_start(self, run: TrainingRun) -> None:
-        """Later lines are cut off, and the best of those that stay is to be beaten."""
+        """Cut off later lines, find the best of those that stay, which is to be beaten; make up for one left out."""
         self.lines = JsonlLog(self.folder / "evaluation" / "during.jsonl", run.step)
         kept = [json.loads(line) for line in self.lines.kept]
         values = (line["values"].get(self.metric, {}).get("value") for line in kept)
         self.best = min((value for value in values if value is not None), default=None)
+        if run.step and (not kept or kept[-1]["step"] < run.step):  # left in the middle when the run was stopped
+            self.on_step(run)
 
     def on_step(self, run: TrainingRun) -> None:
         """Evaluate, if it is time."""
