@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from robustdiff import __version__
 from robustdiff.data.match_model import renumber
 from robustdiff.diffusion.pipeline import largest_divisor
+from robustdiff.diffusion.sample_files import in_turn
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.training.callbacks.base import Callback
 from robustdiff.training.callbacks.checkpointing import CheckpointCallback
@@ -151,15 +152,15 @@ def _callbacks(
         atomic_io.write_json(folder / "data.json", data.describe())
 
     def write_card(step: int) -> None:
-        write_model_card(folder, config, plan, images, data.dirt, told, step, conditional)
+        write_model_card(folder, config, plan, images, data.dirt, told, step, data.classes if conditional else [])
 
+    classes = data.classes if conditional else []
     evaluation = []
     if config.evaluate_every is not None:
-        classes = len(images.classes) if conditional else 0
         evaluation = [build_evaluation(config, plan, images, folder, sampler_steps, classes, accelerator.device)]
     preview = None
     if config.preview_images:
-        labels = [i % len(images.classes) for i in range(config.preview_images)] if conditional else None
+        labels = in_turn(classes, config.preview_images) if conditional else None
         preview = PreviewCallback(
             folder,
             config.preview_images,

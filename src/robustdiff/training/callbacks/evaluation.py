@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.diffusion.pipeline import sample, save_pipeline, to_uint8
+from robustdiff.diffusion.sample_files import in_turn
 from robustdiff.evaluation.extractors import Extractor
 from robustdiff.evaluation.features import Features, default_cache, extract
 from robustdiff.evaluation.metrics import KernelDistance, compute_metrics
@@ -46,7 +47,7 @@ class EvaluationCallback(Callback):
         seed: Of the images.
         steps: Network calls per image; divides the timesteps.
         batch_size: Images per call.
-        classes: Drawn in turn, if the network is conditional; 0: it is not.
+        classes: Numbers of those drawn in turn, if the network is conditional.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class EvaluationCallback(Callback):
         seed: int = 0,
         steps: int = 50,
         batch_size: int = 64,
-        classes: int = 0,
+        classes: Sequence[int] = (),
     ) -> None:
         """Look at the reference, so that what is wrong with it is known before training.
 
@@ -124,7 +125,7 @@ class EvaluationCallback(Callback):
             seed=self.seed,
             steps=self.steps,
             batch_size=self.batch_size,
-            class_labels=[i % self.classes for i in range(self.n)] if self.classes else None,
+            class_labels=in_turn(self.classes, self.n) if self.classes else None,
         )
         quality = compute_metrics(self._features(to_uint8(images), cached=False), self.reference, intervals=False)
         values = {value.name: _finite(value.to_json()) for value in quality.values}
