@@ -69,7 +69,7 @@ def test_what_cannot_be_followed_is_one_line(variables, flags, words, here: Path
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({PRECISION: "bf16"}, ("mixed_precision bf16", "only training follows it", "--mixed_precision no")),
+        ({PRECISION: "bf16"}, ("mixed_precision bf16", "only training follows it: say no there")),
         ({PRECISION: "fp16"}, ("mixed_precision fp16",)),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, ("dynamo_backend INDUCTOR",)),
         ({"ACCELERATE_TORCH_DEVICE": "gpu0"}, ("ACCELERATE_TORCH_DEVICE gpu0 cannot be used here",)),

@@ -120,6 +120,7 @@ class AttackConfig(Settings):
         Raises:
             UsageError: One line that names the setting and the remedy.
         """
+        self.check_homes()
         texts = ("output", "title", "told", "at", "reference", "split", "dataset_config_name", "image_column", "cache")
         check_given(self, "run", *texts)
         radius, most = self.radius, 10.0 if self.norm == "linf" else math.inf
@@ -245,6 +246,7 @@ class PurifyConfig(Settings):
         Raises:
             UsageError: One line that names the setting and the remedy.
         """
+        self.check_homes()
         require(
             self.data != "" and self.model != "", "`data` and `model` must not be empty: name images and a pipeline"
         )
@@ -303,6 +305,7 @@ class CorruptConfig(Settings):
         Raises:
             UsageError: One line that names the setting and the remedy.
         """
+        self.check_homes()
         require(
             self.source != "" and self.destination != "",
             "`source` and `destination` must not be empty: name two folders",

@@ -54,6 +54,7 @@ class AuditConfig(Settings):
         Raises:
             UsageError: One line that names the setting and the remedy.
         """
+        self.check_homes()
         check_given(self, "data", "output", "split", "dataset_config_name", "image_column", "value_range", "extractor")
         check_resolution(self.resolution)
         require(self.output is not None or not self.overwrite, "`overwrite` does nothing without `output`: add it")

@@ -124,7 +124,7 @@ def _check_settings(mixed_precision: str | None, gradient_accumulation_steps: in
         if told.lower() not in ("", "no", "1", value):
             here = f"`{name}` is {value}: give the same here, or take it out there"
             if mixed_precision is None:
-                here = "and only training follows it: take it out there (accelerate launch --mixed_precision no)"
+                here = "and only training follows it: say no there"
             raise UsageError(
                 f"accelerate is set to {name} {told:.40} (by its launcher, its configuration or {variable}), {here}"
             )
