@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from typing import Generic, TypeVar
 
 from PIL import Image
@@ -90,7 +90,8 @@ def in_parallel(
     """
     places = range(len(source.names)) if indices is None else indices
     # Each thread's linear algebra in that thread: if each started threads of its own, all would wait for one another.
-    limits, threads = threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(min(8, cores()))
+    # Not an executor, which waits for its threads, as the interpreter's end does: one may hang in a read.
+    limits, threads = threadpool_limits(1, user_api="blas"), ThreadPool(min(8, cores()))
     with warnings.catch_warnings(), limits, threads as pool:
         # Pillow's bomb warning is replaced by the check in decoding.guarded; its remarks on metadata concern nobody.
         warnings.filterwarnings("ignore", module="PIL")
