@@ -474,11 +474,11 @@ class Deaf:
     [
         ("update", [signal.SIGTERM], 143),
         ("save", [signal.SIGTERM], 143),
-        ("fsync", [signal.SIGINT], 130),  # already before the first step
-        ("images", [signal.SIGTERM], 143),
-        ("preview", [signal.SIGTERM], 143),
+        pytest.param("fsync", [signal.SIGINT], 130, marks=pytest.mark.slow),  # already before the first step
+        pytest.param("images", [signal.SIGTERM], 143, marks=pytest.mark.slow),
+        pytest.param("preview", [signal.SIGTERM], 143, marks=pytest.mark.slow),
         ("long save", [signal.SIGINT, signal.SIGINT], 130),
-        ("long save", [signal.SIGTERM, signal.SIGINT], 130),
+        pytest.param("long save", [signal.SIGTERM, signal.SIGINT], 130, marks=pytest.mark.slow),
     ],
 )
 def test_the_process_ends_where_its_main_thread_does_not(inputs, tmp_path, where, numbers, status) -> None:
