@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from robustdiff.data import file_kinds, intact
+from robustdiff.data import file_kinds, intact, tiff_samples
 from robustdiff.data.pixel_values import Reader, ValueRange, is_grey
 
 NOT_DECODED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
@@ -140,12 +140,20 @@ def _identified(stream: BinaryIO, name: str, head: bytes) -> Image.Image:
     own = Image.registered_extensions().get(PurePosixPath(name).suffix.lower())
     # Formats without a signature would claim any binary file: they are tried only where the suffix asks for them.
     formats = [one for one, (_, accept) in Image.OPEN.items() if one not in NOT_DECODED and (accept or one == own)]
+    image: Image.Image | None = None
     try:
         image = Image.open(stream, formats=formats)
     except UnidentifiedImageError:
-        if _signed(head):
+        if not _signed(head):
+            raise
+        if not head.startswith(tiff_samples.STARTS):
             raise OSError(DAMAGED) from None
-        raise
+    if image is None or tiff_samples.misread(image):
+        stream.seek(0)
+        try:
+            image = tiff_samples.SampledTiff(stream)
+        except (SyntaxError, ValueError):  # what Pillow makes of all that may be wrong in a head
+            raise OSError(DAMAGED) from None
     file_kinds.refuse_thumbnail(image)
     return image
 

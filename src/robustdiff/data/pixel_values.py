@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from robustdiff.data.colour_profile import SPACES, to_srgb
+from robustdiff.data.tiff_samples import EXTRA_SAMPLES, FLOAT, PHOTOMETRIC, SIGNED, SampledTiff
 from robustdiff.utils.errors import DataError
 
 ValueRange: TypeAlias = "tuple[float, float]"
 """The values that are black and white."""
 
-PHOTOMETRIC, BITS, EXTRA_SAMPLES, SAMPLE_FORMAT = 262, 258, 338, 339
-"""Tags of TIFF."""
+FLOATING = "floating-point pixels: say which values are black and white with `value_range`, as in 0:1"
 SIXTEEN_BIT = "16-bit reduced to 8-bit"
 SIXTEEN = (";16B", ";16L", ";16N")
 """Ends of Pillow's names of packed pixels of 16 bit."""
@@ -72,14 +72,18 @@ class Reader:
         deep = image.mode.startswith("I") or image.mode == "F"
         wide = value_range is not None and self._packed.startswith("RGB") and self._packed.endswith(SIXTEEN)
         alpha: Image.Image | None = None
-        if deep:
+        floating = image.mode == "F"
+        if isinstance(image, SampledTiff):
+            deep, floating = image.bits > 8, image.kind == FLOAT
+            base, alpha = _of_samples(image, value_range)
+        elif deep:
             base, alpha = self._deep(value_range)
         elif wide:
             base, alpha = self._colours_of_16_bit(value_range)
         else:
             base, alpha = self._shallow(value_range, remarks)
         if deep or self._packed.endswith(SIXTEEN):
-            remarks.append("floating point reduced to 8-bit" if image.mode == "F" else SIXTEEN_BIT)
+            remarks.append("floating point reduced to 8-bit" if floating else SIXTEEN_BIT)
         base = to_srgb(base, profile, remarks)
         if alpha is not None:
             remarks.append("alpha composited over white")
@@ -121,21 +125,18 @@ class Reader:
         """More than 8 bits without colour: mode L, and alpha."""
         image = self.image
         values = np.asarray(image)
-        tiff = self._tiff
         if image.format == "FITS":
             raise OSError("FITS of more than 8 bits: convert it to PNG first")
         if image.mode == "F" and value_range is None:
-            raise OSError("floating-point pixels: say which values are black and white with `value_range`, as in 0:1")
-        full = 65535
-        if tiff is not None:
-            bits, signed = int(tiff.get(BITS, (16,))[0]), int(tiff.get(SAMPLE_FORMAT, (1,))[0]) == 2
-            full = 2 ** (bits - signed) - 1 if bits <= 16 else 65535
+            raise OSError(FLOATING)
         transparent = self._transparent_value()
         alpha = None
         if isinstance(transparent, int):
             alpha = Image.fromarray(np.where(values == transparent, np.uint8(0), np.uint8(255)))
-        scaled = _scaled(values, full, value_range)
-        if tiff is not None and tiff.get(PHOTOMETRIC) == 0:  # white is zero: Pillow sees to that up to 8 bits only
+        scaled = _scaled(values, 65535, value_range)
+        if (
+            self._tiff is not None and self._tiff.get(PHOTOMETRIC) == 0
+        ):  # white is zero: Pillow sees to that up to 8 bits only
             np.subtract(255, scaled, out=scaled)
         return Image.fromarray(scaled), alpha
 
@@ -149,8 +150,6 @@ class Reader:
         elif mode not in ("L", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX"):
             remarks.append(f"{mode} converted to RGB")
         alpha = None
-        if self._tiff is not None and mode == "L" and int(self._tiff.get(SAMPLE_FORMAT, (1,))[0]) == 2:
-            return Image.fromarray(_scaled(np.asarray(image).view(np.int8), 127, value_range)), None
         if image.has_transparency_data and not self._opaque:
             if "transparency" in image.info:
                 image.info["transparency"] = self._transparent_value()
@@ -185,6 +184,24 @@ class Reader:
             tile._replace(args=(name, *tile.args[1:]) if isinstance(tile.args, tuple) else name) for tile in second.tile
         ]
         return second  # type: ignore[no-any-return]
+
+
+def _of_samples(image: SampledTiff, value_range: ValueRange | None) -> tuple[Image.Image, Image.Image | None]:
+    """A TIFF that Pillow has no mode for: mode L, RGB or CMYK, and alpha."""
+    if image.kind == FLOAT and value_range is None:
+        raise OSError(FLOATING)
+    numbers, colours, alpha = image.numbers(), image.colours, None
+    full = 2 ** (image.bits - (image.kind == SIGNED)) - 1 if image.bits <= 16 else 65535
+    scaled = _scaled(numbers[..., :colours], full, value_range)
+    if image.alpha:
+        alpha = _scaled(numbers[..., colours], full, value_range if image.kind == FLOAT else None)
+        if image.alpha == 1:  # multiplied in
+            shares = np.maximum(alpha, 1)[..., None].astype(np.float32) / 255
+            scaled = np.clip(np.rint(scaled / shares), 0, 255).astype(np.uint8)
+    if image.white_is_zero:
+        np.subtract(255, scaled, out=scaled)
+    base = Image.fromarray(scaled[..., 0]) if colours == 1 else Image.fromarray(scaled, image.mode)
+    return base, None if alpha is None else Image.fromarray(alpha)
 
 
 def packed_as(image: Image.Image) -> str:
