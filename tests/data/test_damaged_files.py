@@ -272,3 +272,45 @@ def test_a_remark_between_the_pixels_of_a_jpeg_and_its_end_is_no_damage(tmp_path
     (tmp_path / "b.jpg").write_bytes(data[:-2] + remark + data[-2:])
     one, other = load_images(str(tmp_path)).images
     assert bool((one == other).all())
+
+
+# -- memory and time of good files -------------------------------------------------------------------
+
+
+def noise(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8))
+
+
+def opened_at(path):
+    """The most bytes of Python's memory that reading a good file took, its pixels not counted."""
+    tracemalloc.start()
+    try:
+        _, why = decode.guarded(lambda image: image.load() and None, lambda _: path, 0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert why == ""
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("a.bmp", {}), ("a.tif", {}), ("a.tif", {"compression": "tiff_lzw"}), ("a.tif", {"compression": "tiff_deflate"})],
+)
+def test_formats_that_are_not_checked_as_a_whole_are_not_read_into_memory(tmp_path, name, options):
+    small, large = noise(40, 40), noise(1200, 1200)
+    more = {"save_all": True, "append_images": [large] * 2} if name == "a.tif" else {}
+    (small if more else large).save(tmp_path / name, **more, **options)
+    size = (tmp_path / name).stat().st_size
+    assert size > 4_000_000
+    assert opened_at(tmp_path / name) < 600_000
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("a.png", {}), ("a.jpg", {"quality": 98}), ("a.jpg", {"progressive": True})]
+)
+def test_formats_that_are_checked_are_in_memory_once(tmp_path, name, options):
+    noise(1500, 1500).save(tmp_path / name, **options)
+    size = (tmp_path / name).stat().st_size
+    assert size > 1_000_000
+    assert opened_at(tmp_path / name) < 1.2 * size + 2**20 + 300_000

@@ -92,18 +92,22 @@ def _open(item: Item) -> Iterator[Image.Image]:
         yield Image.fromarray(item[..., 0] if item.shape[2] == 1 else item)
         return
     with _file(item) as (file, name, head):
-        stream = intact.whole(file.read())
+        stream = intact.whole(file, head)
         with _identified(stream, name, head) as image:
-            intact.check_strips(image, stream.getbuffer())
+            intact.check_strips(image, stream)
+            if not isinstance(stream, intact.Stream):
+                yield image
+                return
             if stream.profile:
                 image.info["icc_profile"] = stream.profile
+            stream.begin_pixels()
             try:
                 yield image
             except OSError as error:  # its end is there
                 if stream.hold >= 0 and CUT.search(str(error)):
                     raise OSError(intact.PIECE_MISSING) from None
                 raise
-            intact.check_rows(image, stream.getvalue())
+            intact.check_rows(image, stream)
         stream.check_read()
 
 
@@ -136,13 +140,9 @@ def _file(item: Path | bytes) -> Iterator[tuple[BinaryIO, str, bytes]]:
 
 
 def _identified(stream: BinaryIO, name: str, head: bytes) -> Image.Image:
-    Image.init()
-    own = Image.registered_extensions().get(PurePosixPath(name).suffix.lower())
-    # Formats without a signature would claim any binary file: they are tried only where the suffix asks for them.
-    formats = [one for one, (_, accept) in Image.OPEN.items() if one not in NOT_DECODED and (accept or one == own)]
     image: Image.Image | None = None
     try:
-        image = Image.open(stream, formats=formats)
+        image = Image.open(stream, formats=_formats(name, head))
     except UnidentifiedImageError:
         if not _signed(head):
             raise
@@ -156,6 +156,17 @@ def _identified(stream: BinaryIO, name: str, head: bytes) -> Image.Image:
             raise OSError(DAMAGED) from None
     file_kinds.refuse_thumbnail(image)
     return image
+
+
+def _formats(name: str, head: bytes) -> list[str]:
+    """Which formats a file may be of."""
+    Image.init()
+    for start, one in ((intact.JPEG_SIGNATURE, "JPEG"), (intact.PNG_SIGNATURE, "PNG")):
+        if head.startswith(start):
+            return [one]
+    own = Image.registered_extensions().get(PurePosixPath(name).suffix.lower())
+    # Formats without a signature would claim any binary file: they are tried only where the suffix asks for them.
+    return [one for one, (_, accept) in Image.OPEN.items() if one not in NOT_DECODED and (accept or one == own)]
 
 
 def _signed(head: bytes) -> bool:

@@ -6,10 +6,10 @@ They count as images that cannot be read. A format whose plug-in for Pillow is i
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 from PIL import Image
@@ -92,9 +92,12 @@ RAW = KINDS[-1]
 _BY_SUFFIX: Mapping[str, Kind] = {suffix: kind for kind in KINDS for suffix in kind.suffixes.split()}
 
 
+_ANY = re.compile(b"|".join(b"(?:" + kind.starts + b")" for kind in KINDS), re.DOTALL)
+
+
 def known(name: str) -> bool:
     """Whether a file is called as one of these kinds."""
-    return PurePosixPath(name).suffix.lower() in _BY_SUFFIX
+    return os.path.splitext(name)[1].lower() in _BY_SUFFIX
 
 
 def recognised(head: bytes) -> bool:
@@ -103,6 +106,8 @@ def recognised(head: bytes) -> bool:
 
 
 def _by_content(head: bytes) -> Kind | None:
+    if not _ANY.match(head):
+        return None
     return next((kind for kind in KINDS if re.match(kind.starts, head, re.DOTALL)), None)
 
 
@@ -118,7 +123,7 @@ def refuse(name: str, head: bytes) -> None:
     """
     kind = _by_content(head)
     if kind is None:
-        named = _BY_SUFFIX.get(PurePosixPath(name).suffix.lower())
+        named = _BY_SUFFIX.get(os.path.splitext(name)[1].lower())
         # What calls itself so and is none of it may still be a picture; of raw files the name alone tells.
         kind = named if named is RAW else None
     if kind is not None and not kind.readable():

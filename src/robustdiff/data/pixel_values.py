@@ -92,7 +92,8 @@ class Reader:
             base = Image.alpha_composite(Image.new("RGBA", base.size, "white"), base)
         if image.mode in ("P", "PA"):
             self.grey = _colourless(base)
-        return base.convert("L" if self.grey else "RGB")
+        wanted = "L" if self.grey else "RGB"
+        return base if base.mode == wanted else base.convert(wanted)  # which copies even if there is nothing to do
 
     # -- transparency --------------------------------------------------------------------------------------
 
