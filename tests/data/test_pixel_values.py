@@ -278,6 +278,24 @@ def test_a_grey_value_that_png_declares_transparent(tmp_path, depth):
     assert read(tmp_path)[0].min() == 0
 
 
+@pytest.mark.parametrize("value_range", [None, "0:4095"])
+def test_a_colour_of_16_bit_that_png_declares_transparent(tmp_path, value_range):
+    full = 65535 if value_range is None else 4095
+    pixels = np.array([[(full, 0, 0), (full - 1, 0, 0), (0, full, 0)]])
+    png(tmp_path / "a.png", [pixels[0].astype(">u2").tobytes()], 16, 2, (b"tRNS", struct.pack(">HHH", full, 0, 0)))
+    image, notes = read(tmp_path, value_range=value_range)
+    assert image.transpose(1, 2, 0)[0].tolist() == [[255, 255, 255], [255, 0, 0], [0, 255, 0]]
+    assert notes["alpha composited over white"] == 1
+
+
+def test_grey_of_16_bit_with_alpha_takes_a_range(tmp_path):
+    pair = np.stack([RAMP * 4095, np.where(RAMP < 0.5, 65535, 0)], -1)
+    png(tmp_path / "a.png", [row.astype(">u2").tobytes() for row in np.round(pair)], 16, 4)
+    image, _ = read(tmp_path, value_range="0:4095")
+    assert image.shape[0] == 1
+    assert abs(image[0] - np.where(RAMP < 0.5, GREY, 255)).max() <= 1
+
+
 # -- what has no colour ------------------------------------------------------------------------------
 
 

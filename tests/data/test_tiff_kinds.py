@@ -166,10 +166,19 @@ def test_transparency_in_planes_and_beside_grey(tmp_path, planar, bits, photomet
     np.testing.assert_allclose(read(tmp_path), colour * opacity + 255 * (1 - opacity) if alpha else colour, atol=2)
 
 
-def test_a_range_that_is_told_holds_for_planes(tmp_path):
-    share = shares(3)
-    write(tmp_path / "a.tif", np.round(share * 4095).astype(np.uint16), 16, 2, planar=True)
-    np.testing.assert_allclose(read(tmp_path, value_range="0:4095"), expected(share, 2), atol=1)
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("compression", [RAW, LZW])
+@pytest.mark.parametrize("alpha", [0, 1])
+def test_a_range_that_is_told_holds_for_every_layout(tmp_path, planar, compression, alpha):
+    for photometric, colours in ((2, 3), (5, 4), (1, 1)):
+        share = shares(colours + alpha)
+        stored = np.round(share * 4095).astype(np.uint16)
+        stored[..., colours:] = 65535
+        extra = (1,) * alpha
+        layout = {"planar": planar, "compression": compression, "extra": extra, "more": ((274, 3),)}
+        write(tmp_path / "a.tif", stored, 16, photometric, **layout)
+        turned = np.rot90(expected(share, photometric), 2)
+        np.testing.assert_allclose(read(tmp_path, value_range="0:4095"), turned, atol=2)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])

@@ -239,6 +239,8 @@ def decode(
     remarks = []
     if getattr(image, "is_animated", False) and image.format != "MPO":  # a photograph and a smaller copy of it
         remarks.append(FIRST_FRAME)
+    if value_range is not None:
+        image = tiff_samples.exact(image)
     reader = Reader(image)
     image.load()  # a truncated file fails here
     try:  # after load: Pillow turns TIFF files itself and then clears the tag

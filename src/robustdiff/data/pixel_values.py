@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -70,7 +69,8 @@ class Reader:
         """
         image, profile = self.image, self.image.info.get("icc_profile")
         deep = image.mode.startswith("I") or image.mode == "F"
-        wide = value_range is not None and self._packed.startswith("RGB") and self._packed.endswith(SIXTEEN)
+        colours = self._packed.endswith(SIXTEEN) and image.format == "PNG"  # of TIFF: see ``tiff_samples.exact``
+        wide = colours and (value_range is not None or isinstance(image.info.get("transparency"), tuple))
         alpha: Image.Image | None = None
         floating = image.mode == "F"
         if isinstance(image, SampledTiff):
@@ -115,10 +115,8 @@ class Reader:
         value = self.image.info.get("transparency")
         if self.image.format != "PNG" or value is None or isinstance(value, bytes):
             return value
-        if isinstance(value, tuple):
-            return tuple(one >> 8 for one in value) if self._packed.endswith(SIXTEEN) else value
         scale = {"L;2": 85, "L;4": 17, "1": 255}.get(self._packed, 1)
-        return value * scale if self.image.mode in ("1", "L") else value
+        return value * scale if isinstance(value, int) and self.image.mode in ("1", "L") else value
 
     # -- values --------------------------------------------------------------------------------------------
 
@@ -168,22 +166,26 @@ class Reader:
         return image, alpha
 
     def _colours_of_16_bit(self, value_range: ValueRange | None) -> tuple[Image.Image, Image.Image | None]:
-        """Colours that Pillow would halve in depth: decoded once for the high and once for the low bytes."""
-        high, low = np.asarray(self.image), np.asarray(self._low_bytes())
-        values = (high[..., :3].astype(np.uint16) << 8) | low[..., :3]
-        with_alpha = self.image.mode == "RGBA" and not self._opaque
-        alpha = Image.fromarray(high[..., 3]) if with_alpha else None
-        return Image.fromarray(_scaled(values, 65535, value_range)), alpha
+        """PNG that Pillow would halve in depth: its high bytes, and decoded once more as if they stood last."""
+        high = np.asarray(self.image)
+        if self.grey:  # with alpha; the four bytes are those of a colour
+            pair = np.asarray(self._decoded_as("RGBA"))
+            alpha, values = Image.fromarray(pair[..., 2]), (pair[..., :1].astype(np.uint16) << 8) | pair[..., 1:2]
+            return Image.fromarray(_scaled(values, 65535, value_range)[..., 0]), alpha
+        values = (high[..., :3].astype(np.uint16) << 8) | np.asarray(self._decoded_as(f"{self._packed[:-1]}L"))[..., :3]
+        base = Image.fromarray(_scaled(values, 65535, value_range))
+        if self.image.mode == "RGBA":
+            return base, Image.fromarray(high[..., 3])
+        transparent = self.image.info.get("transparency")
+        if transparent is None:
+            return base, None
+        return base, Image.fromarray(np.where((values == transparent).all(-1), np.uint8(0), np.uint8(255)))
 
-    def _low_bytes(self) -> Image.Image:
-        """The image decoded as if its numbers were stored the other way round."""
+    def _decoded_as(self, packed: str) -> Image.Image:
+        """The image decoded as if its pixels lay otherwise."""
         self._stream.seek(0)
         second: Any = Image.open(self._stream, formats=[str(self.image.format)])
-        other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[self._packed[-1]]
-        name = self._packed[:-1] + other
-        second.tile = [
-            tile._replace(args=(name, *tile.args[1:]) if isinstance(tile.args, tuple) else name) for tile in second.tile
-        ]
+        second.tile = [tile._replace(args=packed) for tile in second.tile]
         return second  # type: ignore[no-any-return]
 
 

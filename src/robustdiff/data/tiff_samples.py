@@ -238,3 +238,16 @@ def misread(image: Image.Image) -> bool:
     lost = planar and (samples > 1 or (raw and ({*bits} != {8} or photometric == 0)))
     known = {*bits} <= {*range(1, 9), 16} and {*formats} <= {UNSIGNED, 4}
     return bool((lost and samples == 1) or (photometric in COLOURS and (lost or samples > 4 or not known)))
+
+
+def exact(image: Image.Image) -> Image.Image:
+    """The image, or, of a TIFF of colours of 16 bit that Pillow would halve in depth, its numbers."""
+    tags: Any = getattr(image, "tag_v2", None)
+    if image.format != "TIFF" or tags is None or isinstance(image, SampledTiff):
+        return image
+    halved = tags.get(SAMPLES, 1) > 1 and 16 in tags.get(BITS, ()) and tags.get(COMPRESSION, 1) in LOSSLESS
+    if not halved:
+        return image
+    file: Any = image.fp  # type: ignore[attr-defined]
+    file.seek(0)
+    return SampledTiff(file)
