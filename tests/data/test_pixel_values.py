@@ -185,8 +185,45 @@ def test_every_command_says_so_and_takes_the_flag(tmp_path, capfd):
 def test_a_set_of_its_whole_range_is_not_told_anything(tmp_path, recwarn):
     tiff(tmp_path / "a.tif", np.round(RAMP * 65535).astype("<u2").tobytes(), 16)
     read(tmp_path)
-    Image.new("L", (8, 6)).save(tmp_path / "a.tif")  # black, but nothing more is in it
+    Image.new("L", (8, 6), 128).save(tmp_path / "a.tif")  # neither dark nor bright, and nothing more is in it
     read(tmp_path)
+    assert len(recwarn) == 0
+
+
+ENDS = {
+    "white": (lambda share: 255 + 0 * share, 255, 255),
+    "254 and 255": (lambda share: 254 + (share > 0.5), 254, 255),
+    "black": (lambda share: 0 * share, 0, 0),
+    "dark": (lambda share: 60 * share, 0, 60),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("odd", ["none", "an image", "a pixel of each"])
+def test_a_set_at_either_end_is_told_whatever_one_image_or_pixel_is(tmp_path, name, odd):
+    values, low, high = ENDS[name]
+    share = np.random.default_rng(0).random((12, 64, 64))
+    pixels = np.round(values(share)).astype(np.uint8)
+    if odd == "an image":
+        pixels[3] = share[3] * 255
+    if odd == "a pixel of each":
+        pixels[:, 7, 9] = 255 - pixels[:, 7, 9]
+    np.save(tmp_path / "a.npy", pixels)
+    many = "11 of 12 images" if odd == "an image" else "all 12 images"
+    with pytest.warns(RobustdiffWarning, match=rf"the pixels of {many} lie within {low} .. {high} of .*`value_range`"):
+        load_images(tmp_path / "a.npy")
+
+
+def test_bright_values_are_mended(tmp_path):
+    np.save(tmp_path / "a.npy", (254 + (RAMP[None] > 0.5)).astype(np.uint8))
+    assert (read(tmp_path / "a.npy", value_range="254:255")[0][0] == 255 * (RAMP > 0.5)).all()
+
+
+def test_a_set_that_is_half_dark_is_not_told_anything(tmp_path, recwarn):
+    share = np.random.default_rng(0).random((12, 64, 64))
+    share[::2] /= 5
+    np.save(tmp_path / "a.npy", (share * 255).astype(np.uint8))
+    load_images(tmp_path / "a.npy")
     assert len(recwarn) == 0
 
 
@@ -258,12 +295,29 @@ def test_a_fourth_band_is_transparency_only_where_declared(tmp_path, bits, order
 def test_a_tga_has_the_transparency_that_it_declares(tmp_path, declared, compression):
     pixels = np.zeros((6, 8, 4), np.uint8)
     pixels[..., 0] = 200
+    pixels[0, 0] = (255, 255, 255, 255 * (declared > 0))
     Image.fromarray(pixels).save(tmp_path / "a.tga", compression=compression)
     data = bytearray((tmp_path / "a.tga").read_bytes())
     data[17] = data[17] & 0xF0 | declared
     (tmp_path / "a.tga").write_bytes(bytes(data))
     image, _ = read(tmp_path)
-    assert (image.reshape(3, -1) == ([[255]] * 3 if declared else [[200], [0], [0]])).all()
+    assert (image.reshape(3, -1)[:, 1:] == ([[255]] * 3 if declared else [[200], [0], [0]])).all()
+
+
+@pytest.mark.parametrize("form", ["tga", "bmp"])
+def test_transparency_of_nothing_but_zeros_says_nothing(tmp_path, form):
+    pixels = np.zeros((6, 8, 4), np.uint8)
+    pixels[..., 0] = 200
+    Image.fromarray(pixels).save(tmp_path / f"a.{form}")
+    if form == "bmp":  # Pillow declares none
+        masks = struct.pack("<4I", 0xFF, 0xFF00, 0xFF0000, 0xFF000000)
+        head = struct.pack("<IiiHHIIiiII", 108, 8, 6, 1, 32, 3, pixels.nbytes, 0, 0, 0, 0) + masks + bytes(52)
+        whole = struct.pack("<2sIHHI", b"BM", 122 + pixels.nbytes, 0, 0, 122) + head + pixels.tobytes()
+        (tmp_path / "a.bmp").write_bytes(whole)
+    with Image.open(tmp_path / f"a.{form}") as image:
+        assert image.mode == "RGBA"
+    image, _ = read(tmp_path)
+    assert (image.reshape(3, -1) == [[200], [0], [0]]).all()
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])

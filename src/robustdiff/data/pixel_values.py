@@ -17,6 +17,8 @@ ValueRange: TypeAlias = "tuple[float, float]"
 
 FLOATING = "floating-point pixels: say which values are black and white with `value_range`, as in 0:1"
 SIXTEEN_BIT = "16-bit reduced to 8-bit"
+UNUSED_ALPHA = ("BMP", "DIB", "TGA")
+"""Formats whose writers declare transparency and leave it out: of 0 everywhere, it says nothing."""
 SIXTEEN = (";16B", ";16L", ";16N")
 """Ends of Pillow's names of packed pixels of 16 bit."""
 
@@ -141,7 +143,7 @@ class Reader:
 
     def _shallow(self, value_range: ValueRange | None, remarks: list[str]) -> tuple[Image.Image, Image.Image | None]:
         """What Pillow gives in 8 bits or fewer: a mode that has a profile, and alpha."""
-        image, mode = self.image, self.image.mode
+        image, mode, image_format = self.image, self.image.mode, self.image.format
         if mode == "1":
             remarks.append("1-bit expanded to 8-bit")
         elif mode in ("P", "PA"):
@@ -154,13 +156,15 @@ class Reader:
                 image.info["transparency"] = self._transparent_value()
             rgba = image.convert("LA" if mode == "La" else "RGBA").convert("RGBA")
             alpha, image = rgba.getchannel("A"), rgba.convert("RGB")
+            if image_format in UNUSED_ALPHA and alpha.getextrema() == (0, 0):
+                alpha = None
         elif self._opaque:
             image = image.convert("L" if self.grey else "RGB")
         if image.mode not in SPACES:
             image = image.convert("L" if self.grey else "RGB")
         elif self.grey and image.mode == "RGB":
             image = image.convert("L")
-        if value_range is not None and image.mode in ("L", "RGB") and value_range[1] < 255:
+        if value_range is not None and image.mode in ("L", "RGB") and value_range[1] <= 255:
             table = _scaled(np.arange(256), 255, value_range).tolist()
             image = image.point(table * len(image.getbands()))
         return image, alpha
