@@ -274,6 +274,20 @@ def test_a_remark_between_the_pixels_of_a_jpeg_and_its_end_is_no_damage(tmp_path
     assert bool((one == other).all())
 
 
+@pytest.mark.parametrize("zeros", [1, 40, 700, 20_000])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_zeros_before_the_end_of_a_jpeg_are_no_damage_where_all_rows_are_there(zeros, options, mode):
+    data = saved(photo(1, mode=mode), "JPEG", quality=90, **options)
+    pixels, why = tell(data[:-2] + bytes(zeros) + data[-2:])
+    assert why == ""
+    np.testing.assert_array_equal(pixels, tell(data)[0])
+    for share in (0.5, 0.9):
+        cut = int(len(data) * share)
+        if not options.get("progressive"):  # of which only the picture tells
+            assert tell(data[:cut] + bytes(len(data) - cut - 2) + data[-2:])[1] in REASONS
+
+
 # -- memory and time of good files -------------------------------------------------------------------
 
 

@@ -145,6 +145,7 @@ def _identified(stream: BinaryIO, name: str, head: bytes) -> Image.Image:
         image = Image.open(stream, formats=_formats(name, head))
     except UnidentifiedImageError:
         if not _signed(head):
+            file_kinds.refuse_name(name)
             raise
         if not head.startswith(tiff_samples.STARTS):
             raise OSError(DAMAGED) from None

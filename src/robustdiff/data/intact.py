@@ -250,6 +250,8 @@ def _jpeg(data: bytes) -> Stream:
     if marker_after is None or data.find(b"\xff\xd9", marker_after.start()) < 0:
         raise OSError(CUT_OFF)
     end = marker_after.start()
+    if not flat and data[end - 1] == 0:  # pixels end in a byte that ones fill up: the zeros are none
+        end = min(end, place + len(data[place:end].rstrip(b"\0")) + 2)
     if not flat and data.find(ZEROS, place, end) >= 0:
         raise OSError(PIECE_MISSING)
     if interval:
