@@ -6,12 +6,14 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from robustdiff.data.decode import FIRST_FRAME, Pixels
+from robustdiff.data.decode_pool import decode_all
 from robustdiff.data.pixel_values import SIXTEEN_BIT
 from robustdiff.data.sources.base import Source, listed
 from robustdiff.utils.errors import RobustdiffWarning
@@ -42,13 +44,31 @@ class Doubts:
 
     def look(self, image: Pixels, remarks: Sequence[str] = ()) -> None:
         """At one image, uint8 of any shape, and at what was remarked upon."""
+        first_frame = FIRST_FRAME in remarks
+        if first_frame or self._wide <= self._allowed:
+            self._add(*_glance(image, digest=first_frame), first_frame=first_frame)
+
+    def look_through(self, notes: Mapping[str, int], resolution: int | None) -> None:
+        """At the images of the source, decoded for that, until nothing more can be learnt.
+
+        Args:
+            notes: How many images are converted, by kind of conversion.
+            resolution: As in :func:`robustdiff.data.dataset.load_images`.
+        """
+        animated = notes.get(FIRST_FRAME, 0) > 1
+        glance = partial(_glance, digest=animated)
+        for decoded in decode_all(self.source, glance, resolution=resolution, what="looking"):
+            if decoded.value is not None:
+                self._add(*decoded.value, first_frame=FIRST_FRAME in decoded.remarks)
+            if not animated and self._wide > self._allowed:
+                return
+
+    def _add(self, low: int, high: int, digest: int, *, first_frame: bool) -> None:
         if self._wide <= self._allowed:
-            step = 1 + image.size // LOOKED_AT
-            some = np.sort(image.ravel("K")[:: step + (step % 3 == 0)])  # of all colours
-            self._spans.append((int(some[some.size // ODD]), int(some[-1 - some.size // ODD])))
-            self._wide += self._spans[-1][1] - self._spans[-1][0] > SLIVER
-        if FIRST_FRAME in remarks:
-            self._first_frames[zlib.crc32(np.ascontiguousarray(image).data)] += 1
+            self._spans.append((low, high))
+            self._wide += high - low > SLIVER
+        if first_frame:
+            self._first_frames[digest] += 1
 
     def _sliver(self, *, anywhere: bool) -> tuple[int, int, int] | None:
         """Darkest and brightest value of nearly all images, and how many they are, if that is a sliver.
@@ -98,3 +118,11 @@ class Doubts:
 
     def _warn(self, text: str) -> None:
         warnings.warn(RobustdiffWarning(f"{self.asked}: {text}"), stacklevel=5)
+
+
+def _glance(image: Pixels, *, digest: bool) -> tuple[int, int, int]:
+    """Nearly the darkest and nearly the brightest value of an image, and a digest of all, if that is wanted."""
+    step = 1 + image.size // LOOKED_AT
+    some = np.sort(image.ravel("K")[:: step + (step % 3 == 0)])  # of all colours
+    odd = some.size // ODD
+    return int(some[odd]), int(some[-1 - odd]), zlib.crc32(np.ascontiguousarray(image).data) if digest else 0
