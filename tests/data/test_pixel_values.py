@@ -509,3 +509,78 @@ def test_a_large_profile_in_png_is_used(tmp_path):
     row = bytes(stored) * 4
     png(tmp_path / "a.png", [row] * 4, 8, 2, (b"iCCP", b"big\0\0" + zlib.compress(big)))
     assert abs(read(tmp_path)[0][:, 1, 1] - (200, 60, 50)).max() <= 2
+
+
+# -- colours of PNG without a profile ----------------------------------------------------------------
+
+CONVERTED = {"colours converted to sRGB by the embedded profile": 1}
+IGNORED = {"colour profile that does not fit ignored": 1}
+SRGB_POINTS = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+P3_POINTS = (31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+STORED, SHOWN = (185, 71, 58), (200, 60, 50)
+"""One colour in Display P3 and in sRGB."""
+
+
+def chrm(*points):
+    return b"cHRM", struct.pack(">8I", *points)
+
+
+def gama(value):
+    return b"gAMA", struct.pack(">I", value)
+
+
+def shown(linear):
+    """Light, 0 to 1, as a value of sRGB."""
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+DECLARED = {
+    "Display P3, coded": ([(b"cICP", b"\x0c\x0d\0\1")], STORED, SHOWN, CONVERTED),
+    "Display P3, chromaticities": ([gama(45455), chrm(*P3_POINTS)], STORED, SHOWN, CONVERTED),
+    "chromaticities alone": ([chrm(*P3_POINTS)], STORED, SHOWN, CONVERTED),
+    "the code rules": ([(b"sRGB", b"\0"), (b"cICP", b"\x0c\x0d\0\1")], STORED, SHOWN, CONVERTED),
+    "linear light": ([gama(100000)], (60, 120, 20), shown(np.array([60, 120, 20]) / 255), CONVERTED),
+    "linear light, coded": ([(b"cICP", b"\1\x08\0\1")], (60, 120, 20), shown(np.array([60, 120, 20]) / 255), CONVERTED),
+    "sRGB, coded": ([(b"cICP", b"\1\x0d\0\1")], STORED, STORED, {}),
+    "sRGB": ([(b"sRGB", b"\0"), gama(45455), chrm(*P3_POINTS)], STORED, STORED, {}),
+    "the usual": ([gama(45455), chrm(*SRGB_POINTS)], STORED, STORED, {}),
+    "the usual curve": ([gama(45454)], STORED, STORED, {}),
+    "HDR": ([(b"cICP", b"\x09\x10\0\1")], STORED, STORED, IGNORED),
+    "no colours": ([chrm(*[0] * 8)], STORED, STORED, IGNORED),
+    "colours on a line": ([chrm(31270, 32900, *[30000] * 6)], STORED, STORED, IGNORED),
+    "absurd": ([chrm(31270, 1, *SRGB_POINTS[2:]), gama(1)], STORED, STORED, IGNORED),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_colours_that_png_declares_without_a_profile(tmp_path, name):
+    chunks, stored, expected, notes = DECLARED[name]
+    png(tmp_path / "a.png", [bytes(stored) * 4] * 4, 8, 2, *chunks)
+    image, found = read(tmp_path)
+    assert found == notes
+    np.testing.assert_allclose(image[:, 2, 2], expected, atol=2 if notes == CONVERTED else 0)
+    assert (load_images(tmp_path, max_memory=0).images[0].numpy() == image).all()
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_grey_of_linear_light(tmp_path, depth):
+    values = np.arange(10, 256, 5)  # where the curve is steeper, ImageCms is some levels off
+    row = (values * (257 if depth == 16 else 1)).astype(">u2" if depth == 16 else "u1").tobytes()
+    png(tmp_path / "a.png", [row], depth, 0, gama(100000))
+    image, notes = read(tmp_path)
+    assert image.shape[0] == 1
+    np.testing.assert_allclose(image[0, 0], shown(values / 255), atol=2)
+    assert notes["colours converted to sRGB by the embedded profile"] == 1
+
+
+def test_a_profile_goes_before_chromaticities(tmp_path):
+    profile = (b"iCCP", b"p\0\0" + zlib.compress(SRGB))
+    png(tmp_path / "a.png", [bytes(STORED) * 4] * 4, 8, 2, profile, gama(100000), chrm(*P3_POINTS))
+    assert read(tmp_path)[0][:, 2, 2].tolist() == list(STORED)
+
+
+def test_damaged_chunks_of_colour_cost_nothing(tmp_path):
+    png(tmp_path / "a.png", [bytes(STORED) * 4] * 4, 8, 2, gama(100000))
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(data.replace(struct.pack(">I", 100000), struct.pack(">I", 100001)))
+    assert read(tmp_path)[0][:, 2, 2].tolist() == list(STORED)

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
+from robustdiff.data import png_colour
+
 CUT_OFF = "cut off"
 PIECE_MISSING = "damaged: a piece of its pixels is missing or wrong"
 CHECKSUM = "damaged: a checksum of its pixels is wrong"
@@ -126,7 +128,7 @@ def png(file: BinaryIO, *, pixels: bool) -> Stream:
     Raises:
         OSError: If a checksum is wrong, or the end is missing.
     """
-    stream = Stream(file.read(len(PNG_SIGNATURE)))
+    stream, colours, colour_type = Stream(file.read(len(PNG_SIGNATURE))), dict[bytes, bytes](), 0
     stream.seek(0, io.SEEK_END)
     while len(head := file.read(8)) == 8:
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
@@ -135,6 +137,11 @@ def png(file: BinaryIO, *, pixels: bool) -> Stream:
             stream.seek(0)
             return stream
         critical = not kind[0] & 32
+        if kind in png_colour.CHUNKS and length <= 32:
+            body, told = file.read(length), file.read(4)
+            if zlib.crc32(body, zlib.crc32(kind)) == int.from_bytes(told, "big"):
+                colours[kind] = body
+            continue
         if not (critical or kind in PNG_KEPT or kind == b"iCCP"):
             file.seek(length + 4, io.SEEK_CUR)
             continue
@@ -153,10 +160,14 @@ def png(file: BinaryIO, *, pixels: bool) -> Stream:
             raise OSError(CHECKSUM)
         if kind == b"iCCP":
             stream.profile = _profile(stream.getvalue()[start + 8 : -4])
+        if kind == b"IHDR":
+            colour_type = stream.getbuffer()[start + 17]
         if kind == b"iCCP" or not good:
             stream.seek(start)
             stream.truncate()
         if kind == b"IEND":
+            if colours and (b"cICP" in colours or stream.profile is None):
+                stream.profile = png_colour.profile(colours, grey=colour_type in (0, 4))
             stream.seek(0)
             return stream
     raise OSError(CUT_OFF)
