@@ -101,6 +101,8 @@ def _open(item: Item) -> Iterator[Image.Image]:
             if stream.profile:
                 image.info["icc_profile"] = stream.profile
             stream.begin_pixels()
+            # In few pieces: decoders go slowly where one ends.
+            image.decodermaxblock = intact.PIECE  # type: ignore[attr-defined]
             try:
                 yield image
             except OSError as error:  # its end is there

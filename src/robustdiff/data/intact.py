@@ -262,13 +262,22 @@ def _jpeg(data: bytes) -> Stream:
         raise OSError(CUT_OFF)
     end = marker_after.start()
     if not flat and data[end - 1] == 0:  # pixels end in a byte that ones fill up: the zeros are none
-        end = min(end, place + len(data[place:end].rstrip(b"\0")) + 2)
+        end = min(end, end - _trailing(data, place, end, b"\0") + 2)
     if not flat and data.find(ZEROS, place, end) >= 0:
         raise OSError(PIECE_MISSING)
     if interval:
         _check_restarts(data[place:end], frame, interval)
-    spare = end - place - len(data[place:end].rstrip(b"\0\xff")) + SPARE if data[end - 1] in (0, 0xFF) else SPARE
-    return Stream(data, max(place, end - spare), end)
+    return Stream(data, max(place, end - _trailing(data, place, end, b"\0\xff") - SPARE), end)
+
+
+def _trailing(data: bytes, start: int, end: int, which: bytes) -> int:
+    """How many of the last bytes of a part are among some; the part is copied only if nearly all are."""
+    for size in (4096, end - start):
+        tail = data[max(start, end - size) : end]
+        count = len(tail) - len(tail.rstrip(which))
+        if count < len(tail):
+            break
+    return count
 
 
 def _first_symbols(tables: bytes) -> Iterator[int]:
