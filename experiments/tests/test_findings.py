@@ -17,6 +17,29 @@ MAIN = {"subspace": "frechet", "cifar10-cpu": "FD-squeezenet10_imagenet"}
 SHORT = {"cifar": "cifar10-cpu", "noised": "gaussian-p0.9-s0.2", "outliers10": "outliers-q0.1"}
 
 FINDINGS = """
+| plain | # | # | # | # |
+    plane clean plain, plane inlier-s0.1 plain, plane inlier plain, plane outliers plain
+| **`paper`, half the radius** | # | # | # | **#** |
+    plane clean paper-half, plane inlier-s0.1 paper-half, plane inlier paper-half, plane outliers paper-half
+| `paper` | # | # | # | # |
+    plane clean paper, plane inlier-s0.1 paper, plane inlier paper, plane outliers paper
+| `paper-random`, half the radius | # | # | # | # |
+    plane clean paper-random-half, plane inlier-s0.1 paper-random-half
+    plane inlier paper-random-half, plane outliers paper-random-half
+| `paper-random` | # | # | # | # |
+    plane clean paper-random, plane inlier-s0.1 paper-random, plane inlier paper-random, plane outliers paper-random
+| plain, label floor | # | # | # | # |
+    plane clean label-floor, plane inlier-s0.1 label-floor, plane inlier label-floor, plane outliers label-floor
+| plain, floor in quadrature | # | # | # | # |
+    plane clean quadrature-floor, plane inlier-s0.1 quadrature-floor
+    plane inlier quadrature-floor, plane outliers quadrature-floor
+| plain on the clean part | - | - | # | # |
+    plane inlier clean-subset, plane outliers clean-subset
+told nothing and ends at # ± #, beside # ± # for training on the clean part alone
+    plane outliers paper-half, plane outliers paper-half sd
+    plane outliers clean-subset, plane outliers clean-subset sd
+which is told its level**: # and # at 0.2, # and # at
+    plane inlier paper-half, plane inlier label-floor, plane inlier-s0.1 paper-half, plane inlier-s0.1 label-floor
 with inlier noise # against # for plain training, with outliers # against #;
     plane inlier adversarial-shift, plane inlier plain, plane outliers adversarial-shift, plane outliers plain
 subspace # against # and # against #. Ties
@@ -182,6 +205,12 @@ price on a clean ring, W2 | # ± # | plain #, floor # |
     ring clean gated-low, ring clean gated-low sd, ring clean plain, ring clean plain floor
 price on clean CIFAR-10, FD | # ¹ | plain #: # times |
     cifar clean gated-strong, cifar clean plain, strong over plain
+`paper`, half the radius, W2 | # ± # | plain #, clean part # |
+    plane outliers paper-half, plane outliers paper-half sd, plane outliers plain, plane outliers clean-subset
+a tie with the label floor | # ± # | # ± # |
+    plane inlier paper-half, plane inlier paper-half sd, plane inlier label-floor, plane inlier label-floor sd
+a tie with plain | # ± # | plain # |
+    plane clean paper-half, plane clean paper-half sd, plane clean plain
 Outliers, plane: relabelling | # ± # | plain #, gate # |
     plane outliers relabelled, plane outliers relabelled sd, plane outliers plain, plane outliers gated-low
 pseudo-Huber, Frechet | # ± # | plain #, floor # |

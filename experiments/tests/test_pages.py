@@ -75,8 +75,9 @@ def test_every_command_of_the_index_exists() -> None:
     text = (ROOT / "experiments" / "README.md").read_text()
     names = set(re.findall(r"python -m (experiments\.\w+)", text)) - {"experiments.NAME"}
     scripts = {f"experiments.{path.stem}" for path in (ROOT / "experiments").glob("[a-z]*.py")}
-    assert names == scripts | {"experiments.paper"}
-    for name in names - {"experiments.paper"}:
+    packages = {f"experiments.{path.parent.name}" for path in (ROOT / "experiments").glob("[a-z]*/__main__.py")}
+    assert names == scripts | packages
+    for name in scripts | {f"{name}.__main__" for name in packages}:
         assert callable(importlib.import_module(name).main)
 
 

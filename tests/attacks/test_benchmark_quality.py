@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,21 @@ def test_a_reference_named_later_finds_the_attacks_done(judged: Path, pipeline, 
     assert result(tmp_path / "out")["protocol"]["quality"]["n_real"] == 100
 
 
+def test_the_reference_takes_a_range(judged: Path, pipeline, tmp_path, monkeypatch) -> None:
+    shutil.copytree(judged, tmp_path / "out")
+    monkeypatch.setattr(run.Batch, "run", lambda *_: pytest.fail("done again"))
+    dark = load_images("digits").images[:100, 0].numpy() // 16
+    np.save(tmp_path / "dark.npy", dark)
+    more = ("-n", "16", "--batch-size", "16", "--reference", str(tmp_path / "dark.npy"), "--cache", "none")
+    found = []
+    for told in ((), ("--value-range", "0:15")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert main.main([*command(pipeline, tmp_path / "out", *more), *told]) == 0
+        found.append(result(tmp_path / "out")["values"]["FD-pixels, undisturbed"]["value"])
+    assert found[0] != found[1]
+
+
 @pytest.mark.slow
 def test_stopped_while_it_judges_it_goes_on_and_ends_as_a_whole_one(
     judged: Path,
@@ -172,6 +188,8 @@ def test_what_cannot_be_judged_is_left_out_and_told(settings, more, words, pipel
         (("--extractor", "pixels", "--reference", "none"), "--extractor does nothing with --reference none"),
         (("--extractor", "pixels", "--extractor", "pixels"), "--extractor pixels is given twice"),
         (("--split", "test"), "--split needs --reference"),
+        (("--value-range", "0:1"), "--value-range needs --reference"),
+        (("--value-range", "0-1", "--reference", "digits", "-n", "16"), "--value-range '0-1' is not LOW:HIGH"),
         (("--max-bad-fraction", "2"), "--max-bad-fraction must be"),
     ],
 )

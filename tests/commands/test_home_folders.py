@@ -10,6 +10,7 @@ import pytest
 from command_line import fails, tree
 from robustdiff.commands import main
 from robustdiff.commands.main import COMMANDS
+from robustdiff.utils.errors import UsageError
 
 
 @pytest.fixture
@@ -57,6 +58,31 @@ def test_what_is_written_lands_there_and_nothing_here(home, here, photos, pipeli
     written = {path.name for path in home.iterdir()}
     assert written == {"photos", "model", "audit", "dirty", "samples", "pure"}
     assert tree(here) == {}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_home_of_nobody_is_one_line(command: str, here: Path, capsys) -> None:
+    """It would become a folder of that name, or a stack trace."""
+    config = COMMANDS[command].config
+    needed = {field.name: "x" for field in dataclasses.fields(config) if field.default is dataclasses.MISSING}
+    for name in texts(config):
+        several = "tuple" in str(next(field.type for field in dataclasses.fields(config) if field.name == name))
+        made = config(**{**needed, name: ("~nobody9/y",) if several else "~nobody9/y"})
+        if name in ("title", "told", "class_label") or name.endswith(("split", "column")):
+            made.check_homes()
+        else:
+            with pytest.raises(
+                UsageError, match=f"`{name}` ~nobody9/y: there is no user 'nobody9' here: write ./~nobody"
+            ):
+                made.validate()
+    assert tree(here) == {}
+
+
+def test_the_home_of_nobody_is_made_by_no_command(here: Path, photos: Path, capsys) -> None:
+    line = fails(capsys, "audit", str(photos), "--output=~nobody9/y")
+    assert line.startswith("robustdiff: --output ~nobody9/y: there is no user 'nobody9'")
+    assert main.main(["audit", str(photos), "--output=./~nobody9/y"]) == 0
+    assert [path.name for path in here.iterdir()] == ["~nobody9"]
 
 
 @pytest.mark.parametrize("output", ["~/photos", "~/photos/run", "~"])

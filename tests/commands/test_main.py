@@ -196,6 +196,11 @@ def test_a_reader_that_has_gone_is_no_stack_trace(arguments: tuple[str, ...], bu
         (("corrupt", "x", "y", "--overwite"), ("--overwite", "did you mean --overwrite?")),
         (("corrupt", "x", "y", "--corupt=blur"), ("--corupt", "did you mean --corrupt?")),
         (("train", "--seed", "3", "--zzz"), ("no flag --zzz",)),
+        (("purify", "x", "y", "--model", "z"), ("no flag --model; MODEL is given without one (see",)),
+        (("sample", "--run=x"), ("no flag --run; RUN is given without one (see",)),
+        (("sample", "x", "--no-steps"), ("no flag --no-steps; did you mean --steps?",)),
+        (("--steps=5", "sample", "x"), ("sample: Unrecognized options: --steps=5 (see",)),
+        (("sample", "x", "--init-from", "z"), ("no flag --init-from (see",)),  # which another command has
         (("train", "x", "stray"), ("stray",)),
         (("train", "x", "--seed"), ("--seed", "value")),
         (("sample", "x", "-n"), ("-n", "value")),

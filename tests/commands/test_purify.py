@@ -212,7 +212,7 @@ def test_bad_input_is_one_line_and_touches_nothing(
 
 
 def test_labels_beyond_the_models_are_refused(here, capsys, conditional) -> None:
-    np.savez("set.npz", images=np.zeros((2, 8, 8), np.uint8), labels=np.array([0, 3]))
+    np.savez("set.npz", images=np.arange(128, dtype=np.uint8).reshape(2, 8, 8), labels=np.array([0, 3]))
     load_pipeline(conditional).save_pretrained("unnamed")
     error = fails(capsys, "purify", "set.npz", "unnamed", "-o", "new")
     assert "class number 3" in error

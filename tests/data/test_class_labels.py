@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import datasets
 import numpy as np
@@ -69,6 +70,12 @@ def test_two_classes_may_be_links_to_one_folder(tmp_path, elsewhere):
 def test_a_class_that_is_a_link_to_another_is_named(tmp_path):
     classes(tmp_path)
     (tmp_path / "feline").symlink_to("cat")
+    with pytest.warns(RobustdiffWarning, match="feline is a link to cat, .* there is no class feline"):
+        load_images(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = load_images(tmp_path)
+    assert again.classes == ("cat", "dog")
     assert load_images(tmp_path).skipped == (("feline", "a link to cat, which is read as itself"),)
 
 
@@ -86,7 +93,22 @@ def test_links_out_and_back_in_end(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["@eaDir", "$RECYCLE.BIN", "$Recycle.Bin", "lost+found", "__MACOSX", "System Volume Information", "#recycle"],
+    [
+        "@eaDir",
+        "$RECYCLE.BIN",
+        "$Recycle.Bin",
+        "lost+found",
+        "__MACOSX",
+        "System Volume Information",
+        "#recycle",
+        "@tmp",
+        "FOUND.000",
+        "found.012",
+        "Network Trash Folder",
+        "Temporary Items",
+        "RECYCLED",
+        "@__thumb",
+    ],
 )
 def test_folders_of_systems_are_neither_images_nor_classes(tmp_path, name):
     expected = classes(tmp_path)
@@ -172,6 +194,52 @@ def test_an_image_without_a_label_is_named(tmp_path):
     unlabelled(tmp_path, "1.png has no label")
 
 
+WRITTEN = {
+    "semicolons": ("file_name;label\n{0};Käfer\n{1};Öl, roh\n", "utf-8"),
+    "semicolons of a German spreadsheet": ("file_name;label\r\n{0};Käfer\r\n{1};Öl, roh\r\n", "cp1252"),
+    "tabs of a spreadsheet": ("file_name\tlabel\n{0}\tKäfer\n{1}\tÖl, roh\n", "utf-16"),
+    "UTF-8 with a mark, quoted": ('"file_name","label"\n"{0}","Käfer"\n"{1}","Öl, roh"\n', "utf-8-sig"),
+    "a space after each comma": ('file_name, my own note, label\n{0}, a b c, Käfer \n{1}, d, "Öl, roh"\n', "utf-8"),
+    "spaces": ('file_name   label\n{0}  Käfer\n{1} "Öl, roh"\n', "latin-1"),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_table_as_spreadsheets_and_people_write_it(tmp_path, name):
+    for seed in range(2):
+        save(tmp_path / f"{seed}.png", seed)
+    text, encoding = WRITTEN[name]
+    (tmp_path / "metadata.csv").write_bytes(text.format("0.png", "1.png").encode(encoding))
+    assert labelled(tmp_path) == {"0.png": "Käfer", "1.png": "Öl, roh"}
+
+
+def test_numbers_with_leading_zeros_are_names(tmp_path):
+    values = ("00", "01", "10")
+    for seed in range(3):
+        save(tmp_path / f"{seed}.png", seed)
+    write_metadata(tmp_path, "csv", [{"file_name": f"{seed}.png", "label": values[seed]} for seed in range(3)])
+    assert load_images(tmp_path).classes == values
+
+
+@pytest.mark.parametrize("values", [("cat", "lynx"), ("", "lynx")])
+def test_folders_give_the_labels_that_metadata_leave_out(tmp_path, values):
+    expected = classes(tmp_path)
+    rows = [{"file_name": f"cat/{place + 1}.png", "label": value} for place, value in enumerate(values)]
+    write_metadata(tmp_path, "csv", rows)
+    assert labelled(tmp_path) == expected | {"cat/2.png": "lynx"}
+    gaps = 1 + (values[0] == "")
+    assert load_images(tmp_path).notes["labels of folders (metadata has none)"] == gaps
+
+
+def test_the_folder_that_metadata_lie_in_is_no_label(tmp_path):
+    for seed in range(3):
+        save(tmp_path / "train" / f"{seed}.png", seed)
+    for seed, name in enumerate(("more", "other")):
+        save(tmp_path / name / "3.png", 3 + seed)
+    write_metadata(tmp_path / "train", "csv", [{"file_name": f"{seed}.png", "label": "a"} for seed in range(2)])
+    unlabelled(tmp_path, "train/2.png has no label")
+
+
 def test_a_column_of_another_name_is_to_be_named(tmp_path):
     save(tmp_path / "0.png")
     write_metadata(tmp_path, "csv", [{"file_name": "0.png", "breed": "a"}])
@@ -223,17 +291,22 @@ def test_labels_of_every_type_of_array(tmp_path, name):
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
+        (np.array(list("abab"), object), ("array labels holds Python objects", "labels.astype(str)")),
+        (np.array([0, 1, -1, 1]), ("2 has no label",)),
         (np.array([0.5, 1, 2, 3]), ("array labels", "0.5", "whole number")),
         (np.ones((4, 3)), ("array labels", "(4, 3)", "one-hot")),
         (np.zeros(3, int), ("array labels", "(3,)", "4 whole numbers")),
         (np.array([0, 1, np.nan, 1]), ("2 has no label",)),
     ],
-    ids=["fractions", "not one-hot", "too few", "a gap"],
+    ids=["objects", "-1", "fractions", "not one-hot", "too few", "a gap"],
 )
 def test_an_array_that_cannot_be_labels_is_named(tmp_path, labels, words):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 6)).astype(np.uint8)
     np.savez(tmp_path / "a.npz", images=pixels, labels=labels)
     unlabelled(tmp_path / "a.npz", *words)
+    np.savez(tmp_path / "b.npz", x=pixels, labels=labels)
+    if len(labels) == 4:
+        unlabelled(tmp_path / "b.npz", *words)
 
 
 def test_arrays_without_labels_say_where_they_go(tmp_path):

@@ -272,3 +272,59 @@ def test_a_remark_between_the_pixels_of_a_jpeg_and_its_end_is_no_damage(tmp_path
     (tmp_path / "b.jpg").write_bytes(data[:-2] + remark + data[-2:])
     one, other = load_images(str(tmp_path)).images
     assert bool((one == other).all())
+
+
+@pytest.mark.parametrize("zeros", [1, 40, 700, 20_000])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_zeros_before_the_end_of_a_jpeg_are_no_damage_where_all_rows_are_there(zeros, options, mode):
+    data = saved(photo(1, mode=mode), "JPEG", quality=90, **options)
+    pixels, why = tell(data[:-2] + bytes(zeros) + data[-2:])
+    assert why == ""
+    np.testing.assert_array_equal(pixels, tell(data)[0])
+    for share in (0.5, 0.9):
+        cut = int(len(data) * share)
+        if not options.get("progressive"):  # of which only the picture tells
+            assert tell(data[:cut] + bytes(len(data) - cut - 2) + data[-2:])[1] in REASONS
+
+
+# -- memory and time of good files -------------------------------------------------------------------
+
+
+def noise(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8))
+
+
+def opened_at(path):
+    """The most bytes of Python's memory that reading a good file took, its pixels not counted."""
+    tracemalloc.start()
+    try:
+        _, why = decode.guarded(lambda image: image.load() and None, lambda _: path, 0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert why == ""
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("a.bmp", {}), ("a.tif", {}), ("a.tif", {"compression": "tiff_lzw"}), ("a.tif", {"compression": "tiff_deflate"})],
+)
+def test_formats_that_are_not_checked_as_a_whole_are_not_read_into_memory(tmp_path, name, options):
+    small, large = noise(40, 40), noise(1200, 1200)
+    more = {"save_all": True, "append_images": [large] * 2} if name == "a.tif" else {}
+    (small if more else large).save(tmp_path / name, **more, **options)
+    size = (tmp_path / name).stat().st_size
+    assert size > 4_000_000
+    assert opened_at(tmp_path / name) < 600_000
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("a.png", {}), ("a.jpg", {"quality": 98}), ("a.jpg", {"progressive": True})]
+)
+def test_formats_that_are_checked_are_in_memory_once(tmp_path, name, options):
+    noise(2400, 2400).save(tmp_path / name, **options)
+    size = (tmp_path / name).stat().st_size
+    assert size > 1_000_000
+    assert opened_at(tmp_path / name) < 1.2 * size + 2 * intact.PIECE + 300_000  # and what is handed over

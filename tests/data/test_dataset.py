@@ -402,7 +402,7 @@ def test_every_bad_file_is_skipped_and_named_with_its_reason(tmp_path, monkeypat
         "data.bin": "not an image",
         "zeros.bin": "not an image",
         "no_signature.bin": "not an image",
-        "page.eps": "not an image",
+        "page.eps": "PostScript or Illustrator drawing: convert it to PNG first",
         "link.png": "broken symbolic link",
         "pipe.png": "not a regular file",
         "locked.png": "permission denied",

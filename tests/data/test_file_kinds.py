@@ -22,6 +22,17 @@ HEADS = {
     "a.svg": (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG: convert"),
     "a.psb": (b"8BPS\0\2" + bytes(20), "large Photoshop document: convert"),
     "a.xcf": (b"gimp xcf v011", "GIMP project: convert"),
+    "a.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "PostScript or Illustrator drawing: convert"),
+    "a.ai": (b"%PDF-1.5\n", "PDF: convert"),
+    "a.pdf": (b"%PDF-1.7\n", "PDF: convert"),
+    "a.emf": (b"\1\0\0\0\x6c\0\0\0" + bytes(32) + b" EMF", "Windows metafile: convert"),
+    "a.wmf": (b"\xd7\xcd\xc6\x9a\0\0", "Windows metafile: convert"),
+    "a.djvu": (b"AT&TFORM\0\0\1\0DJVUINFO", "DjVu: convert"),
+    "a.cdr": (b"RIFF\0\1\0\0CDR9vrsn", "CorelDRAW drawing: convert"),
+    "a.jls": (b"\xff\xd8\xff\xf7\0\x0b", "JPEG-LS: convert"),
+    "a.mng": (b"\x8aMNG\r\n\x1a\n", "MNG or JNG: convert"),
+    "a.dpx": (b"SDPX\0\0\x20\0V1.0", "DPX or Cineon: convert"),
+    "a.ktx2": (b"\xabKTX 20\xbb\r\n\x1a\n", "texture: convert"),
     "a.cr2": (b"II*\0\x10\0\0\0CR\2\0", "camera raw file: develop"),
     "a.cr3": (b"\0\0\0\x18ftypcrx \0\0\0\1", "camera raw file: develop"),
     "a.raf": (b"FUJIFILMCCD-RAW 0201", "camera raw file: develop"),
@@ -55,6 +66,17 @@ def test_a_known_kind_counts_as_unreadable_and_names_its_remedy(tmp_path, name, 
     skipped = load_images(tmp_path, max_bad_fraction=1).skipped
     assert len(skipped) == 3
     assert all(why.startswith(reason) for _, why in skipped)
+
+
+@pytest.mark.parametrize("name", ["a.kra", "a.ora", "a.afphoto", "a.pct", "a.nii", "a.heic", "a.psp"])
+def test_a_kind_that_only_its_name_tells_counts_too(tmp_path, name):
+    photos(tmp_path, 4)
+    for number in range(3):
+        (tmp_path / f"{number}{name}").write_bytes(b"PK\3\4" + bytes(300))
+    with pytest.raises(
+        DataError, match=r"at least 3 of 7 images cannot be read, for example .*: (convert|pip install)"
+    ):
+        load_images(tmp_path)
 
 
 def tiff_with(path, tags):
@@ -116,7 +138,7 @@ def test_a_plugin_that_is_installed_is_used(tmp_path, monkeypatch):
 def test_other_files_still_count_for_nothing(tmp_path):
     photos(tmp_path, 4)
     for number in range(9):
-        (tmp_path / f"{number}.pdf").write_bytes(b"%PDF-1.7")
+        (tmp_path / f"{number}.docx").write_bytes(b"PK\3\4" + bytes(100))
         (tmp_path / f"{number}.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(100))
     assert len(load_images(tmp_path, max_bad_fraction=0)) == 4
 

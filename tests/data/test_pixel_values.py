@@ -185,8 +185,45 @@ def test_every_command_says_so_and_takes_the_flag(tmp_path, capfd):
 def test_a_set_of_its_whole_range_is_not_told_anything(tmp_path, recwarn):
     tiff(tmp_path / "a.tif", np.round(RAMP * 65535).astype("<u2").tobytes(), 16)
     read(tmp_path)
-    Image.new("L", (8, 6)).save(tmp_path / "a.tif")  # black, but nothing more is in it
+    Image.new("L", (8, 6), 128).save(tmp_path / "a.tif")  # neither dark nor bright, and nothing more is in it
     read(tmp_path)
+    assert len(recwarn) == 0
+
+
+ENDS = {
+    "white": (lambda share: 255 + 0 * share, 255, 255),
+    "254 and 255": (lambda share: 254 + (share > 0.5), 254, 255),
+    "black": (lambda share: 0 * share, 0, 0),
+    "dark": (lambda share: 60 * share, 0, 60),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("odd", ["none", "an image", "a pixel of each"])
+def test_a_set_at_either_end_is_told_whatever_one_image_or_pixel_is(tmp_path, name, odd):
+    values, low, high = ENDS[name]
+    share = np.random.default_rng(0).random((12, 64, 64))
+    pixels = np.round(values(share)).astype(np.uint8)
+    if odd == "an image":
+        pixels[3] = share[3] * 255
+    if odd == "a pixel of each":
+        pixels[:, 7, 9] = 255 - pixels[:, 7, 9]
+    np.save(tmp_path / "a.npy", pixels)
+    many = "11 of 12 images" if odd == "an image" else "all 12 images"
+    with pytest.warns(RobustdiffWarning, match=rf"the pixels of {many} lie within {low} .. {high} of .*`value_range`"):
+        load_images(tmp_path / "a.npy")
+
+
+def test_bright_values_are_mended(tmp_path):
+    np.save(tmp_path / "a.npy", (254 + (RAMP[None] > 0.5)).astype(np.uint8))
+    assert (read(tmp_path / "a.npy", value_range="254:255")[0][0] == 255 * (RAMP > 0.5)).all()
+
+
+def test_a_set_that_is_half_dark_is_not_told_anything(tmp_path, recwarn):
+    share = np.random.default_rng(0).random((12, 64, 64))
+    share[::2] /= 5
+    np.save(tmp_path / "a.npy", (share * 255).astype(np.uint8))
+    load_images(tmp_path / "a.npy")
     assert len(recwarn) == 0
 
 
@@ -258,12 +295,29 @@ def test_a_fourth_band_is_transparency_only_where_declared(tmp_path, bits, order
 def test_a_tga_has_the_transparency_that_it_declares(tmp_path, declared, compression):
     pixels = np.zeros((6, 8, 4), np.uint8)
     pixels[..., 0] = 200
+    pixels[0, 0] = (255, 255, 255, 255 * (declared > 0))
     Image.fromarray(pixels).save(tmp_path / "a.tga", compression=compression)
     data = bytearray((tmp_path / "a.tga").read_bytes())
     data[17] = data[17] & 0xF0 | declared
     (tmp_path / "a.tga").write_bytes(bytes(data))
     image, _ = read(tmp_path)
-    assert (image.reshape(3, -1) == ([[255]] * 3 if declared else [[200], [0], [0]])).all()
+    assert (image.reshape(3, -1)[:, 1:] == ([[255]] * 3 if declared else [[200], [0], [0]])).all()
+
+
+@pytest.mark.parametrize("form", ["tga", "bmp"])
+def test_transparency_of_nothing_but_zeros_says_nothing(tmp_path, form):
+    pixels = np.zeros((6, 8, 4), np.uint8)
+    pixels[..., 0] = 200
+    Image.fromarray(pixels).save(tmp_path / f"a.{form}")
+    if form == "bmp":  # Pillow declares none
+        masks = struct.pack("<4I", 0xFF, 0xFF00, 0xFF0000, 0xFF000000)
+        head = struct.pack("<IiiHHIIiiII", 108, 8, 6, 1, 32, 3, pixels.nbytes, 0, 0, 0, 0) + masks + bytes(52)
+        whole = struct.pack("<2sIHHI", b"BM", 122 + pixels.nbytes, 0, 0, 122) + head + pixels.tobytes()
+        (tmp_path / "a.bmp").write_bytes(whole)
+    with Image.open(tmp_path / f"a.{form}") as image:
+        assert image.mode == "RGBA"
+    image, _ = read(tmp_path)
+    assert (image.reshape(3, -1) == [[200], [0], [0]]).all()
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
@@ -276,6 +330,24 @@ def test_a_grey_value_that_png_declares_transparent(tmp_path, depth):
     assert notes["alpha composited over white"] == 1
     png(tmp_path / "a.png", [row], depth, 0, (b"tRNS", struct.pack(">H", full)))
     assert read(tmp_path)[0].min() == 0
+
+
+@pytest.mark.parametrize("value_range", [None, "0:4095"])
+def test_a_colour_of_16_bit_that_png_declares_transparent(tmp_path, value_range):
+    full = 65535 if value_range is None else 4095
+    pixels = np.array([[(full, 0, 0), (full - 1, 0, 0), (0, full, 0)]])
+    png(tmp_path / "a.png", [pixels[0].astype(">u2").tobytes()], 16, 2, (b"tRNS", struct.pack(">HHH", full, 0, 0)))
+    image, notes = read(tmp_path, value_range=value_range)
+    assert image.transpose(1, 2, 0)[0].tolist() == [[255, 255, 255], [255, 0, 0], [0, 255, 0]]
+    assert notes["alpha composited over white"] == 1
+
+
+def test_grey_of_16_bit_with_alpha_takes_a_range(tmp_path):
+    pair = np.stack([RAMP * 4095, np.where(RAMP < 0.5, 65535, 0)], -1)
+    png(tmp_path / "a.png", [row.astype(">u2").tobytes() for row in np.round(pair)], 16, 4)
+    image, _ = read(tmp_path, value_range="0:4095")
+    assert image.shape[0] == 1
+    assert abs(image[0] - np.where(RAMP < 0.5, GREY, 255)).max() <= 1
 
 
 # -- what has no colour ------------------------------------------------------------------------------
@@ -437,3 +509,78 @@ def test_a_large_profile_in_png_is_used(tmp_path):
     row = bytes(stored) * 4
     png(tmp_path / "a.png", [row] * 4, 8, 2, (b"iCCP", b"big\0\0" + zlib.compress(big)))
     assert abs(read(tmp_path)[0][:, 1, 1] - (200, 60, 50)).max() <= 2
+
+
+# -- colours of PNG without a profile ----------------------------------------------------------------
+
+CONVERTED = {"colours converted to sRGB by the embedded profile": 1}
+IGNORED = {"colour profile that does not fit ignored": 1}
+SRGB_POINTS = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)
+P3_POINTS = (31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+STORED, SHOWN = (185, 71, 58), (200, 60, 50)
+"""One colour in Display P3 and in sRGB."""
+
+
+def chrm(*points):
+    return b"cHRM", struct.pack(">8I", *points)
+
+
+def gama(value):
+    return b"gAMA", struct.pack(">I", value)
+
+
+def shown(linear):
+    """Light, 0 to 1, as a value of sRGB."""
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+DECLARED = {
+    "Display P3, coded": ([(b"cICP", b"\x0c\x0d\0\1")], STORED, SHOWN, CONVERTED),
+    "Display P3, chromaticities": ([gama(45455), chrm(*P3_POINTS)], STORED, SHOWN, CONVERTED),
+    "chromaticities alone": ([chrm(*P3_POINTS)], STORED, SHOWN, CONVERTED),
+    "the code rules": ([(b"sRGB", b"\0"), (b"cICP", b"\x0c\x0d\0\1")], STORED, SHOWN, CONVERTED),
+    "linear light": ([gama(100000)], (60, 120, 20), shown(np.array([60, 120, 20]) / 255), CONVERTED),
+    "linear light, coded": ([(b"cICP", b"\1\x08\0\1")], (60, 120, 20), shown(np.array([60, 120, 20]) / 255), CONVERTED),
+    "sRGB, coded": ([(b"cICP", b"\1\x0d\0\1")], STORED, STORED, {}),
+    "sRGB": ([(b"sRGB", b"\0"), gama(45455), chrm(*P3_POINTS)], STORED, STORED, {}),
+    "the usual": ([gama(45455), chrm(*SRGB_POINTS)], STORED, STORED, {}),
+    "the usual curve": ([gama(45454)], STORED, STORED, {}),
+    "HDR": ([(b"cICP", b"\x09\x10\0\1")], STORED, STORED, IGNORED),
+    "no colours": ([chrm(*[0] * 8)], STORED, STORED, IGNORED),
+    "colours on a line": ([chrm(31270, 32900, *[30000] * 6)], STORED, STORED, IGNORED),
+    "absurd": ([chrm(31270, 1, *SRGB_POINTS[2:]), gama(1)], STORED, STORED, IGNORED),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_colours_that_png_declares_without_a_profile(tmp_path, name):
+    chunks, stored, expected, notes = DECLARED[name]
+    png(tmp_path / "a.png", [bytes(stored) * 4] * 4, 8, 2, *chunks)
+    image, found = read(tmp_path)
+    assert found == notes
+    np.testing.assert_allclose(image[:, 2, 2], expected, atol=2 if notes == CONVERTED else 0)
+    assert (load_images(tmp_path, max_memory=0).images[0].numpy() == image).all()
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_grey_of_linear_light(tmp_path, depth):
+    values = np.arange(10, 256, 5)  # where the curve is steeper, ImageCms is some levels off
+    row = (values * (257 if depth == 16 else 1)).astype(">u2" if depth == 16 else "u1").tobytes()
+    png(tmp_path / "a.png", [row], depth, 0, gama(100000))
+    image, notes = read(tmp_path)
+    assert image.shape[0] == 1
+    np.testing.assert_allclose(image[0, 0], shown(values / 255), atol=2)
+    assert notes["colours converted to sRGB by the embedded profile"] == 1
+
+
+def test_a_profile_goes_before_chromaticities(tmp_path):
+    profile = (b"iCCP", b"p\0\0" + zlib.compress(SRGB))
+    png(tmp_path / "a.png", [bytes(STORED) * 4] * 4, 8, 2, profile, gama(100000), chrm(*P3_POINTS))
+    assert read(tmp_path)[0][:, 2, 2].tolist() == list(STORED)
+
+
+def test_damaged_chunks_of_colour_cost_nothing(tmp_path):
+    png(tmp_path / "a.png", [bytes(STORED) * 4] * 4, 8, 2, gama(100000))
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(data.replace(struct.pack(">I", 100000), struct.pack(">I", 100001)))
+    assert read(tmp_path)[0][:, 2, 2].tolist() == list(STORED)

@@ -47,6 +47,15 @@ if fault and os.environ.get("RANK") == place:
             raise RuntimeError("the sixth step is broken")
         return original(self, counters, images)
 
+    def for_ever(self, counters, images, original=loader.Batches.draw):
+        while counters[0] >= 20:
+            print("hangs", flush=True)
+            import ctypes
+            libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+            libc.pthread_mutex_lock(mutex)
+            libc.pthread_mutex_lock(mutex)
+        return original(self, counters, images)
+
     def in_loading(*_, **__):
         raise DataError("x.png: cannot be\\nread here")
 
@@ -56,7 +65,9 @@ if fault and os.environ.get("RANK") == place:
     def in_saving(*_):
         raise OSError(28, "No space left on device")
 
-    if fault == "step":
+    if fault == "hang":
+        loader.Batches.draw = for_ever
+    elif fault == "step":
         loader.Batches.draw = in_the_sixth_step
     elif fault == "data":
         training_set.load_images = in_loading

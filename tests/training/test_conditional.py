@@ -5,6 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,12 @@ from PIL import Image
 
 from helpers import TINY_UNET
 from robustdiff.commands import main
+from robustdiff.data.dataset import ImageDataset
+from robustdiff.data.match_model import renumber
 from robustdiff.diffusion.config import SampleConfig
 from robustdiff.diffusion.pipeline import load_pipeline, sample
-from robustdiff.diffusion.sample_files import sample_to_files
+from robustdiff.diffusion.sample_files import class_labels, sample_to_files, trained_classes
+from robustdiff.training.callbacks import evaluation, pipeline
 from robustdiff.training.config import TrainConfig
 from robustdiff.training.trainer import train
 from robustdiff.utils.errors import UsageError
@@ -200,11 +204,14 @@ def test_fine_tuning_numbers_classes_as_the_model_does(config: TrainConfig, know
     account = json.loads((done / "data.json").read_text())["data"]
     assert account["classes"] == {"ant": 0, "cat": 2, "zebra": 2}
     assert "ant, cat, zebra" in (done / "README.md").read_text()
-    for label, numbers in (("zebra", [2, 2, 2]), ("cat", [1, 1, 1]), (None, [0, 1, 2])):
+    for label, numbers in (("zebra", [2, 2, 2]), ("cat", [1, 1, 1]), (None, [1, 2, 1])):
         output = tmp_path / f"{label}.npz"
         sample_to_files(SampleConfig(str(done), n=3, steps=2, output=str(output), class_label=label))
         with np.load(output) as arrays:
             assert arrays["labels"].tolist() == numbers
+    with pytest.raises(UsageError, match=r"`class_label` ant: .* on no image of that class: give one of cat, zebra"):
+        sample_to_files(SampleConfig(str(done), n=3, steps=2, output=str(tmp_path / "x"), class_label="ant"))
+    assert "torch.tensor([1, 1, 2, 2])" in (done / "README.md").read_text()
     train(
         tuned(
             config,
@@ -244,3 +251,76 @@ def test_a_model_without_names_is_told_classes_by_their_numbers(config: TrainCon
     data = classes_of(tmp_path / "more", "0", "3")
     with pytest.raises(UsageError, match=r"class number 3, .* has 0 \.\. 2"):
         train(tuned(config, tmp_path / "nameless", data, tmp_path / "other"))
+    data = classes_of(tmp_path / "names", "1", "zebra")
+    with pytest.raises(UsageError, match=r"a class 'zebra', and .* has no names of classes .* numbers, 0 \.\. 2"):
+        train(tuned(config, tmp_path / "nameless", data, tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_labels_without_names_are_the_models_numbers(known: Path) -> None:
+    """As Python can hand them over."""
+    pixels, labels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([2, 0, 2])
+    images = ImageDataset("here", pixels, ("a", "b", "c"), (), {}, labels=labels)
+    for model in (str(known), "elsewhere"):
+        assert renumber(images, load_pipeline(known), model).labels.tolist() == [2, 0, 2]
+
+
+# -- what is drawn without a class -------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The classes that previews and evaluations ask for."""
+    asked: list[list[int]] = []
+
+    def noted(*arguments: Any, **settings: Any) -> torch.Tensor:
+        asked.append(list(settings["class_labels"]))
+        return sample(*arguments, **settings)
+
+    for module in (evaluation, pipeline):
+        monkeypatch.setattr(module, "sample", noted)
+    return asked
+
+
+def test_previews_and_evaluations_draw_what_is_trained(config, known, tmp_path, drawn) -> None:
+    data = classes_of(tmp_path / "data", "ant", "zebra")
+    np.save(tmp_path / "real.npy", np.random.default_rng(0).integers(0, 256, (28, 8, 8), dtype=np.uint8))
+    many = {"evaluate_every": "8", "evaluate_reference": str(tmp_path / "real.npy"), "evaluate_n": 14}
+    done = train(tuned(config, known, data, tmp_path / "run", images="8", **many))
+    assert drawn == [[0, 2] * 7, [0, 2] * 2]
+    assert class_labels(SampleConfig(str(done), n=3), 3) == [0, 2, 0]  # as evaluate and attack draw, too
+
+
+def test_a_class_whose_images_are_all_left_out_is_not_drawn(config: TrainConfig, tmp_path: Path) -> None:
+    """By ``clean_subset`` here: its images count as read, and are not trained on."""
+    data = classes_of(tmp_path / "data", "ant", "cat", "zebra")
+    dirt = {"corrupt": ("gaussian:sigma=0.5,fraction=0.8",), "clean_subset": True, "train_batch_size": 1}
+    done = train(dataclasses.replace(config, data=str(data), images="8", output_dir=str(tmp_path / "run"), **dirt))
+    account = json.loads((done / "data.json").read_text())
+    assert account["data"]["classes"] == {"ant": 2, "cat": 2, "zebra": 2}
+    trained = account["trained_classes"]
+    assert trained == [2]  # one image is spared
+    sample_to_files(SampleConfig(str(done), n=4, steps=2, output=str(tmp_path / "x.npz")))
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert arrays["labels"].tolist() == trained * 4
+
+
+@pytest.mark.parametrize(
+    ("account", "trained"),
+    [
+        ({"data": {"classes": {"a": 0, "b": 2, "c": 1}}}, [1, 2]),  # of before there was the list
+        ({"data": {"classes": {"a": 0, "b": 2, "c": 1}}, "trained_classes": [1]}, [1]),
+        ({"data": {"classes": {"a": 1, "b": 1}}}, [0, 1]),  # embeddings to spare
+        ({"data": {"classes": ["a", "b", "c"]}}, [0, 1, 2]),
+        ({"data": {"classes": {"a": 0, "b": 0, "c": 0}}}, [0, 1, 2]),
+        ({"trained_classes": [7, "x"]}, [0, 1, 2]),
+        ({"data": 5}, [0, 1, 2]),
+        ([], [0, 1, 2]),
+        (None, [0, 1, 2]),
+    ],
+    ids=str,
+)
+def test_which_classes_a_run_was_trained_on(tmp_path: Path, account: object, trained: list[int]) -> None:
+    if account is not None:
+        (tmp_path / "data.json").write_text(json.dumps(account))
+    assert trained_classes(str(tmp_path), 3) == trained

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from command_line import fails, tree
+from command_line import fails, grey, tree
 from launches import environment
+from robustdiff.commands import main
 from robustdiff.training.processes import build_accelerator
 
 COMMAND = ("train", "digits", "--network", "tiny", "--train-batch-size", "2", "--preview-images", "0", "--images", "8")
@@ -52,6 +53,50 @@ def test_what_cannot_be_followed_is_one_line(variables, flags, words, here: Path
     line = fails(capsys, *COMMAND, *flags, "--dry-run")
     assert all(word in line for word in words), line
     assert tree(here) == {}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("sample", "run"),
+        ("evaluate", "run", "--reference", "digits"),
+        ("attack", "run"),
+        ("purify", "photos", "run", "-o", "clean"),
+        ("corrupt", "photos", "dirty", "--poison", "run", "--poison-radius", "0.1"),
+    ],
+    ids=lambda command: command[0],
+)
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({PRECISION: "bf16"}, ("mixed_precision bf16", "only training follows it: say no there")),
+        ({PRECISION: "fp16"}, ("mixed_precision fp16",)),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, ("dynamo_backend INDUCTOR",)),
+        ({"ACCELERATE_TORCH_DEVICE": "gpu0"}, ("ACCELERATE_TORCH_DEVICE gpu0 cannot be used here",)),
+        ({"ACCELERATE_USE_FSDP": "true"}, ("FSDP",)),
+    ],
+    ids=str,
+)
+def test_what_does_not_train_refuses_it_too(
+    command, variables, words, here: Path, pipeline, monkeypatch, capsys
+) -> None:
+    """Its images would be those of float32, and nobody told."""
+    for name, value in {**variables, ACCUMULATION: "4"}.items():  # which means nothing here
+        monkeypatch.setenv(name, value)
+    grey(here / "photos" / "1.png")
+    (here / "run").symlink_to(pipeline)
+    before = tree(here)
+    line = fails(capsys, *command)
+    assert all(word in line for word in words), line
+    assert "compile" not in line
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize("variables", [{}, {PRECISION: "no", ACCUMULATION: "4", "ACCELERATE_DYNAMO_BACKEND": "no"}])
+def test_what_does_not_train_goes_on_where_it_can(variables, here: Path, pipeline: Path, monkeypatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main.main(["sample", str(pipeline), "-n", "1", "--steps", "1", "-o", "x"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,9 @@ def state(folder: Path, step: int) -> dict[str, torch.Tensor]:
 # -- longer ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [{"images": "0.064k"}, {"images": "500k", "num_epochs": 8}])
+@pytest.mark.parametrize(
+    "length", [{"images": "0.064k"}, pytest.param({"images": "500k", "num_epochs": 8}, marks=pytest.mark.slow)]
+)
 def test_a_finished_run_goes_on_as_one_that_was_that_long_from_its_start(base: TrainConfig, length: dict) -> None:
     """With a constant rate, where the first half does not know how long it all will be: bit for bit."""
     constant = dataclasses.replace(base, lr_scheduler="constant", lr_warmup_steps=None)
@@ -69,11 +71,21 @@ def test_a_finished_run_goes_on_as_one_that_was_that_long_from_its_start(base: T
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert json.loads((longer / "config.json").read_text())["plan"]["images"] == 64
+    seen = [json.loads(line)["images"] for line in (longer / "metrics.jsonl").read_text().splitlines()]
+    assert seen == [4 * step for step in range(1, 17)]
     _, said = go(constant, "run", resume=True, **length)  # the same command again: nothing to do
     assert "training longer" not in said
 
 
-@pytest.mark.parametrize("scheduler", ["cosine", "linear", "polynomial", "constant_with_warmup"])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        "cosine",
+        pytest.param("linear", marks=pytest.mark.slow),
+        pytest.param("polynomial", marks=pytest.mark.slow),
+        "constant_with_warmup",
+    ],
+)
 def test_the_learning_rate_is_that_of_the_longer_run_at_once_and_this_is_said(base, scheduler: str) -> None:
     timed = dataclasses.replace(base, lr_scheduler=scheduler, lr_warmup_steps=2)
     whole, _ = go(timed, "whole", images="64")
@@ -168,13 +180,23 @@ def test_what_means_something_else_is_still_refused_by_name(base: TrainConfig) -
             go(dirty, "run", **now, resume=True)
 
 
-@pytest.mark.parametrize("name", ["corrupt", "model_config_name_or_path", "gate", "images"])
+@pytest.mark.parametrize("value", ["x", [5], None, {"a": 1}], ids=str)
+def test_a_damaged_record_of_the_length_is_one_line(base: TrainConfig, value: object) -> None:
+    folder, _ = go(base, "run")
+    saved = json.loads((folder / "config.json").read_text())
+    saved["plan"]["images"] = value
+    (folder / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UsageError, match=r"`resume`: .* has no readable config.json and data.json"):
+        go(base, "run", resume=True)
+
+
+@pytest.mark.parametrize("name", ["corrupt", "model_config_name_or_path", "gate"])
 def test_a_damaged_record_of_the_settings_is_one_line(base: TrainConfig, name: str) -> None:
     folder, _ = go(base, "run")
     kept = (folder / "config.json").read_text()
     for value in (5, [5], ["x"], "\0", None, {"a": 1}):
         saved = json.loads(kept)
-        saved["settings"][name] = saved["plan"]["images" if name == "images" else "objective"] = value
+        saved["settings"][name] = saved["plan"]["objective"] = value
         (folder / "config.json").write_text(json.dumps(saved))
         with pytest.raises(UsageError) as error:
             go(base, "run", resume=True, strength=3.0)

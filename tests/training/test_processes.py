@@ -307,6 +307,24 @@ def test_sigterm_to_the_launcher_saves_once_and_resuming_is_exact(base: TrainCon
     assert_same(two[0], run)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_process_that_hangs_and_those_that_wait_for_it_end_with_sigterm(base, tmp_path: Path, place: int) -> None:
+    """One in code that hears no signal, the other in the reduction of gradients: before the launcher kills them."""
+    config = halved(base, tmp_path / "run", checkpointing_steps=4, preview_images=0)
+    with launched(*flags(config), folder=tmp_path, FAULT=f"hang@{place}") as launcher:
+        assert "hangs\n" in launcher.stdout
+        launcher.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        _, error = launcher.communicate(timeout=LIMIT)
+    assert time.monotonic() - started < 29
+    ours = [line for line in error.splitlines() if line.startswith("robustdiff (process ")]
+    said = "stopped at step 5 of 40, in a wait that did not end, nothing since the last checkpoint was saved; go on"
+    assert any(said in line and "--resume" in line for line in ours), error
+    assert all(said in line or line.endswith("another process stopped: see its message") for line in ours), error
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+
+
 # -- failing -----------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import dataclasses
 import errno
 import faulthandler
 import functools
@@ -22,17 +25,21 @@ import torch
 from torch import Tensor
 
 from robustdiff.losses.denoising import LossOutput
-from robustdiff.training import loop
-from robustdiff.training.callbacks import tracking
+from robustdiff.training import loader, loop
+from robustdiff.training import run as run_module
+from robustdiff.training.callbacks import checkpointing, tracking
+from robustdiff.training.callbacks import pipeline as pipeline_callback
 from robustdiff.training.callbacks.base import Callback
+from robustdiff.training.callbacks.evaluation import EvaluationCallback
 from robustdiff.training.callbacks.tracking import TrackerCallback
 from robustdiff.training.loop import fit
 from robustdiff.training.options import FitOptions
 from robustdiff.training.run import TrainingRun
 from robustdiff.training.workers import load_ahead
+from robustdiff.utils import signals
 from robustdiff.utils.errors import DataError, RobustdiffWarning, UsageError
 from robustdiff.utils.signals import Interrupted, WaitOver, ends_with_signals, stop_signals
-from runs import Run, command, may_mount, own_mounts, run, small_disk
+from runs import Run, command, complaint, may_mount, own_mounts, run, small_disk
 
 SHARES = [range(4 * i, 4 * i + 4) for i in range(12)]
 
@@ -300,9 +307,192 @@ def test_one_of_several_processes_leaves_without_saving(monkeypatch: pytest.Monk
 
         on_setup = on_start
 
-    with pytest.raises(Interrupted, match="stopped at step 0 of 9, waiting for images") as stop:
+    with pytest.raises(Interrupted, match="stopped at step 0 of 9, in a wait that did not end") as stop:
         fit(Line(), loss, ends_after(0, signal.SIGTERM, never_written), OPTIONS, [AsOfTwo(), saves])
     assert (stop.value.status, stop.value.saved, saves.saved) == (143, False, [])
+
+
+class Hangs(Callback):
+    """In one of its hooks, after sending a signal; how, ``wait`` says."""
+
+    def __init__(self, hook: str, number: int, wait: Callable[[], object]) -> None:
+        setattr(self, hook, lambda *_: self.hang())
+        self.number, self.wait, self.done = number, wait, 0
+
+    def hang(self) -> None:
+        self.done += 1
+        if self.done == 1:
+            signalled(self.number)
+            self.wait()
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves, votes and steps have no more patience than the rest."""
+    for module in (run_module, loop):
+        monkeypatch.setattr(module, "PATIENCE", 0.2)
+        monkeypatch.setattr(module, "TOGETHER", 0.2)
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("hook", ["on_start", "on_step", "on_log"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_callback_that_hangs_is_left_and_the_run_is_saved(hook: str, number: int) -> None:
+    hangs, saves = Hangs(hook, number, never_written), Saves()
+    options = dataclasses.replace(OPTIONS, log_every=1)
+    with pytest.warns(RobustdiffWarning, match=f"Hangs.{hook} was left unfinished"), pytest.raises(Interrupted) as stop:
+        fit(Line(), loss, [torch.ones(2, 1, 4, 4)], options, [hangs, saves], say=lambda _: None)
+    assert (stop.value.status, stop.value.saved) == ({2: 130, 15: 143}[number], True)
+    assert [step for step, _, _ in saves.saved] == [0 if hook == "on_start" else 1]
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("whole_swap", [True, False])
+def test_weights_are_those_of_training_after_an_evaluation_that_is_left(whole_swap: bool) -> None:
+    """It had the moving average in their place, and the network as for sampling; also in the middle of the swap."""
+
+    class Evaluates(Hangs):
+        def on_step(self, run: TrainingRun) -> None:
+            if run.step < 2:  # the average of one step is that step
+                return
+            with run.averaged() if whole_swap else contextlib.nullcontext():
+                if not whole_swap:
+                    run.ema.store(run.network.parameters())
+                    run.ema.copy_to(run.network.parameters())
+                else:
+                    run.network.eval()
+                self.hang()
+
+    saves, whole, network = Saves(), Saves(), Line()
+    options = dataclasses.replace(OPTIONS, ema_max_decay=0.9)
+    fit(Line(), loss, [torch.ones(2, 1, 4, 4)], dataclasses.replace(options, steps=2), [whole], say=lambda _: None)
+    callbacks = [Evaluates("unused", signal.SIGTERM, never_written), saves]
+    with pytest.warns(RobustdiffWarning, match="left unfinished"), pytest.raises(Interrupted):
+        fit(network, loss, [torch.ones(2, 1, 4, 4)], options, callbacks, say=lambda _: None)
+    assert saves.saved == whole.saved
+    assert network.training
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("hook", ["on_setup", "on_sync", "on_checkpoint"])
+def test_a_save_that_hangs_is_not_said_to_be_one(hook: str) -> None:
+    options = dataclasses.replace(OPTIONS, checkpoint_every=2)
+    with pytest.raises(Interrupted, match="of 9, in a wait that did not end") as stop:
+        fit(Line(), loss, [torch.ones(2, 1, 4, 4)], options, [Hangs(hook, signal.SIGTERM, never_written)])
+    assert (stop.value.status, stop.value.saved) == (143, False)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_loss_that_hangs_is_left_and_the_step_before_is_saved() -> None:
+    calls, saves = [], Saves()
+
+    def hanging(*arguments: object, **known: object) -> LossOutput:
+        calls.append(1)
+        if len(calls) == 6:  # the second pass of the third step
+            signalled(signal.SIGTERM)
+            never_written()
+        return loss(*arguments, **known)
+
+    with pytest.raises(Interrupted, match="step 2 of 9") as stop:
+        fit(Line(), hanging, [torch.ones(2, 1, 4, 4)], OPTIONS, [saves], say=lambda _: None)
+    assert (stop.value.status, stop.value.saved) == (143, True)
+    assert [step for step, _, _ in saves.saved] == [2]
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_vote_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    class AsOfTwo(Callback):
+        def on_start(self, run: TrainingRun) -> None:
+            monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
+
+    def vote(*_: object) -> int:
+        signalled(signal.SIGTERM)
+        never_written()
+        return 0
+
+    monkeypatch.setattr(loop, "agree", vote)
+    with pytest.raises(Interrupted, match="in a wait that did not end") as stop:
+        fit(Line(), loss, [torch.ones(2, 1, 4, 4)], OPTIONS, [AsOfTwo()], say=lambda _: None)
+    assert (stop.value.status, stop.value.saved) == (143, False)
+
+
+def test_an_evaluation_that_was_left_is_made_up_for(tmp_path: Path) -> None:
+    """At the step the run goes on from, and only if its line is not there."""
+
+    class Noted(EvaluationCallback):
+        def __init__(self, every: int) -> None:
+            self.folder, self.every, self.metric, self.steps_done = tmp_path, every, "fd", []
+
+        def on_step(self, run: TrainingRun) -> None:
+            if run.step % self.every == 0:
+                self.steps_done.append(run.step)
+
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "during.jsonl").write_text('{"step": 4, "values": {}}\n')
+    run = TrainingRun(Line(), loss, OPTIONS, say=lambda _: None)
+    for step, every, expected in ((0, 2, []), (4, 4, []), (6, 2, [6]), (6, 4, [])):
+        run.step, noted = step, Noted(every)
+        noted.on_start(run)
+        assert noted.steps_done == expected
+
+
+# -- waits that Python cannot end ----------------------------------------------------------------------
+
+
+def deaf() -> None:
+    """As in a library: no signal ends the wait, and Python's handlers are not called."""
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+
+
+class Deaf:
+    """What hangs, in a command of its own."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __call__(self) -> None:
+        signals.GRACE, signals.TWICE = 0.3, 0.05
+        for module in (run_module, loop):
+            module.PATIENCE, module.TOGETHER = 0.3, 600 if self.where == "long save" else 0.3
+        hang = lambda *_, **__: (print("hangs", flush=True), deaf())  # noqa: E731
+        if self.where.endswith("save"):
+            checkpointing.save_checkpoint = hang
+        elif self.where == "fsync":
+            os.fsync = hang
+        elif self.where == "update":
+            TrainingRun.update = hang
+        elif self.where == "preview":
+            pipeline_callback.sample = hang
+        elif self.where == "images":
+            loader.Batches.draw = lambda *a, _once=loader.Batches.draw, **k: (_once if a[1][0] < 8 else hang)(*a, **k)
+
+
+@pytest.mark.parametrize(
+    ("where", "numbers", "status"),
+    [
+        ("update", [signal.SIGTERM], 143),
+        ("save", [signal.SIGTERM], 143),
+        pytest.param("fsync", [signal.SIGINT], 130, marks=pytest.mark.slow),  # already before the first step
+        pytest.param("images", [signal.SIGTERM], 143, marks=pytest.mark.slow),
+        pytest.param("preview", [signal.SIGTERM], 143, marks=pytest.mark.slow),
+        ("long save", [signal.SIGINT, signal.SIGINT], 130),
+        pytest.param("long save", [signal.SIGTERM, signal.SIGINT], 130, marks=pytest.mark.slow),
+    ],
+)
+def test_the_process_ends_where_its_main_thread_does_not(inputs, tmp_path, where, numbers, status) -> None:
+    it = Run(command(inputs, tmp_path / "run"), tmp_path / "log", Deaf(where))
+    deadline = time.monotonic() + 60
+    while "hangs" not in it.text:
+        assert time.monotonic() < deadline, it.text
+        time.sleep(0.01)
+    for number in numbers:
+        os.kill(it.pid, number)
+        time.sleep(0.2)
+    assert it.wait(20) == status, it.text
+    line = complaint(it.text)
+    assert "nothing since the last checkpoint was saved; go on with the same command and --resume" in line
 
 
 def test_a_tracker_that_does_not_answer_is_given_up_at_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:

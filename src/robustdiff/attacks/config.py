@@ -36,6 +36,9 @@ from robustdiff.utils.options import (
     require,
 )
 
+OF_REFERENCE = ("split", "dataset_config_name", "image_column", "value_range")
+"""Settings of `attack` that say which part of the reference, and how to read it."""
+
 
 @dataclass(frozen=True)
 class AttackConfig(Settings):
@@ -103,6 +106,7 @@ class AttackConfig(Settings):
     split: ReferenceSplit = None
     dataset_config_name: ReferenceConfig = None
     image_column: ReferenceColumn = None
+    value_range: ValueRange = None
     max_bad_fraction: float = 0.01
     """Largest share of unreadable images of the reference that is skipped rather than an error, 0 to 1."""
     cache: CacheFolder = None
@@ -120,8 +124,8 @@ class AttackConfig(Settings):
         Raises:
             UsageError: One line that names the setting and the remedy.
         """
-        texts = ("output", "title", "told", "at", "reference", "split", "dataset_config_name", "image_column", "cache")
-        check_given(self, "run", *texts)
+        self.check_homes()
+        check_given(self, "run", "output", "title", "told", "at", "reference", "cache", *OF_REFERENCE)
         radius, most = self.radius, 10.0 if self.norm == "linf" else math.inf
         good = radius is None or (math.isfinite(radius) and 0 < radius <= most)
         remedy = "use 0.001 to 1" + ("" if self.norm == "linf" else " times the root of the values of an image")
@@ -182,7 +186,7 @@ class AttackConfig(Settings):
         away = self.reference == "none" and self.objective.startswith("batch")
         require(not away, f"`objective` {self.objective} needs real images to push away from: name a `reference`")
         if self.reference in (None, "none"):
-            idle = [name for name in ("split", "dataset_config_name", "image_column") if getattr(self, name)]
+            idle = [name for name in OF_REFERENCE if getattr(self, name)]
             require(not idle, f"{listed(idle)} needs `reference`: add it, or leave this out")
 
     def attacked(self) -> tuple[int, ...]:
@@ -245,6 +249,7 @@ class PurifyConfig(Settings):
         Raises:
             UsageError: One line that names the setting and the remedy.
         """
+        self.check_homes()
         require(
             self.data != "" and self.model != "", "`data` and `model` must not be empty: name images and a pipeline"
         )
@@ -303,6 +308,7 @@ class CorruptConfig(Settings):
         Raises:
             UsageError: One line that names the setting and the remedy.
         """
+        self.check_homes()
         require(
             self.source != "" and self.destination != "",
             "`source` and `destination` must not be empty: name two folders",

@@ -32,6 +32,7 @@ from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.images import from_uint8, to_uint8
 from robustdiff.utils.random import draw_normal, draw_uniform, place_generators
+from robustdiff.utils.resources import check_launcher
 
 OBJECTIVE = "denoising loss"
 VERDICTS = 32
@@ -195,6 +196,7 @@ def load_poison(config: CorruptConfig, /, **settings: Any) -> tuple[ImageDataset
     Raises:
         UsageError: If the model cannot be used, or does not fit the images.
     """
+    check_launcher()
     model = str(config.poison)
     pipeline: Any = load_pipeline(model)
     images = load_fitting(config.source, pipeline, model, **settings)

@@ -54,6 +54,7 @@ class AuditConfig(Settings):
         Raises:
             UsageError: One line that names the setting and the remedy.
         """
+        self.check_homes()
         check_given(self, "data", "output", "split", "dataset_config_name", "image_column", "value_range", "extractor")
         check_resolution(self.resolution)
         require(self.output is not None or not self.overwrite, "`overwrite` does nothing without `output`: add it")
@@ -69,6 +70,7 @@ def run(config: AuditConfig, say: Say) -> int:
     from robustdiff.audit.summary import TOO_FEW
     from robustdiff.audit.survey import FEWEST
     from robustdiff.data.dataset import load_images
+    from robustdiff.data.decode import FIRST_FRAME
     from robustdiff.data.doubts import Doubts
     from robustdiff.data.sources.open import open_source
     from robustdiff.utils.resources import free_memory
@@ -93,13 +95,17 @@ def run(config: AuditConfig, say: Say) -> int:
         raise UsageError(f"{config.data}: {error}") from None
     statistics = image_statistics(source, data=config.data, resolution=config.resolution, memory=free_memory() // 2)
     say(statistics.text())
-    if statistics.images is not None:
+    several = len({record.size for record in statistics.records}) > 1
+    if statistics.images is not None or several or len(statistics.records) < FEWEST:  # else load_images does it
         doubts = Doubts(config.data, source)
-        for place in range(len(statistics.images)):
-            doubts.look(statistics.images.images[place].numpy())
-        doubts.say(len(statistics.images), statistics.notes)
+        if statistics.images is not None and FIRST_FRAME not in statistics.notes:
+            for place in range(len(statistics.images)):
+                doubts.look(statistics.images.images[place].numpy())
+        else:
+            doubts.look_through(statistics.notes, config.resolution)
+        doubts.say(len(statistics.records), statistics.notes)
     write: Callable[[Path], object] | None = None
-    if len({record.size for record in statistics.records}) > 1:
+    if several:
         say("damage: not looked for, images differ in size: add `resolution` N, the size you would train at")
     elif 0 < len(statistics.records) < FEWEST:
         say(TOO_FEW)

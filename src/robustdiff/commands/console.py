@@ -14,7 +14,7 @@ from robustdiff.utils.resources import processes, rank
 def fail(message: str, status: int) -> int:
     """Say why, in one line; returns the exit status."""
     who = f"robustdiff (process {rank()})" if processes() > 1 else "robustdiff"
-    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
+    sys.stderr.write(f"{who}: {' '.join(message.split())}\n")  # at once: print would let others in before the end
     return status
 
 

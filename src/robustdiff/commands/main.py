@@ -15,9 +15,10 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 import tyro
@@ -27,7 +28,7 @@ from robustdiff.attacks.config import AttackConfig, CorruptConfig, PurifyConfig
 from robustdiff.commands import attack, audit, corrupt, evaluate, purify, report, sample, train
 from robustdiff.commands.audit import AuditConfig
 from robustdiff.commands.console import fail, show_warning
-from robustdiff.commands.flags import Say, Speak, speak
+from robustdiff.commands.flags import Say, Speak, flags, speak
 from robustdiff.commands.report import ReportConfig
 from robustdiff.data.corruption import help_text
 from robustdiff.diffusion.config import SampleConfig
@@ -110,7 +111,7 @@ def main(
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = arguments if len(commands) > 1 else [*commands, *arguments]
     speak = _speech(arguments, commands)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _last_words(speak):
         warnings.showwarning = partial(show_warning, speak)
         status = _guarded(arguments, commands, prog, speak)
     if status and processes() > 1:  # the interpreter's end would wait for processes that wait for this one
@@ -126,6 +127,24 @@ def _speech(arguments: list[str], commands: Mapping[str, Command]) -> Speak:
     if command is None:
         return str
     return speak(command.config, command.aliases, (other.config for other in commands.values()))
+
+
+@contextlib.contextmanager
+def _last_words(speak: Speak) -> Iterator[None]:
+    """One line also where the process ends while its main thread hangs, see :func:`stop_signals`."""
+    before = sys.excepthook
+
+    def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, Interrupted):
+            fail(speak(str(error)), error.status)
+        else:
+            before(kind, error, trace)
+
+    sys.excepthook = tell
+    try:
+        yield
+    finally:
+        sys.excepthook = before
 
 
 def _guarded(arguments: list[str], commands: Mapping[str, Command], prog: str, speak: Speak) -> int:
@@ -214,12 +233,13 @@ def _positional_data(arguments: list[str]) -> list[str]:
 
 
 def known_flags(command: type) -> list[str]:
-    """Every flag of a command, as typed."""
-    flags = []
+    """Every flag of a command, as typed; what is given by its place has none."""
+    found = []
     for one in dataclasses.fields(command):
-        flags.append("--" + one.name.replace("_", "-"))
-        flags += re.findall(r"['\"](--?[a-z][\w-]*)['\"]", str(one.type))
-    return flags
+        if "Positional" not in str(one.type):
+            found.append("--" + one.name.replace("_", "-"))
+        found += re.findall(r"['\"](--?[a-z][\w-]*)['\"]", str(one.type))
+    return found
 
 
 def _one_line(text: str, arguments: list[str], commands: Mapping[str, Command], prog: str) -> str:
@@ -231,18 +251,23 @@ def _one_line(text: str, arguments: list[str], commands: Mapping[str, Command], 
         return f"{command!r} is no command{_nearest(command, list(commands))}; there are {', '.join(commands)}"
     called = f"{prog} {command}" if len(commands) > 1 else prog
     help_hint = f" (see {called} --help)"
-    flags = known_flags(commands[command].config)
-    known = {flag.replace("_", "-") for flag in flags} | {flag.replace("--", "--no-", 1) for flag in flags}
+    config = commands[command].config
+    typed = known_flags(config)
+    switches = [f"--no-{one.name.replace('_', '-')}" for one in dataclasses.fields(config) if str(one.type) == "bool"]
+    known = {flag.replace("_", "-") for flag in (*typed, *switches)}
     for argument in arguments[arguments.index(command) + 1 :]:
         name = argument.split("=")[0]
         if re.match("--?[a-zA-Z]", name) and name.replace("_", "-") not in known:
-            return f"{command} has no flag {name}{_nearest(name.replace('_', '-'), flags)}{help_hint}"
+            place = _places(config).get(name.lstrip("-").replace("-", "_"))
+            other = f"; {place} is given without one" if place else _nearest(name.replace("_", "-"), typed)
+            return f"{command} has no flag {name}{other}{help_hint}"
     plain = re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯─]", "", text)  # colours, where stdout is a terminal
     words = " ".join(word for word in plain.strip().partition("\n")[2].split() if word.strip("+|-"))  # not the title
-    said = re.split("Argument helptext|For full helptext|Expected 1 values", words)[0]
+    # the last one: tyro thinks of the flags of other commands
+    said = re.split("Argument helptext|For full helptext|Expected 1 values|Perhaps you meant", words)[0]
     if said.startswith("Missing from"):
-        needed = [str(f.type) for f in dataclasses.fields(commands[command].config) if f.default is dataclasses.MISSING]
-        names = re.findall(r"metavar=['\"](\w+)", " ".join(needed))
+        needed = {f.name for f in dataclasses.fields(config) if f.default is dataclasses.MISSING}
+        names = [place for name, place in _places(config).items() if name in needed]
         return f"{command} needs {' '.join(names)}{help_hint}"
     if wrong := re.match(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of (.*)", said):
         choices = sorted({*re.findall(r"[\w-]+", wrong[3])} - {"None"})
@@ -250,6 +275,11 @@ def _one_line(text: str, arguments: list[str], commands: Mapping[str, Command], 
     if wrong := re.match(r"Error parsing (\S+): .*(int\(\)|float).*?: '(.*)'", said):
         return f"{wrong[1]} {wrong[3]!r} is not a {'whole ' if wrong[2] == 'int()' else ''}number{help_hint}"
     return f"{command}: {said.strip()}{help_hint}"
+
+
+def _places(config: type) -> dict[str, str]:
+    """What is given by its place, as help calls it: DATA, MODEL ..., by the names of the settings."""
+    return {name: shown for name, shown in flags(config).items() if not shown.startswith("-")}
 
 
 def _nearest(word: str, choices: list[str]) -> str:

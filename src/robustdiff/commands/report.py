@@ -28,6 +28,7 @@ class ReportConfig(Settings):
         Raises:
             UsageError: One line that names the setting and the remedy.
         """
+        self.check_homes()
         require(bool(self.runs) and "" not in self.runs, "report needs at least one RUN: name a run folder")
         require(self.output != "", "`output` is empty: name a file, such as report.html")
         require(self.title != "", "`title` is empty: give a text, or leave the flag out")

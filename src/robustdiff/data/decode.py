@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from robustdiff.data import file_kinds, intact
+from robustdiff.data import file_kinds, intact, tiff_samples
 from robustdiff.data.pixel_values import Reader, ValueRange, is_grey
 
 NOT_DECODED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
@@ -92,18 +92,24 @@ def _open(item: Item) -> Iterator[Image.Image]:
         yield Image.fromarray(item[..., 0] if item.shape[2] == 1 else item)
         return
     with _file(item) as (file, name, head):
-        stream = intact.whole(file.read())
+        stream = intact.whole(file, head)
         with _identified(stream, name, head) as image:
-            intact.check_strips(image, stream.getbuffer())
+            intact.check_strips(image, stream)
+            if not isinstance(stream, intact.Stream):
+                yield image
+                return
             if stream.profile:
                 image.info["icc_profile"] = stream.profile
+            stream.begin_pixels()
+            # In few pieces: decoders go slowly where one ends.
+            image.decodermaxblock = intact.PIECE  # type: ignore[attr-defined]
             try:
                 yield image
             except OSError as error:  # its end is there
                 if stream.hold >= 0 and CUT.search(str(error)):
                     raise OSError(intact.PIECE_MISSING) from None
                 raise
-            intact.check_rows(image, stream.getvalue())
+            intact.check_rows(image, stream)
         stream.check_read()
 
 
@@ -136,18 +142,34 @@ def _file(item: Path | bytes) -> Iterator[tuple[BinaryIO, str, bytes]]:
 
 
 def _identified(stream: BinaryIO, name: str, head: bytes) -> Image.Image:
-    Image.init()
-    own = Image.registered_extensions().get(PurePosixPath(name).suffix.lower())
-    # Formats without a signature would claim any binary file: they are tried only where the suffix asks for them.
-    formats = [one for one, (_, accept) in Image.OPEN.items() if one not in NOT_DECODED and (accept or one == own)]
+    image: Image.Image | None = None
     try:
-        image = Image.open(stream, formats=formats)
+        image = Image.open(stream, formats=_formats(name, head))
     except UnidentifiedImageError:
-        if _signed(head):
+        if not _signed(head):
+            file_kinds.refuse_name(name)
+            raise
+        if not head.startswith(tiff_samples.STARTS):
             raise OSError(DAMAGED) from None
-        raise
+    if image is None or tiff_samples.misread(image):
+        stream.seek(0)
+        try:
+            image = tiff_samples.SampledTiff(stream)
+        except (SyntaxError, ValueError):  # what Pillow makes of all that may be wrong in a head
+            raise OSError(DAMAGED) from None
     file_kinds.refuse_thumbnail(image)
     return image
+
+
+def _formats(name: str, head: bytes) -> list[str]:
+    """Which formats a file may be of."""
+    Image.init()
+    for start, one in ((intact.JPEG_SIGNATURE, "JPEG"), (intact.PNG_SIGNATURE, "PNG")):
+        if head.startswith(start):
+            return [one]
+    own = Image.registered_extensions().get(PurePosixPath(name).suffix.lower())
+    # Formats without a signature would claim any binary file: they are tried only where the suffix asks for them.
+    return [one for one, (_, accept) in Image.OPEN.items() if one not in NOT_DECODED and (accept or one == own)]
 
 
 def _signed(head: bytes) -> bool:
@@ -220,6 +242,8 @@ def decode(
     remarks = []
     if getattr(image, "is_animated", False) and image.format != "MPO":  # a photograph and a smaller copy of it
         remarks.append(FIRST_FRAME)
+    if value_range is not None:
+        image = tiff_samples.exact(image)
     reader = Reader(image)
     image.load()  # a truncated file fails here
     try:  # after load: Pillow turns TIFF files itself and then clears the tag

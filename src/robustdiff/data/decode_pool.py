@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Generic, TypeVar
 
 from PIL import Image
@@ -22,6 +25,7 @@ from robustdiff.utils.resources import cores, rank
 CHUNK = 256
 """Images decoded at a time: bounds what waits in memory beside the array that is being filled."""
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -90,14 +94,47 @@ def in_parallel(
     """
     places = range(len(source.names)) if indices is None else indices
     # Each thread's linear algebra in that thread: if each started threads of its own, all would wait for one another.
-    limits, threads = threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(min(8, cores()))
-    with warnings.catch_warnings(), limits, threads as pool:
+    with warnings.catch_warnings(), threadpool_limits(1, user_api="blas"):
         # Pillow's bomb warning is replaced by the check in decoding.guarded; its remarks on metadata concern nobody.
         warnings.filterwarnings("ignore", module="PIL")
         one = partial(decode.guarded, work, source.read, whole=whole)
         starts = range(0, len(places), CHUNK)
-        results = (result for start in starts for result in pool.map(one, places[start : start + CHUNK]))
+        results = (
+            result for start in starts for result in _mapped(one, places[start : start + CHUNK], min(8, cores()))
+        )
         yield from zip(places, progress_bar(results, len(places), what), strict=True)
+
+
+def _mapped(work: Callable[[S], T], items: Sequence[S], threads: int) -> list[T]:
+    """``work`` of each item, in order.
+
+    Not an executor's ``map``: it waits for its threads, as the interpreter's end does, and one may hang in a read.
+    """
+    jobs: SimpleQueue[tuple[Future[T], S]] = SimpleQueue()
+    done: list[Future[T]] = []
+
+    def waiting() -> Iterator[tuple[Future[T], S]]:
+        with suppress(Empty):
+            while True:
+                yield jobs.get_nowait()
+
+    def some() -> None:
+        for result, item in waiting():
+            try:
+                result.set_result(work(item))
+            except BaseException as error:
+                result.set_exception(error)
+
+    for item in items:
+        done.append(Future())
+        jobs.put((done[-1], item))
+    for _ in range(min(threads, len(items))):
+        Thread(target=some, daemon=True).start()
+    try:
+        return [result.result() for result in done]
+    finally:
+        for _ in waiting():  # after an error nobody wants the rest
+            pass
 
 
 def progress_bar(items: Iterable[T], total: int, what: str, least: int = 1000) -> Iterable[T]:

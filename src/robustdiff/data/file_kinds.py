@@ -6,10 +6,10 @@ They count as images that cannot be read. A format whose plug-in for Pillow is i
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 from PIL import Image
@@ -71,6 +71,23 @@ KINDS = (
     Kind("OpenEXR", ".exr", rb"\x76\x2f\x31\x01"),
     Kind("Radiance HDR", ".hdr .rgbe", rb"#\?R(ADIANCE|GBE)"),
     Kind("JPEG XR", ".jxr .wdp .hdp", rb"II\xbc\x01"),
+    Kind("PostScript or Illustrator drawing", ".eps .epsf .epsi .ps .ai", rb"%!PS|\xc5\xd0\xd3\xc6"),
+    Kind("PDF", "", rb"(\xef\xbb\xbf)?%PDF-"),  # what is only called so is no picture
+    Kind("Windows metafile", ".wmf .emf .wmz .emz", rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF"),
+    Kind("DjVu", ".djvu .djv", rb"AT&TFORM....DJV"),
+    Kind("CorelDRAW drawing", ".cdr", rb"RIFF....CDR"),
+    Kind("PICT", ".pict .pct", b""),
+    Kind("JPEG-LS", ".jls", rb"\xff\xd8\xff\xf7"),
+    Kind("MNG or JNG", ".mng .jng", rb"[\x8a\x8b][MJ]NG\r\n"),
+    Kind("Amiga picture", ".iff .ilbm .lbm", rb"FORM....(ILBM|PBM )"),
+    Kind("DPX or Cineon", ".dpx .cin", rb"SDPX|XPDS|\x80\x2a\x5f\xd7|\xd7\x5f\x2a\x80"),
+    Kind("texture", ".ktx .ktx2 .pvr .astc .basis", rb"\xabKTX \d\d\xbb"),
+    Kind("volume", ".nii .nrrd .mha .mrc .czi .lif .nd2 .oib .oir .vsi", rb"NRRD000|ZISRAWFILE"),
+    Kind(
+        "painting program's project",
+        ".kra .ora .afphoto .afdesign .pdn .psp .pspimage .clip .procreate .sketch .mdp",
+        rb"PDN3|Paint Shop Pro Image File|CSFCHUNK",
+    ),
     Kind("BPG", ".bpg", rb"BPG\xfb"),
     Kind("FLIF", ".flif", rb"FLIF[1-8A-C]"),
     Kind("DICOM", ".dcm .dicom", rb".{128}DICM"),
@@ -92,9 +109,12 @@ RAW = KINDS[-1]
 _BY_SUFFIX: Mapping[str, Kind] = {suffix: kind for kind in KINDS for suffix in kind.suffixes.split()}
 
 
+_ANY = re.compile(b"|".join(b"(?:" + kind.starts + b")" for kind in KINDS if kind.starts), re.DOTALL)
+
+
 def known(name: str) -> bool:
     """Whether a file is called as one of these kinds."""
-    return PurePosixPath(name).suffix.lower() in _BY_SUFFIX
+    return os.path.splitext(name)[1].lower() in _BY_SUFFIX
 
 
 def recognised(head: bytes) -> bool:
@@ -103,7 +123,9 @@ def recognised(head: bytes) -> bool:
 
 
 def _by_content(head: bytes) -> Kind | None:
-    return next((kind for kind in KINDS if re.match(kind.starts, head, re.DOTALL)), None)
+    if not _ANY.match(head):
+        return None
+    return next((kind for kind in KINDS if kind.starts and re.match(kind.starts, head, re.DOTALL)), None)
 
 
 def refuse(name: str, head: bytes) -> None:
@@ -118,9 +140,20 @@ def refuse(name: str, head: bytes) -> None:
     """
     kind = _by_content(head)
     if kind is None:
-        named = _BY_SUFFIX.get(PurePosixPath(name).suffix.lower())
+        named = _BY_SUFFIX.get(os.path.splitext(name)[1].lower())
         # What calls itself so and is none of it may still be a picture; of raw files the name alone tells.
         kind = named if named is RAW else None
+    if kind is not None and not kind.readable():
+        raise OSError(f"{kind.name}: {kind.remedy}")
+
+
+def refuse_name(name: str) -> None:
+    """Refuse a file that nobody knows by its content, if its name tells of a kind that cannot be read here.
+
+    Raises:
+        OSError: With the kind and the remedy.
+    """
+    kind = _BY_SUFFIX.get(os.path.splitext(name)[1].lower())
     if kind is not None and not kind.readable():
         raise OSError(f"{kind.name}: {kind.remedy}")
 

@@ -17,11 +17,13 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
+from robustdiff.data import png_colour
+
 CUT_OFF = "cut off"
 PIECE_MISSING = "damaged: a piece of its pixels is missing or wrong"
 CHECKSUM = "damaged: a checksum of its pixels is wrong"
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_SIGNATURE, JPEG_SIGNATURE = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 PNG_KEPT = (b"tRNS", b"eXIf", b"acTL", b"fcTL")
 """Chunks that are not critical and say how the picture looks; all others are metadata."""
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -43,23 +45,22 @@ ZEROS = bytes(64)
 class Stream(io.BytesIO):
     """A file in memory whose reader may stop before the end, and then has found all rows too early."""
 
-    def __init__(self, data: bytes, hold: int = -1, profile: bytes | None = None) -> None:
+    def __init__(self, data: bytes = b"", hold: int = -1, end: int = -1) -> None:
         """Begin at the start.
 
         Args:
-            data: What the decoder is to see.
+            data: The file; it is not copied.
             hold: A reader that ends up to here has left pixels over; -1: that is not known.
-            profile: Colour profile that was taken out.
+            end: Where the pixels end; the reader gets :data:`PADDING` for what stands there. -1: all is to be read.
         """
         super().__init__(data)
-        self.hold, self.profile = hold, profile
+        self.hold, self.end = hold, end
+        self.profile: bytes | None = None
 
-    def read(self, size: int | None = -1) -> bytes:
-        """As any file, but in two parts, before and after ``hold``."""
-        left = self.hold - self.tell()
-        if left > 0:
-            size = left if size is None or size < 0 else min(size, left)
-        return super().read(size)
+    def begin_pixels(self) -> None:
+        """What is read from here on comes in parts; before, reading is that of any file, which is faster."""
+        if self.end >= 0:
+            self.__class__ = _InParts
 
     def check_read(self) -> None:
         """After decoding: whether it was read to its end.
@@ -71,22 +72,50 @@ class Stream(io.BytesIO):
             raise OSError(PIECE_MISSING)
 
 
-def whole(data: bytes) -> Stream:
-    """What a decoder is to see of a file.
+class _InParts(Stream):
+    """A stream whose pixels are read."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Up to ``hold``; from there up to ``end``, and the padding."""
+        place = self.tell()
+        if place < self.hold:
+            left = self.hold - place
+            return super().read(left if size is None or size < 0 else min(size, left))
+        rest = super().read(max(self.end - place, 0))
+        self.seek(0, io.SEEK_END)
+        return rest + PADDING if place <= self.end else b""
+
+
+def whole(file: BinaryIO, head: bytes) -> BinaryIO:
+    """What a decoder is to see of a file: itself, or a :class:`Stream` where all of it has to be looked at.
+
+    Args:
+        file: At its start; it is there afterwards.
+        head: Its first bytes.
 
     Raises:
         OSError: If the file is cut off or damaged.
     """
-    if data.startswith(PNG_SIGNATURE):
-        return png(io.BytesIO(data), pixels=True)
-    if data.startswith(b"\xff\xd8\xff"):
-        return _jpeg(data)
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        _check_webp(data)
-    unended = data.startswith(b"qoif") and not data.endswith(bytes(7) + b"\x01")
-    if unended or (data[4:12] in (b"ftypavif", b"ftypavis") and data.endswith(ZEROS)):
+    if head.startswith(PNG_SIGNATURE):
+        return png(file, pixels=True)
+    if head.startswith(JPEG_SIGNATURE):
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        return _jpeg(file.read(size))  # without a size, what is buffered would be joined to the rest: twice the memory
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        _check_webp(file)
+    unended = head.startswith(b"qoif") and _end(file, 8) != bytes(7) + b"\x01"
+    if unended or (head[4:12] in (b"ftypavif", b"ftypavis") and _end(file, len(ZEROS)) == ZEROS):
         raise OSError(CUT_OFF)
-    return Stream(data)
+    file.seek(0)
+    return file
+
+
+def _end(file: BinaryIO, count: int) -> bytes:
+    """The last bytes of a file, which may have fewer."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(size - count, 0))
+    return file.read()
 
 
 def png(file: BinaryIO, *, pixels: bool) -> Stream:
@@ -99,31 +128,52 @@ def png(file: BinaryIO, *, pixels: bool) -> Stream:
     Raises:
         OSError: If a checksum is wrong, or the end is missing.
     """
-    parts, profile = [file.read(len(PNG_SIGNATURE))], None
+    stream, colours, colour_type = Stream(file.read(len(PNG_SIGNATURE))), dict[bytes, bytes](), 0
+    stream.seek(0, io.SEEK_END)
     while len(head := file.read(8)) == 8:
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
         if kind == b"IDAT" and not pixels:
-            return Stream(b"".join([*parts, head]), profile=profile)
+            stream.write(head)
+            stream.seek(0)
+            return stream
         critical = not kind[0] & 32
+        if kind in png_colour.CHUNKS and length <= 32:
+            body, told = file.read(length), file.read(4)
+            if zlib.crc32(body, zlib.crc32(kind)) == int.from_bytes(told, "big"):
+                colours[kind] = body
+            continue
         if not (critical or kind in PNG_KEPT or kind == b"iCCP"):
             file.seek(length + 4, io.SEEK_CUR)
             continue
-        body, checksum = file.read(length), file.read(4)
-        if len(checksum) < 4:
+        start, checksum = stream.tell(), zlib.crc32(kind)
+        stream.write(head)
+        for begun in range(0, length, PIECE):
+            piece = file.read(min(PIECE, length - begun))
+            checksum = zlib.crc32(piece, checksum)
+            stream.write(piece)
+        told = file.read(4)
+        if len(told) < 4:
             raise OSError(CUT_OFF)
-        good = zlib.crc32(body, zlib.crc32(kind)) == int.from_bytes(checksum, "big")
+        stream.write(told)
+        good = checksum == int.from_bytes(told, "big")
         if not good and (critical or kind == b"tRNS"):
             raise OSError(CHECKSUM)
         if kind == b"iCCP":
-            profile = _profile(body)
-        elif good:
-            parts += [head, body, checksum]
+            stream.profile = _profile(stream.getvalue()[start + 8 : -4])
+        if kind == b"IHDR":
+            colour_type = stream.getbuffer()[start + 17]
+        if kind == b"iCCP" or not good:
+            stream.seek(start)
+            stream.truncate()
         if kind == b"IEND":
-            return Stream(b"".join(parts), profile=profile)
+            if colours and (b"cICP" in colours or stream.profile is None):
+                stream.profile = png_colour.profile(colours, grey=colour_type in (0, 4))
+            stream.seek(0)
+            return stream
     raise OSError(CUT_OFF)
 
 
-def check_rows(image: Image.Image, data: bytes) -> None:
+def check_rows(image: Image.Image, file: BinaryIO) -> None:
     """Of a decoded PNG: whether its pixels were all there; decoders stop where the compressed ones end.
 
     They are counted only where the last row is empty, or rows are not in order.
@@ -131,9 +181,9 @@ def check_rows(image: Image.Image, data: bytes) -> None:
     Raises:
         OSError: If some were missing.
     """
-    if image.format != "PNG":
+    if image.format != "PNG" or not isinstance(file, Stream):
         return
-    width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", file.getbuffer(), 16)
     last = image.crop((0, image.height - 1, image.width, image.height))
     if not interlaced and last.getbbox(alpha_only=False) is not None:
         return
@@ -143,7 +193,7 @@ def check_rows(image: Image.Image, data: bytes) -> None:
     due = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns > 0 and rows > 0)
     found = 0
     with contextlib.suppress(zlib.error):  # it ends too early
-        for piece in _inflated(_pixel_chunks(data)):
+        for piece in _inflated(_pixel_chunks(file.getbuffer())):
             found += len(piece)
             if found >= due:
                 return
@@ -166,11 +216,11 @@ def _inflated(parts: Iterable[bytes | memoryview]) -> Iterator[bytes]:
         raise zlib.error("cut off")
 
 
-def _pixel_chunks(data: bytes) -> Iterator[bytes]:
+def _pixel_chunks(data: memoryview) -> Iterator[memoryview]:
     place = len(PNG_SIGNATURE)
     while place < len(data):
         length = int.from_bytes(data[place : place + 4], "big")
-        if data[place + 4 : place + 8] == b"IDAT":
+        if bytes(data[place + 4 : place + 8]) == b"IDAT":
             yield data[place + 8 : place + 8 + length]
         place += length + 12
 
@@ -187,21 +237,21 @@ def _profile(body: bytes) -> bytes | None:
 
 def _jpeg(data: bytes) -> Stream:
     """A JPEG; one of a single scan such that the decoder notices when rows are missing, or left over."""
-    place, frame, interval, flat = 2, b"", 0, True
+    place, frame, interval, flat, segment = 2, b"", 0, True, b""
     while data[place : place + 1] == b"\xff":
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
-        segment = data[place + 4 : place + 2 + length]
+        marker = data[place + 1]
         if marker == 0xFF:  # fill
             place += 1
             continue
-        place += 2 + length
+        start, place = place + 4, place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
         if marker in (0xC0, 0xC1):
-            frame = segment
+            frame = data[start:place]
         elif marker == 0xC4:
-            flat = flat and not any(_first_symbols(segment))
+            flat = flat and not any(_first_symbols(data[start:place]))
         elif marker == 0xDD:
-            interval = int.from_bytes(segment[:2], "big")
+            interval = int.from_bytes(data[start : start + 2], "big")
         elif marker == 0xDA:
+            segment = data[start:place]
             break
     else:
         return Stream(data)  # no pixels at all: the decoder says so
@@ -211,11 +261,23 @@ def _jpeg(data: bytes) -> Stream:
     if marker_after is None or data.find(b"\xff\xd9", marker_after.start()) < 0:
         raise OSError(CUT_OFF)
     end = marker_after.start()
-    if ZEROS in data[place:end] and not flat:
+    if not flat and data[end - 1] == 0:  # pixels end in a byte that ones fill up: the zeros are none
+        end = min(end, end - _trailing(data, place, end, b"\0") + 2)
+    if not flat and data.find(ZEROS, place, end) >= 0:
         raise OSError(PIECE_MISSING)
     if interval:
         _check_restarts(data[place:end], frame, interval)
-    return Stream(data[:end] + PADDING, hold=max(place, len(data[:end].rstrip(b"\0\xff")) - SPARE))
+    return Stream(data, max(place, end - _trailing(data, place, end, b"\0\xff") - SPARE), end)
+
+
+def _trailing(data: bytes, start: int, end: int, which: bytes) -> int:
+    """How many of the last bytes of a part are among some; the part is copied only if nearly all are."""
+    for size in (4096, end - start):
+        tail = data[max(start, end - size) : end]
+        count = len(tail) - len(tail.rstrip(which))
+        if count < len(tail):
+            break
+    return count
 
 
 def _first_symbols(tables: bytes) -> Iterator[int]:
@@ -239,19 +301,23 @@ def _check_restarts(scan: bytes, frame: bytes, interval: int) -> None:
         raise OSError(PIECE_MISSING)
 
 
-def _check_webp(data: bytes) -> None:
+def _check_webp(file: BinaryIO) -> None:
     """Chunks follow one another to the end."""
-    place, end = 12, 8 + int.from_bytes(data[4:8], "little")
-    if end > len(data) + 1:  # some writers leave out the last byte, which makes the length even
+    size = file.seek(0, io.SEEK_END)
+    file.seek(4)
+    place, end = 12, 8 + int.from_bytes(file.read(4), "little")
+    if end > size + 1:  # some writers leave out the last byte, which makes the length even
         raise OSError(CUT_OFF)
     while place + 8 <= end:
-        if not data[place : place + 4].strip(b"\0"):
+        file.seek(place)
+        head = file.read(8)
+        if not head[:4].strip(b"\0"):
             raise OSError(CUT_OFF)
-        length = int.from_bytes(data[place + 4 : place + 8], "little")
+        length = int.from_bytes(head[4:], "little")
         place += 8 + length + length % 2
 
 
-def check_strips(image: Image.Image, data: memoryview) -> None:
+def check_strips(image: Image.Image, file: BinaryIO) -> None:
     """Of a TIFF with deflated pixels: the checksum of each strip or tile, which its decoder passes over.
 
     Raises:
@@ -263,7 +329,8 @@ def check_strips(image: Image.Image, data: memoryview) -> None:
     for starts, sizes in ((273, 279), (324, 325)):
         for start, size in zip(tags.get(starts, ()), tags.get(sizes, ()), strict=False):
             try:
-                for _ in _inflated([data[start : start + size]]):
+                file.seek(start)
+                for _ in _inflated([file.read(size)]):
                     pass
             except zlib.error:
                 raise OSError(CHECKSUM) from None

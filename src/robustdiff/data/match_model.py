@@ -47,8 +47,7 @@ def _remedy(height: int, width: int) -> str:
 def labels_for(images: ImageDataset, pipeline: Any, model: str) -> Tensor | None:  # noqa: ANN401
     """The class of each image as the pipeline numbers it, int64, shape (N,); None if it knows no classes.
 
-    By name where the pipeline is a run folder that names its classes, else by number: the images' own where their
-    classes are called by numbers, their order otherwise.
+    By name where the pipeline is a run folder that names its classes, else by number, which theirs must then be.
 
     Raises:
         UsageError: One line, if the images have no labels, or others than the pipeline.
@@ -70,23 +69,22 @@ def renumber(images: ImageDataset, pipeline: Any, model: str) -> ImageDataset:  
             f"{model} is conditional on {count} classes and {images.source} has no labels: {images.unlabelled}; or "
             "name a pipeline without classes"
         )
-    classes, numbers = tuple(class_names(model)), torch.arange(len(images.classes))
-    if classes and images.classes:
-        strange = [name for name in images.classes if name not in classes]
-        if strange:
-            known = ", ".join(classes[:20])
-            raise UsageError(
-                f"{images.source} has a class {strange[0]!r} that {model} does not know: it has {known}; rename that "
-                "class, leave its images out, or take another model"
-            )
-        numbers = torch.tensor([classes.index(name) for name in images.classes])
-    elif all(name.isdecimal() for name in images.classes):  # 7 is class 7, also in a set without 3
-        classes = tuple(map(str, range(count)))
-        numbers = torch.tensor([int(name) for name in images.classes])
-    else:
-        classes = images.classes
-    labels = numbers[images.labels]
+    known = tuple(class_names(model))
+    strange = [name for name in images.classes if name not in known]
+    if known and strange:
+        raise UsageError(
+            f"{images.source} has a class {strange[0]!r} that {model} does not know: it has {', '.join(known[:20])}; "
+            "rename that class, leave its images out, or take another model"
+        )
+    named = [name for name in images.classes if not name.isdecimal()]
+    if named and not known:
+        raise UsageError(
+            f"{images.source} has a class {named[0]!r}, and {model} has no names of classes (no data.json): call the "
+            f"classes by the model's numbers, 0 .. {count - 1}"
+        )
+    numbers = [known.index(name) if known else int(name) for name in images.classes]  # 7 is class 7, without 3 too
+    labels = torch.tensor(numbers)[images.labels] if numbers else images.labels
     largest = int(labels.max())
     if largest >= count:
         raise UsageError(f"{images.source} has a class number {largest}, {model} has 0 .. {count - 1}: name another")
-    return dataclasses.replace(images, classes=classes, labels=labels)
+    return dataclasses.replace(images, classes=known or tuple(map(str, range(count))), labels=labels)

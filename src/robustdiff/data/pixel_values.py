@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,14 +9,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from robustdiff.data.colour_profile import SPACES, to_srgb
+from robustdiff.data.tiff_samples import EXTRA_SAMPLES, FLOAT, PHOTOMETRIC, SIGNED, SampledTiff
 from robustdiff.utils.errors import DataError
 
 ValueRange: TypeAlias = "tuple[float, float]"
 """The values that are black and white."""
 
-PHOTOMETRIC, BITS, EXTRA_SAMPLES, SAMPLE_FORMAT = 262, 258, 338, 339
-"""Tags of TIFF."""
+FLOATING = "floating-point pixels: say which values are black and white with `value_range`, as in 0:1"
 SIXTEEN_BIT = "16-bit reduced to 8-bit"
+UNUSED_ALPHA = ("BMP", "DIB", "TGA")
+"""Formats whose writers declare transparency and leave it out: of 0 everywhere, it says nothing."""
 SIXTEEN = (";16B", ";16L", ";16N")
 """Ends of Pillow's names of packed pixels of 16 bit."""
 
@@ -70,16 +71,21 @@ class Reader:
         """
         image, profile = self.image, self.image.info.get("icc_profile")
         deep = image.mode.startswith("I") or image.mode == "F"
-        wide = value_range is not None and self._packed.startswith("RGB") and self._packed.endswith(SIXTEEN)
+        colours = self._packed.endswith(SIXTEEN) and image.format == "PNG"  # of TIFF: see ``tiff_samples.exact``
+        wide = colours and (value_range is not None or isinstance(image.info.get("transparency"), tuple))
         alpha: Image.Image | None = None
-        if deep:
+        floating = image.mode == "F"
+        if isinstance(image, SampledTiff):
+            deep, floating = image.bits > 8, image.kind == FLOAT
+            base, alpha = _of_samples(image, value_range)
+        elif deep:
             base, alpha = self._deep(value_range)
         elif wide:
             base, alpha = self._colours_of_16_bit(value_range)
         else:
             base, alpha = self._shallow(value_range, remarks)
         if deep or self._packed.endswith(SIXTEEN):
-            remarks.append("floating point reduced to 8-bit" if image.mode == "F" else SIXTEEN_BIT)
+            remarks.append("floating point reduced to 8-bit" if floating else SIXTEEN_BIT)
         base = to_srgb(base, profile, remarks)
         if alpha is not None:
             remarks.append("alpha composited over white")
@@ -88,7 +94,8 @@ class Reader:
             base = Image.alpha_composite(Image.new("RGBA", base.size, "white"), base)
         if image.mode in ("P", "PA"):
             self.grey = _colourless(base)
-        return base.convert("L" if self.grey else "RGB")
+        wanted = "L" if self.grey else "RGB"
+        return base if base.mode == wanted else base.convert(wanted)  # which copies even if there is nothing to do
 
     # -- transparency --------------------------------------------------------------------------------------
 
@@ -110,10 +117,8 @@ class Reader:
         value = self.image.info.get("transparency")
         if self.image.format != "PNG" or value is None or isinstance(value, bytes):
             return value
-        if isinstance(value, tuple):
-            return tuple(one >> 8 for one in value) if self._packed.endswith(SIXTEEN) else value
         scale = {"L;2": 85, "L;4": 17, "1": 255}.get(self._packed, 1)
-        return value * scale if self.image.mode in ("1", "L") else value
+        return value * scale if isinstance(value, int) and self.image.mode in ("1", "L") else value
 
     # -- values --------------------------------------------------------------------------------------------
 
@@ -121,27 +126,24 @@ class Reader:
         """More than 8 bits without colour: mode L, and alpha."""
         image = self.image
         values = np.asarray(image)
-        tiff = self._tiff
         if image.format == "FITS":
             raise OSError("FITS of more than 8 bits: convert it to PNG first")
         if image.mode == "F" and value_range is None:
-            raise OSError("floating-point pixels: say which values are black and white with `value_range`, as in 0:1")
-        full = 65535
-        if tiff is not None:
-            bits, signed = int(tiff.get(BITS, (16,))[0]), int(tiff.get(SAMPLE_FORMAT, (1,))[0]) == 2
-            full = 2 ** (bits - signed) - 1 if bits <= 16 else 65535
+            raise OSError(FLOATING)
         transparent = self._transparent_value()
         alpha = None
         if isinstance(transparent, int):
             alpha = Image.fromarray(np.where(values == transparent, np.uint8(0), np.uint8(255)))
-        scaled = _scaled(values, full, value_range)
-        if tiff is not None and tiff.get(PHOTOMETRIC) == 0:  # white is zero: Pillow sees to that up to 8 bits only
+        scaled = _scaled(values, 65535, value_range)
+        if (
+            self._tiff is not None and self._tiff.get(PHOTOMETRIC) == 0
+        ):  # white is zero: Pillow sees to that up to 8 bits only
             np.subtract(255, scaled, out=scaled)
         return Image.fromarray(scaled), alpha
 
     def _shallow(self, value_range: ValueRange | None, remarks: list[str]) -> tuple[Image.Image, Image.Image | None]:
         """What Pillow gives in 8 bits or fewer: a mode that has a profile, and alpha."""
-        image, mode = self.image, self.image.mode
+        image, mode, image_format = self.image, self.image.mode, self.image.format
         if mode == "1":
             remarks.append("1-bit expanded to 8-bit")
         elif mode in ("P", "PA"):
@@ -149,42 +151,64 @@ class Reader:
         elif mode not in ("L", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX"):
             remarks.append(f"{mode} converted to RGB")
         alpha = None
-        if self._tiff is not None and mode == "L" and int(self._tiff.get(SAMPLE_FORMAT, (1,))[0]) == 2:
-            return Image.fromarray(_scaled(np.asarray(image).view(np.int8), 127, value_range)), None
         if image.has_transparency_data and not self._opaque:
             if "transparency" in image.info:
                 image.info["transparency"] = self._transparent_value()
             rgba = image.convert("LA" if mode == "La" else "RGBA").convert("RGBA")
             alpha, image = rgba.getchannel("A"), rgba.convert("RGB")
+            if image_format in UNUSED_ALPHA and alpha.getextrema() == (0, 0):
+                alpha = None
         elif self._opaque:
             image = image.convert("L" if self.grey else "RGB")
         if image.mode not in SPACES:
             image = image.convert("L" if self.grey else "RGB")
         elif self.grey and image.mode == "RGB":
             image = image.convert("L")
-        if value_range is not None and image.mode in ("L", "RGB") and value_range[1] < 255:
+        if value_range is not None and image.mode in ("L", "RGB") and value_range[1] <= 255:
             table = _scaled(np.arange(256), 255, value_range).tolist()
             image = image.point(table * len(image.getbands()))
         return image, alpha
 
     def _colours_of_16_bit(self, value_range: ValueRange | None) -> tuple[Image.Image, Image.Image | None]:
-        """Colours that Pillow would halve in depth: decoded once for the high and once for the low bytes."""
-        high, low = np.asarray(self.image), np.asarray(self._low_bytes())
-        values = (high[..., :3].astype(np.uint16) << 8) | low[..., :3]
-        with_alpha = self.image.mode == "RGBA" and not self._opaque
-        alpha = Image.fromarray(high[..., 3]) if with_alpha else None
-        return Image.fromarray(_scaled(values, 65535, value_range)), alpha
+        """PNG that Pillow would halve in depth: its high bytes, and decoded once more as if they stood last."""
+        high = np.asarray(self.image)
+        if self.grey:  # with alpha; the four bytes are those of a colour
+            pair = np.asarray(self._decoded_as("RGBA"))
+            alpha, values = Image.fromarray(pair[..., 2]), (pair[..., :1].astype(np.uint16) << 8) | pair[..., 1:2]
+            return Image.fromarray(_scaled(values, 65535, value_range)[..., 0]), alpha
+        values = (high[..., :3].astype(np.uint16) << 8) | np.asarray(self._decoded_as(f"{self._packed[:-1]}L"))[..., :3]
+        base = Image.fromarray(_scaled(values, 65535, value_range))
+        if self.image.mode == "RGBA":
+            return base, Image.fromarray(high[..., 3])
+        transparent = self.image.info.get("transparency")
+        if transparent is None:
+            return base, None
+        return base, Image.fromarray(np.where((values == transparent).all(-1), np.uint8(0), np.uint8(255)))
 
-    def _low_bytes(self) -> Image.Image:
-        """The image decoded as if its numbers were stored the other way round."""
+    def _decoded_as(self, packed: str) -> Image.Image:
+        """The image decoded as if its pixels lay otherwise."""
         self._stream.seek(0)
         second: Any = Image.open(self._stream, formats=[str(self.image.format)])
-        other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[self._packed[-1]]
-        name = self._packed[:-1] + other
-        second.tile = [
-            tile._replace(args=(name, *tile.args[1:]) if isinstance(tile.args, tuple) else name) for tile in second.tile
-        ]
+        second.tile = [tile._replace(args=packed) for tile in second.tile]
         return second  # type: ignore[no-any-return]
+
+
+def _of_samples(image: SampledTiff, value_range: ValueRange | None) -> tuple[Image.Image, Image.Image | None]:
+    """A TIFF that Pillow has no mode for: mode L, RGB or CMYK, and alpha."""
+    if image.kind == FLOAT and value_range is None:
+        raise OSError(FLOATING)
+    numbers, colours, alpha = image.numbers(), image.colours, None
+    full = 2 ** (image.bits - (image.kind == SIGNED)) - 1 if image.bits <= 16 else 65535
+    scaled = _scaled(numbers[..., :colours], full, value_range)
+    if image.alpha:
+        alpha = _scaled(numbers[..., colours], full, value_range if image.kind == FLOAT else None)
+        if image.alpha == 1:  # multiplied in
+            shares = np.maximum(alpha, 1)[..., None].astype(np.float32) / 255
+            scaled = np.clip(np.rint(scaled / shares), 0, 255).astype(np.uint8)
+    if image.white_is_zero:
+        np.subtract(255, scaled, out=scaled)
+    base = Image.fromarray(scaled[..., 0]) if colours == 1 else Image.fromarray(scaled, image.mode)
+    return base, None if alpha is None else Image.fromarray(alpha)
 
 
 def packed_as(image: Image.Image) -> str:

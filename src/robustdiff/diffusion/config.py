@@ -43,6 +43,7 @@ class SampleConfig(Settings):
         Raises:
             UsageError: One line that names the setting and the remedy.
         """
+        self.check_homes()
         self.check_choices()
         require(self.run != "", "`run` is empty: name a pipeline folder or a hub id")
         require(self.output != "", "`output` is empty: name a folder, or a file ending in .npz")

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def sample_to_files(config: SampleConfig) -> str:
                 np.savez(staging, images=images, labels=np.array(labels))
             atomic_io.fsync_file(staging)
             staging.replace(output)
-            return f"{output}: {config.n} images, uint8, (N, H, W, C)"
+            return f"{config.output or output}: {config.n} images, uint8, (N, H, W, C)"
         staging.mkdir(parents=True)
         for i, image in enumerate(everything):
             save_png(image, staging / f"{i:06d}.png")
@@ -70,7 +71,7 @@ def sample_to_files(config: SampleConfig) -> str:
         atomic_io.replace_folder(staging, output)
     finally:  # half of it helps nobody, and a full disk needs the room
         atomic_io.remove(staging)
-    return f"{output}: {config.n} images and grid.png"
+    return f"{config.output or output}: {config.n} images and grid.png"
 
 
 def draw(config: SampleConfig, pipeline: DiffusionPipeline, labels: Sequence[int] | None) -> Tensor | None:
@@ -137,13 +138,14 @@ def _output_path(config: SampleConfig) -> Path:
 
 
 def class_labels(config: SampleConfig, classes: int | None) -> list[int] | None:
-    """The class of each image; None for an unconditional pipeline."""
+    """The class of each image, those that were trained in turn if none is named; None for an unconditional pipeline."""
     if classes is None:
         if config.class_label is not None:
             raise UsageError(f"`class_label`: {config.run} is not class-conditional")
         return None
+    trained = trained_classes(config.run, classes)
     if config.class_label is None:
-        return [i % classes for i in range(config.n)]
+        return in_turn(trained, config.n)
     names, label = class_names(config.run), str(config.class_label)
     if label in names:
         number = names.index(label)
@@ -154,13 +156,40 @@ def class_labels(config: SampleConfig, classes: int | None) -> list[int] | None:
         if not any(name.isdecimal() for name in names):  # such names are no numbers of classes
             known.insert(0, f"in 0 .. {classes - 1}")
         raise UsageError(f"`class_label` {config.class_label} is not {', nor '.join(known)}")
+    if number not in trained:
+        there = ", ".join(names[one] if one < len(names) else str(one) for one in trained[:20])
+        raise UsageError(
+            f"`class_label` {label}: {config.run} was trained on no image of that class: give one of {there}"
+        )
     return [number] * config.n
+
+
+def in_turn(classes: Sequence[int], n: int) -> list[int]:
+    """The class of each of ``n`` images, one class after the other."""
+    return [classes[i % len(classes)] for i in range(n)]
 
 
 def class_names(run: str) -> list[str]:
     """Names of the classes, in the order of their numbers, if ``run`` is a run folder that knows them."""
+    account = _account(run)
+    classes = account["data"].get("classes") if isinstance(account.get("data"), dict) else None
+    return [str(name) for name in classes] if isinstance(classes, dict | list) else []
+
+
+def trained_classes(run: str, classes: int) -> list[int]:
+    """Numbers of the classes that ``run`` was trained on; all of ``classes`` if it does not say."""
+    account = _account(run)
+    trained = account.get("trained_classes")
+    if not isinstance(trained, list):  # a run of before there was the list
+        counts = account["data"].get("classes") if isinstance(account.get("data"), dict) else None
+        trained = [i for i, n in enumerate(counts.values()) if n != 0] if isinstance(counts, dict) else []
+    return [i for i in trained if isinstance(i, int) and 0 <= i < classes] or list(range(classes))
+
+
+def _account(run: str) -> dict[str, Any]:
+    """``data.json`` of a run folder; empty for another program's pipeline, which knows classes by number only."""
     try:
-        classes = json.loads((Path(run) / "data.json").read_text())["data"]["classes"]
-        return [str(name) for name in classes]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # another program's pipeline: numbers only
-        return []
+        account = json.loads((Path(run) / "data.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return account if isinstance(account, dict) else {}

@@ -94,6 +94,7 @@ class EvaluateConfig(Settings):
         Raises:
             UsageError: One line that names the setting and the remedy.
         """
+        self.check_homes()
         self.check_choices()
         texts = ("run", "reference", "training", "held_out", "split", "training_split", "held_out_split", "title")
         check_given(

@@ -133,6 +133,8 @@ def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated:
     def drawing(scheduler: str, steps: int) -> Tensor:
         this = dataclasses.replace(asked, scheduler=cast(Any, scheduler), steps=steps)  # validate() knows the names
         key = {**dataclasses.asdict(this), "run": weights, "batch_size": None, "overwrite": None}
+        if labels is not None:
+            key["classes"] = sorted(set(labels))
         path = folder / f"{scheduler}-{steps}-n{this.n}-{digest(key)}.npy"
         state = PartialState(cpu=without_accelerator())
         found = _kept(path, this.n) if state.is_main_process else None

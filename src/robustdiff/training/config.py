@@ -246,6 +246,7 @@ class TrainConfig(Settings):
         Raises:
             UsageError: One line that names the setting and the remedy.
         """
+        self.check_homes()
         self.check_choices(objective=LOSSES)
         for name in (
             "data",

@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,20 @@ from torch.utils.data import Dataset
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.losses.denoising import LossOutput
 from robustdiff.training.callbacks.base import Callback
+from robustdiff.training.callbacks.checkpointing import CheckpointCallback
 from robustdiff.training.loader import Batch, Batches, RankSampler, iterate_batches, repeat_batches
 from robustdiff.training.options import FitOptions
 from robustdiff.training.processes import agree, steps_between_votes
 from robustdiff.training.run import Loss, MakeOptimizer, TrainingRun
-from robustdiff.utils.signals import PATIENCE, Interrupted, WaitOver, ends_with_signals, stop_signals
-
-TOGETHER = 20.0
-"""As ``PATIENCE``, for processes that stop together; launchers kill after 30."""
+from robustdiff.utils.signals import (
+    PATIENCE,
+    TOGETHER,
+    Interrupted,
+    WaitOver,
+    ends_at_last,
+    ends_with_signals,
+    stop_signals,
+)
 
 
 @dataclass(frozen=True)
@@ -89,43 +96,56 @@ def fit(
     """
     _check_data(data, options.seed)
     run = TrainingRun(model, loss, options, callbacks, optimizer=optimizer, accelerator=accelerator, say=say)
-    for callback in run.callbacks:
-        callback.on_setup(run)
-        if run.stopping:
-            return _result(run)
-    run.accelerator.wait_for_everyone()
+    last_words = partial(_stopped, run, where=", in a wait that did not end", saved=False)
+    with stop_signals() as asked_to_stop, ends_at_last(run.patience, last_words):
+        try:
+            for callback in run.callbacks:
+                with ends_with_signals(PATIENCE):
+                    callback.on_setup(run)
+                if run.stopping:
+                    return _result(run)
+            run.accelerator.wait_for_everyone()
+            with contextlib.closing(_unless_stopped(_feed(run, data), run.accelerator.num_processes)) as batches:
+                _train(run, batches, asked_to_stop)
+        except WaitOver as over:
+            raise last_words(over.status) from None
+        # Processes part together, and the wrapper goes before its process group.
+        run.accelerator.wait_for_everyone()
+        run.release()
+        run.each("on_end")
+        if accelerator is None:
+            run.accelerator.end_training()
+    if run.status and run.step < options.steps:
+        raise _stopped(run, run.status)
+    return _result(run)
 
-    batches = _unless_stopped(_feed(run, data), run.accelerator.num_processes)
-    with stop_signals() as asked_to_stop, contextlib.closing(batches):
-        run.each("on_start")
-        if run.finished:  # killed in its last save: finish that
-            _save(run)
-        while not run.finished:
-            try:
-                train_step(run, batches)
-            except WaitOver:
-                _leave_step(run, asked_to_stop())
-                break
+
+def _train(run: TrainingRun, batches: Iterator[Batch], asked_to_stop: Callable[[], int]) -> None:
+    """The loop itself."""
+    options = run.options
+    run.each("on_start")
+    if run.finished:  # killed in its last save: finish that
+        _save(run)
+    while not run.finished:
+        try:
+            train_step(run, batches)
             logging = run.step % options.log_every == 0 or run.step == options.steps
             run.status = _vote(run, asked_to_stop(), logging)
-            if logging:
-                run.check_finite()
-                run.each("on_log", run.record())
-            run.each("on_step")
-            if run.stopping and not logging:
-                _record_last(run)
-            if run.finished or run.step % (options.checkpoint_every or options.steps) == 0:
-                _save(run)
-
-    # Processes part together, and the wrapper goes before its process group.
-    run.accelerator.wait_for_everyone()
-    run.release()
-    run.each("on_end")
-    if accelerator is None:
-        run.accelerator.end_training()
-    if run.status and run.step < options.steps:
-        raise Interrupted(f"stopped at step {run.step} of {options.steps}", run.status)
-    return _result(run)
+        except WaitOver as over:
+            if run.accelerator.num_processes > 1:  # alone this one cannot save
+                raise
+            run.status = over.status
+            run.optimizer.zero_grad()
+            _save(run)  # what was done before this step
+            return
+        if logging:
+            run.check_finite()
+            run.each("on_log", run.record())
+        run.each("on_step")
+        if run.stopping and not logging:
+            _record_last(run)
+        if run.finished or run.step % (options.checkpoint_every or options.steps) == 0:
+            _save(run)
 
 
 def train_step(run: TrainingRun, batches: Iterator[Batch]) -> None:
@@ -138,18 +158,19 @@ def train_step(run: TrainingRun, batches: Iterator[Batch]) -> None:
     outputs: list[LossOutput] = []
     indices: list[Tensor | None] = []
     images = 0
-    for place in range(passes):
-        last = place == passes - 1
-        with contextlib.nullcontext() if last else run.accelerator.no_sync(run.model):
-            batch = next(batches)
-            outputs.append(run.loss_of(batch))
-            indices.append(batch.index)
-            mean = outputs[-1].total.mean()
-            # times 1, but not a number where the loss is infinite: no process may miss it in the gradient
-            mean = mean * (1 + 0 * mean.detach())
-            run.accelerator.backward(mean / passes)
-        images += len(batch.x0) * run.accelerator.num_processes
-    gradient_norm = run.accelerator.clip_grad_norm_(run.network.parameters(), run.options.max_grad_norm)
+    with ends_with_signals(run.patience):
+        for place in range(passes):
+            last = place == passes - 1
+            with contextlib.nullcontext() if last else run.accelerator.no_sync(run.model):
+                batch = next(batches)
+                outputs.append(run.loss_of(batch))
+                indices.append(batch.index)
+                mean = outputs[-1].total.mean()
+                # times 1, but not a number where the loss is infinite: no process may miss it in the gradient
+                mean = mean * (1 + 0 * mean.detach())
+                run.accelerator.backward(mean / passes)
+            images += len(batch.x0) * run.accelerator.num_processes
+        gradient_norm = run.accelerator.clip_grad_norm_(run.network.parameters(), run.options.max_grad_norm)
     run.update(bad=run.metrics.add(run.step, outputs, gradient_norm, run.images, indices))
     run.images += images
 
@@ -192,14 +213,13 @@ def _unless_stopped(batches: Generator[Batch, None, None], processes: int) -> Ge
             yield batch
 
 
-def _leave_step(run: TrainingRun, status: int) -> None:
-    """A signal came, and images do not: what was done before this step is saved, if this process can do so alone."""
-    run.status = status
-    run.optimizer.zero_grad()
-    if run.accelerator.num_processes > 1:
-        message = f"stopped at step {run.step} of {run.options.steps}, waiting for images"
-        raise Interrupted(message, status, saved=False)
-    _save(run)
+def _stopped(run: TrainingRun, status: int, where: str = "", saved: bool = True) -> Interrupted:
+    """What a stopped run says of itself, and of how it goes on if it has checkpoints."""
+    message = f"stopped at step {run.step} of {run.options.steps}{where}"
+    if any(isinstance(callback, CheckpointCallback) for callback in run.callbacks):
+        so_far = "saved" if saved else "nothing since the last checkpoint was saved"
+        message += f", {so_far}; go on with the same command and `resume`"
+    return Interrupted(message, status, saved)
 
 
 def _vote(run: TrainingRun, status: int, logging: bool) -> int:
@@ -207,7 +227,8 @@ def _vote(run: TrainingRun, status: int, logging: bool) -> int:
     if run.accelerator.num_processes == 1:
         return status
     every = 1 if run.seconds_per_step is None else steps_between_votes(run.seconds_per_step)
-    return agree(run.accelerator, status) if logging or run.step % every == 0 else 0
+    with ends_with_signals(run.patience):
+        return agree(run.accelerator, status) if logging or run.step % every == 0 else 0
 
 
 def _record_last(run: TrainingRun) -> None:

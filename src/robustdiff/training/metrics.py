@@ -187,8 +187,8 @@ class Metrics:
         """
         if not self._waiting:
             return [], None
+        rows = self._accelerator.reduce(torch.stack([row for _, _, row, _ in self._waiting]), "mean").tolist()
         waiting, self._waiting = self._waiting, []
-        rows = self._accelerator.reduce(torch.stack([row for _, _, row, _ in waiting]), "mean").tolist()
         found: list[NonFinite] = []
         for (step, images, _, parts), (*row, bad) in zip(waiting, rows, strict=True):
             if bad == 0:  # bad: the share of processes that met it

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
 from robustdiff.data.dataset import ImageDataset
+from robustdiff.diffusion.sample_files import in_turn
 from robustdiff.training.config import TrainConfig
 from robustdiff.training.plan import Plan
 from robustdiff.utils import atomic_io
@@ -40,7 +41,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{name}")
-unet, labels = pipeline.unet, torch.tensor([0, 0, 1, 1])
+unet, labels = pipeline.unet, torch.tensor({labels})
 scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
 scheduler.set_timesteps(50)
 sides = unet.config.sample_size if isinstance(unet.config.sample_size, (list, tuple)) else [unet.config.sample_size] * 2
@@ -62,12 +63,14 @@ def write_model_card(
     dirt: tuple[str, ...],
     told: Mapping[str, str],
     step: int,
-    conditional: bool,
+    classes: Sequence[int],
 ) -> None:
     """Write ``README.md``: what the model is, what it was trained on and how, and what was not measured."""
     header = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", tags=["robustdiff"])
     height, width = data.size
-    usage = (_CONDITIONAL if conditional else _UNCONDITIONAL).format(name=folder.name)
+    usage = (_CONDITIONAL if classes else _UNCONDITIONAL).format(
+        name=folder.name, labels=sorted(in_turn(classes[:4], 4)) if classes else None
+    )
     colours = "1 channel" if data.channels == 1 else f"{data.channels} channels"
     known = "".join(f"| {name} | {value} |\n" for name, value in told.items())
     body = f"""# {folder.name}
@@ -80,7 +83,7 @@ A diffusion model of {width} x {height} images ({colours}), trained with robustd
 | dirt added for the experiment | {"; ".join(dirt) or "none"} |
 {known}| network | UNet2DModel, {plan.network}, {plan.parameters:,} parameters |
 | objective | `{plan.objective}` |
-| classes | {", ".join(data.classes) if conditional else "unconditional"} |
+| classes | {", ".join(data.classes) if classes else "unconditional"} |
 | images seen | {step * plan.batch:,} of {plan.images:,} |
 | seed | {config.seed} |
 

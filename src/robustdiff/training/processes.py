@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,8 +42,7 @@ def build_accelerator(
     Raises:
         UsageError: If the tracker is not there, or the set-up is one that training here cannot use.
     """
-    check_launcher()
-    _check_settings(mixed_precision, gradient_accumulation_steps)
+    check_launcher(mixed_precision, gradient_accumulation_steps)
     if logger is not None:
         available = sorted(tracker.value for tracker in get_available_trackers())
         if logger not in available:
@@ -79,36 +77,6 @@ def build_accelerator(
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("`mixed_precision` fp16 has no effect on a CPU: use bf16 or no")
     return accelerator
-
-
-def _check_settings(mixed_precision: str, gradient_accumulation_steps: int) -> None:
-    """Refuse what accelerate's launcher or configuration says otherwise than the run.
-
-    It always says something, "no" or 1 by default: that leaves the run its own.
-    """
-    known = {
-        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", mixed_precision),
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", str(gradient_accumulation_steps)),
-    }
-    for variable, (name, value) in known.items():
-        told = os.environ.get(variable, value)
-        if told.lower() not in ("", "no", "1", value):
-            raise UsageError(
-                f"accelerate is set to {name} {told:.40} (by its launcher, its configuration or {variable}), "
-                f"`{name}` is {value}: give the same here, or take it out there"
-            )
-    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if backend.lower() not in ("", "no"):
-        raise UsageError(
-            f"accelerate is set to dynamo_backend {backend:.40} (by its launcher, its configuration or "
-            "ACCELERATE_DYNAMO_BACKEND): take it out there, and add `compile` here"
-        )
-    if device := os.environ.get("ACCELERATE_TORCH_DEVICE"):
-        try:
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = atomic_io.one_line(error)
-            raise UsageError(f"ACCELERATE_TORCH_DEVICE {device:.40} cannot be used here: {reason:.200}") from None
 
 
 def check_alike(accelerator: Accelerator, digest: str, what: str) -> None:

@@ -24,7 +24,9 @@ from robustdiff.training.loader import Batch
 from robustdiff.training.metrics import Metrics
 from robustdiff.training.options import FitOptions
 from robustdiff.training.processes import build_accelerator
+from robustdiff.utils.errors import RobustdiffWarning
 from robustdiff.utils.seeds import derive_seed
+from robustdiff.utils.signals import PATIENCE, TOGETHER, WaitOver, ends_with_signals
 from robustdiff.utils.tensors import to_device
 
 if TYPE_CHECKING:
@@ -161,9 +163,33 @@ class TrainingRun:
             self._say(text)
 
     def each(self, hook: str, *arguments: object) -> None:
-        """Call one hook of every callback, in their order."""
+        """Call one hook of every callback, in their order; one that hangs when a signal has come is left.
+
+        Raises:
+            WaitOver: If it was to save.
+        """
+        saves = hook in ("on_sync", "on_checkpoint")
         for callback in self.callbacks:
-            getattr(callback, hook)(self, *arguments)
+            try:
+                with ends_with_signals(self.patience if saves else PATIENCE):
+                    getattr(callback, hook)(self, *arguments)
+            except WaitOver as over:
+                if self.ema is not None and self.ema.temp_stored_params is not None:  # left in the middle of a swap
+                    self.ema.restore(self.network.parameters())
+                if saves:
+                    raise
+                if self.accelerator.num_processes == 1:  # several agree first
+                    self.status = over.status
+                message = (
+                    f"{type(callback).__name__}.{hook} was left unfinished: it did not end when the run was stopped"
+                )
+                warnings.warn(message, RobustdiffWarning, stacklevel=2)
+
+    @property
+    def patience(self) -> float:
+        """Seconds after a signal that a step, a vote or a save may take: large networks and slow steps have more."""
+        millions = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
+        return TOGETHER + millions + 5 * (self.seconds_per_step or 0)
 
     # -- what a step needs -------------------------------------------------------------------------------
 
@@ -252,6 +278,7 @@ class TrainingRun:
         finally:
             if self.ema is not None:
                 self.ema.restore(self.network.parameters())
+            self.network.train()  # sampling may have been left in the middle
 
     def training_state(self) -> TrainingState:
         """Everything that a checkpoint keeps."""

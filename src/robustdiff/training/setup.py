@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def build_evaluation(
     images: ImageDataset,
     folder: Path,
     steps: int,
-    classes: int,
+    classes: Sequence[int],
     device: torch.device,
 ) -> EvaluationCallback:
     """The evaluation that the flags describe, with its extractor and reference.
@@ -185,7 +186,7 @@ def build_evaluation(
         images: Training images, whose size and channels the reference is brought to.
         folder: Of the run.
         steps: Network calls per image.
-        classes: Of a conditional network; 0: it is not.
+        classes: Numbers of those that a conditional network is trained on; none: it is not conditional.
         device: Where features are computed.
 
     Raises:

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from robustdiff import __version__
 from robustdiff.data.match_model import renumber
 from robustdiff.diffusion.pipeline import largest_divisor
+from robustdiff.diffusion.sample_files import in_turn
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.training.callbacks.base import Callback
 from robustdiff.training.callbacks.checkpointing import CheckpointCallback
@@ -83,10 +84,9 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> Path:
     try:
         fit(pipeline, loss, data.batches, _options(config, plan, data), callbacks, accelerator=accelerator, say=say)
     except Interrupted as stopped:
-        accelerator.end_training()
-        so_far = "saved; go on" if stopped.saved else "nothing since the last checkpoint was saved; go on"
-        message = f"{stopped}, {so_far} with the same command and `resume`"
-        raise Interrupted(message, stopped.status, stopped.saved) from None
+        if stopped.saved:  # else others hang, or have gone
+            accelerator.end_training()
+        raise
     except NonFinite as bad:
         raise TrainingError(_explained(config, folder, bad)) from None
     if config.dry_run:
@@ -152,15 +152,15 @@ def _callbacks(
         atomic_io.write_json(folder / "data.json", data.describe())
 
     def write_card(step: int) -> None:
-        write_model_card(folder, config, plan, images, data.dirt, told, step, conditional)
+        write_model_card(folder, config, plan, images, data.dirt, told, step, data.classes if conditional else [])
 
+    classes = data.classes if conditional else []
     evaluation = []
     if config.evaluate_every is not None:
-        classes = len(images.classes) if conditional else 0
         evaluation = [build_evaluation(config, plan, images, folder, sampler_steps, classes, accelerator.device)]
     preview = None
     if config.preview_images:
-        labels = [i % len(images.classes) for i in range(config.preview_images)] if conditional else None
+        labels = in_turn(classes, config.preview_images) if conditional else None
         preview = PreviewCallback(
             folder,
             config.preview_images,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
@@ -58,6 +59,14 @@ class TrainingSet:
         return len(self.trained) if self.batches.sampler is None else len(self.batches.sampler.used)
 
     @property
+    def classes(self) -> list[int]:
+        """Numbers of the classes that are trained on, rising; none if the images have no labels."""
+        if self.images.labels is None:
+            return []
+        used = self.trained if self.batches.sampler is None else self.batches.sampler.used
+        return list(map(int, torch.unique(self.images.labels[used])))
+
+    @property
     def dirt(self) -> tuple[str, ...]:
         """The corruptions as they are typed."""
         return tuple(str(corruption) for corruption in self.corruptions)
@@ -77,6 +86,7 @@ class TrainingSet:
             "corrupt": self.dirt,
             "corrupt_seed": self.batches.seed,
             "trained": self.count,
+            "trained_classes": self.classes,
             "noise_levels": None if self.levels is None else self.levels.describe(),
             "auto": None if self.audit is None else self.audit.describe(),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -20,13 +21,27 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        """Put the home folder for the ``~`` that any text begins with."""
+        """Put the home folder for the ``~``, or ``~user``, that any text begins with."""
         for name, value in list(vars(self).items()):
             if isinstance(value, str):
-                object.__setattr__(self, name, os.path.expanduser(value))
+                object.__setattr__(self, name, _at_home(value))
             elif isinstance(value, tuple):
-                parts = tuple(os.path.expanduser(part) if isinstance(part, str) else part for part in value)
+                parts = tuple(_at_home(part) if isinstance(part, str) else part for part in value)
                 object.__setattr__(self, name, parts)
+
+    def check_homes(self) -> None:
+        """Refuse the ``~user`` of nobody, where a path may be meant: it would become a folder of that name.
+
+        Raises:
+            UsageError: In one line with the setting.
+        """
+        for name, value in vars(self).items():
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and text.startswith("~") and not WORDS.fullmatch(name):
+                    user = text[1:].partition(os.sep)[0]
+                    raise UsageError(
+                        f"`{name}` {text}: there is no user {user!r} here: write ./{text} if that is its name"
+                    )
 
     def check_choices(self, **known: Iterable[str]) -> None:
         """Refuse words that are none of those a setting offers: a command line does, Python does not.
@@ -45,6 +60,15 @@ class Settings:
             ):
                 words = ", ".join(str(choice) for choice in choices if choice is not None)
                 raise UsageError(f"`{name}` {value!r} is not one of {words}")
+
+
+WORDS = re.compile("title|told|class_label|.*split|.*column")
+"""Settings that are no paths."""
+
+
+def _at_home(text: str) -> str:
+    # pathlib would take away the dot that says that it is no home
+    return os.path.abspath(text) if text.startswith("./~") else os.path.expanduser(text)
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:  # noqa: ANN401 - any type

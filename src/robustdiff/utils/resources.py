@@ -81,12 +81,17 @@ SWITCHES = ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFIN
 YES_OR_NO = re.compile("y|yes|t|true|on|1|n|no|f|false|off|0", re.IGNORECASE)
 
 
-def check_launcher() -> None:
+def check_launcher(mixed_precision: str | None = None, gradient_accumulation_steps: int = 1) -> None:
     """Refuse what a launcher, or the environment, says to accelerate and what cannot be followed here.
 
+    Args:
+        mixed_precision: Of a run that trains; None where nothing is trained and all is computed in float32.
+        gradient_accumulation_steps: Of a run that trains.
+
     Raises:
-        UsageError: For what splits the network, for what accelerate cannot read, and under ``accelerate launch --cpu
-            --num_processes N``, which starts several processes only through MPI.
+        UsageError: For what splits the network, for what accelerate cannot read, for what it says otherwise than the
+            run, and under ``accelerate launch --cpu --num_processes N``, which starts several processes only through
+            MPI.
     """
     for name, plugin in PLUGINS.items():
         if os.environ.get(name, "").lower() == "true":
@@ -97,6 +102,7 @@ def check_launcher() -> None:
     for name in SWITCHES:
         if not YES_OR_NO.fullmatch(os.environ.get(name, "no")):
             raise UsageError(f"{name} is {os.environ[name]!r:.40}: accelerate takes true or false")
+    _check_settings(mixed_precision, gradient_accumulation_steps)
     through_mpi = any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
     # Batch scripts export MASTER_ADDR for reasons of their own; this one is accelerate's.
     alone = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("MASTER_ADDR") == "127.0.0.1"
@@ -105,6 +111,37 @@ def check_launcher() -> None:
             "accelerate launch was asked for several processes but started one: on CPUs too it needs --multi_gpu "
             "(without --cpu) --num_processes N"
         )
+
+
+def _check_settings(mixed_precision: str | None, gradient_accumulation_steps: int) -> None:
+    """Accelerate is always told something, "no" or 1 by default: that leaves the run its own."""
+    known = {"ACCELERATE_MIXED_PRECISION": ("mixed_precision", mixed_precision or "no")}
+    if mixed_precision is not None:
+        steps = ("gradient_accumulation_steps", str(gradient_accumulation_steps))
+        known["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = steps
+    for variable, (name, value) in known.items():
+        told = os.environ.get(variable, value)
+        if told.lower() not in ("", "no", "1", value):
+            here = f"`{name}` is {value}: give the same here, or take it out there"
+            if mixed_precision is None:
+                here = "and only training follows it: say no there"
+            raise UsageError(
+                f"accelerate is set to {name} {told:.40} (by its launcher, its configuration or {variable}), {here}"
+            )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() not in ("", "no"):
+        raise UsageError(
+            f"accelerate is set to dynamo_backend {backend:.40} (by its launcher, its configuration or "
+            "ACCELERATE_DYNAMO_BACKEND): take it out there" + (", and add `compile` here" if mixed_precision else "")
+        )
+    if device := os.environ.get("ACCELERATE_TORCH_DEVICE"):
+        import torch  # only here: most commands begin without
+
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"ACCELERATE_TORCH_DEVICE {device:.40} cannot be used here: {reason:.200}") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustdiff.attacks.batch_goals import FeatureDistance
 from robustdiff.attacks.benchmark.grid import is_joint
-from robustdiff.attacks.config import AttackConfig
+from robustdiff.attacks.config import OF_REFERENCE, AttackConfig
 from robustdiff.evaluation.config import EvaluateConfig
 from robustdiff.evaluation.extractors import Extractor, differentiable, open_extractor
 from robustdiff.evaluation.features import Features, Images, default_cache, extract
@@ -67,7 +67,7 @@ def open_reference(config: AttackConfig, shape: Sequence[int], device: torch.dev
     elif config.n < LEAST and not is_joint(config):
         why = f"that takes at least {LEAST} images: raise `n`"
     elif config.reference is not None:
-        options = {name: getattr(config, name) for name in ("split", "dataset_config_name", "image_column")}
+        options = {name: getattr(config, name) for name in OF_REFERENCE}
         options["max_bad_fraction"] = config.max_bad_fraction
         asked = EvaluateConfig(config.run, reference=config.reference, **options)
         real = load_real(asked, "reference", square, channels, size)

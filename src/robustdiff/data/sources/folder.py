@@ -6,10 +6,13 @@ The classes are the folders of the first level, or what ``metadata.jsonl``, ``.c
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,17 +21,22 @@ from typing import Any
 
 from robustdiff.data.sources import labels
 from robustdiff.data.sources.base import Files, Source, listed, missing, short_reason
-from robustdiff.utils.errors import DataError
+from robustdiff.utils.errors import DataError, RobustdiffWarning
 
 SIDE_CARS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".xml", ".yaml", ".yml", ".html", ".db", ".ini")
 """Suffixes of files that commonly lie beside images; they are counted, neither opened nor named."""
 METADATA, METADATA_TABLE = ("metadata.jsonl", "metadata.csv"), "metadata.parquet"
 SYSTEM = re.compile(
-    r"@eaDir|@Recycle|@Recently-Snapshot|#recycle|#snapshot|\$RECYCLE\.BIN|RECYCLER|System Volume Information|"
-    r"lost\+found|__MACOSX|__pycache__",
+    r"@eaDir|@tmp|@sharebin|@SynoResource|@__thumb|@Recycle|@Recently-Snapshot|#recycle|#snapshot|\$RECYCLE\.BIN|"
+    r"RECYCLER|RECYCLED|FOUND\.\d{3}|System Volume Information|Network Trash Folder|Temporary Items|"
+    r"TheVolumeSettingsFolder|lost\+found|__MACOSX|__pycache__|_gsdata_",
     re.IGNORECASE,
 )
 """Folders that operating systems, network disks and archives put everywhere; what is in them is nobody's image."""
+DELIMITERS = ",;\t|"
+"""What may stand between the columns of a CSV file; if none of these does, spaces do."""
+WHOLE = re.compile(r"\s*(0|[+-]?[1-9]\d*)\s*")
+"""A number in the only way that numbers are written: 00 and 01 are names."""
 SAMPLE = re.compile(r"\d{6,}\.png")
 """Names that `robustdiff sample` gives to images."""
 NO_CLASSES = (
@@ -46,12 +54,14 @@ class Found:
         skipped: (name, reason) of what is skipped at sight.
         metadata: Of files that say something of the images.
         notes: Counts of what was ignored.
+        links: Folders of the first level that are not read, as links to folders that are: (name, that folder).
     """
 
     names: list[str]
     skipped: list[tuple[str, str]]
     metadata: list[str]
     notes: dict[str, int] = field(default_factory=dict)
+    links: list[tuple[str, str]] = field(default_factory=list)
 
     def take_metadata_tables(self) -> None:
         """Parquet files of that name are metadata beside images, and the images themselves elsewhere."""
@@ -76,7 +86,11 @@ def images(folder: Path, found: Found, label_column: str | None) -> Source:
     if "grid.png" in names and len(names) > 1 and all(SAMPLE.fullmatch(name) for name in names if name != "grid.png"):
         names.remove("grid.png")  # `robustdiff sample` writes it beside the images
         notes["grid.png ignored (an overview of the samples)"] = 1
-    classes, places, why = _told(folder, found.metadata, names, label_column)
+    classes, places, why = _told(folder, found.metadata, names, label_column, notes)
+    if places is None:
+        for link, where in found.links:
+            text = f"{folder}: {link} is a link to {where}, whose images are read once: there is no class {link}"
+            warnings.warn(RobustdiffWarning(text), stacklevel=6)
     files = Files(folder, names)
     return Source("folder", names, files, found.skipped, classes, places, notes=notes, unlabelled=why)
 
@@ -113,6 +127,8 @@ def scan(folder: Path) -> Found:
             if os.path.commonpath((above, place[1])) != place[1]:  # a link back up has nothing of its own
                 where = own.as_posix() if own is not None and own != here else "a folder"
                 found.skipped.append((here.as_posix(), f"a link to {where}, which is read as itself"))
+                if len(here.parts) == 1:
+                    found.links.append((here.as_posix(), where))
             subfolders.clear()
             continue
         seen.add(place)
@@ -170,8 +186,18 @@ def first_level(names: Sequence[str], others: Sequence[str]) -> labels.Labels:
     return classes, [number[name.partition("/")[0]] for name in names], ""
 
 
-def _told(folder: Path, files: Sequence[str], names: Sequence[str], asked: str | None) -> labels.Labels:
-    """Labels by what metadata files say of the images."""
+def _told(
+    folder: Path, files: Sequence[str], names: Sequence[str], asked: str | None, notes: dict[str, int]
+) -> labels.Labels:
+    """Labels by what metadata files say of the images; of those that they leave out, by folders if there are several.
+
+    Args:
+        folder: Where everything is.
+        files: The metadata files.
+        names: Of the images.
+        asked: The column of labels.
+        notes: Takes how many labels are those of folders.
+    """
     rows: dict[str, Mapping[str, Any]] = {}
     why = ""
     for file in files:
@@ -193,9 +219,23 @@ def _told(folder: Path, files: Sequence[str], names: Sequence[str], asked: str |
             why = f"{files[0]} has the columns {listed(columns)}: name that of the labels with `label_column`"
         return (), None, why
     values = [rows[name].get(column) if name in rows else None for name in names]
-    if all(isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value) for value in values if value != ""):
+    if all(isinstance(value, str) and WHOLE.fullmatch(value) for value in values if value not in ("", None)):
         values = [int(value) if value else None for value in values]  # CSV has no types
+    folders = _folders(files, names)
+    gaps = [place for place, value in enumerate(values) if value in ("", None) and folders[place]]
+    if gaps and len({one for one in folders if one}) > 1:
+        for place in gaps:
+            values[place] = folders[place]
+        notes["labels of folders (metadata has none)"] = len(gaps)
     return labels.from_values(values, f"column {column} of {files[0]}")
+
+
+def _folders(files: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The first folder of each name below that of the metadata that may speak of it; "" if there is none."""
+    above = sorted({PurePosixPath(file).parent.parts for file in files} | {()}, key=len, reverse=True)
+    parts = [PurePosixPath(name).parts for name in names]
+    below = (one[len(next(base for base in above if one[: len(base)] == base)) :] for one in parts)
+    return [one[0] if len(one) > 1 else "" for one in below]
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -206,13 +246,26 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
             raise missing("datasets") from None
         yield from parquet.read_table(path).to_pylist()
         return
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            yield from csv.DictReader(file)
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is no object")
-                yield row
+    text = _text(path.read_bytes())
+    if path.suffix == ".csv":
+        head = text.partition("\n")[0]
+        between = max(DELIMITERS, key=head.count) if any(one in head for one in DELIMITERS) else " "
+        for cells in csv.DictReader(io.StringIO(text, newline=""), delimiter=between, skipinitialspace=True):
+            yield {key.strip(): value.strip() for key, value in cells.items() if isinstance(value, str) and key}
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no object")
+            yield row
+
+
+def _text(data: bytes) -> str:
+    """Text in the encodings that spreadsheets write: UTF-8 or -16 with a mark, else UTF-8, else that of Windows."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", errors="replace")

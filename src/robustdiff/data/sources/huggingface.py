@@ -238,7 +238,6 @@ def _labels(datasets: ModuleType, rows: Dataset, asked: str | None) -> labels.La
         return (), None, f"{several}: name one with `label_column`; there is {listed(declared + simple)}"
     column, feature = candidates[0], features[candidates[0]]
     values = rows.select_columns([column]).with_format(None)[:][column]
-    values = [None if value == -1 else value for value in values]  # the hub's way to leave test labels out
     classes, places, why = labels.from_values(values, f"column {column}")
     if why and asked:
         raise DataError(f"`label_column` {asked}: {why}")

@@ -19,7 +19,7 @@ Labels = tuple[tuple[str, ...], "list[int | None] | None", str]
 
 
 def from_values(values: Sequence[Any], what: str) -> Labels:
-    """Labels of values, one per image: text, or whole numbers of any type; a gap is None, "" or not a number.
+    """Labels of values, one per image: text, or whole numbers of any type; a gap is None, "", -1 or not a number.
 
     Args:
         values: The values.
@@ -42,7 +42,7 @@ def from_values(values: Sequence[Any], what: str) -> Labels:
 
 def may_be(shape: tuple[int, ...], dtype: np.dtype[Any], images: tuple[int, ...]) -> bool:
     """Whether an array is of a shape and type that labels of an array of images can have."""
-    return dtype.kind in "biufUS" and shape[:1] == images[:1] and len(shape) in (1, 2)
+    return dtype.kind in "biufUSO" and shape[:1] == images[:1] and len(shape) in (1, 2)
 
 
 def from_array(array: NDArray[Any], what: str) -> Labels:
@@ -61,7 +61,7 @@ class _Strange:
 def _plain(value: Any) -> int | str | _Strange | None:  # noqa: ANN401 - whatever a file holds
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+    if value is None or value in ("", -1) or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, str):
         return str(value)

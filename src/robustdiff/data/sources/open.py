@@ -202,7 +202,7 @@ def _npz(path: Path) -> Source:
             _check_size(key, *headers[key])
             array = _channels_last(_read(archive, key))
             told = None
-            if label_key is not None:
+            if label_key is not None and not headers[label_key][1].hasobject:
                 _check_size(label_key, *headers[label_key])
                 told = _read(archive, label_key)
     except (DataError, MemoryError, PermissionError):
@@ -219,6 +219,8 @@ def _npz(path: Path) -> Source:
 
 def _no_label_array(others: dict[str, Header], count: int) -> str:
     named = next((name for name in others if name in LABEL_KEYS), None)
+    if named and others[named][1].hasobject:
+        return f"array {named} holds Python objects, which are not opened: save {named}.astype(str)"
     shape = f"array {named} has shape {others[named][0]} and type {others[named][1]}; " if named else ""
     return f"{shape}add an array labels of {count} whole numbers or texts, or of one row for each image (one-hot)"
 

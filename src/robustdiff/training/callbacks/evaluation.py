@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.diffusion.pipeline import sample, save_pipeline, to_uint8
+from robustdiff.diffusion.sample_files import in_turn
 from robustdiff.evaluation.extractors import Extractor
 from robustdiff.evaluation.features import Features, default_cache, extract
 from robustdiff.evaluation.metrics import KernelDistance, compute_metrics
@@ -46,7 +47,7 @@ class EvaluationCallback(Callback):
         seed: Of the images.
         steps: Network calls per image; divides the timesteps.
         batch_size: Images per call.
-        classes: Drawn in turn, if the network is conditional; 0: it is not.
+        classes: Numbers of those drawn in turn, if the network is conditional.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class EvaluationCallback(Callback):
         seed: int = 0,
         steps: int = 50,
         batch_size: int = 64,
-        classes: int = 0,
+        classes: Sequence[int] = (),
     ) -> None:
         """Look at the reference, so that what is wrong with it is known before training.
 
@@ -84,11 +85,13 @@ class EvaluationCallback(Callback):
         check_pipeline(self, run)
 
     def on_start(self, run: TrainingRun) -> None:
-        """Later lines are cut off, and the best of those that stay is to be beaten."""
+        """Cut off later lines, find the best of those that stay, which is to be beaten; make up for one left out."""
         self.lines = JsonlLog(self.folder / "evaluation" / "during.jsonl", run.step)
         kept = [json.loads(line) for line in self.lines.kept]
         values = (line["values"].get(self.metric, {}).get("value") for line in kept)
         self.best = min((value for value in values if value is not None), default=None)
+        if run.step and (not kept or kept[-1]["step"] < run.step):  # left in the middle when the run was stopped
+            self.on_step(run)
 
     def on_step(self, run: TrainingRun) -> None:
         """Evaluate, if it is time."""
@@ -122,7 +125,7 @@ class EvaluationCallback(Callback):
             seed=self.seed,
             steps=self.steps,
             batch_size=self.batch_size,
-            class_labels=[i % self.classes for i in range(self.n)] if self.classes else None,
+            class_labels=in_turn(self.classes, self.n) if self.classes else None,
         )
         quality = compute_metrics(self._features(to_uint8(images), cached=False), self.reference, intervals=False)
         values = {value.name: _finite(value.to_json()) for value in quality.values}

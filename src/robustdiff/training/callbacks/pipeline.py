@@ -12,6 +12,7 @@ from robustdiff.training.callbacks.base import Callback
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.images import image_grid, save_png
 from robustdiff.utils.resources import is_out_of_memory
+from robustdiff.utils.signals import WaitOver, ends_with_signals
 
 if TYPE_CHECKING:
     from robustdiff.training.run import TrainingRun
@@ -58,15 +59,19 @@ class PreviewCallback(Callback):
                 self.draw(run)
 
     def draw(self, run: TrainingRun) -> None:
-        """Draw with the weights that the network has."""
-        images = sample(
-            run.pipeline,
-            self.count,
-            seed=self.seed,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            class_labels=self.class_labels,
-        )
+        """Draw with the weights that the network has; not when a signal has come and it takes long."""
+        try:
+            with ends_with_signals():
+                images = sample(
+                    run.pipeline,
+                    self.count,
+                    seed=self.seed,
+                    steps=self.steps,
+                    batch_size=self.batch_size,
+                    class_labels=self.class_labels,
+                )
+        except WaitOver:  # a run that goes on from here draws it
+            return
         path = self.path(run.step)
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_name(".preview.tmp")
