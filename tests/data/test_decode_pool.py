@@ -16,7 +16,7 @@ from robustdiff.data.decode_pool import CHUNK, decode_all
 from robustdiff.data.sources.open import open_source
 
 HANGS = """
-import sys, threading
+import signal, sys, threading
 from robustdiff.commands import main
 from robustdiff.data import decode
 
@@ -26,6 +26,7 @@ def guarded(*arguments, original=decode.guarded, **more):
         threading.Event().wait()
     return original(*arguments, **more)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells hand down that jobs in the background ignore it
 decode.guarded = guarded
 sys.exit(main.main(sys.argv[1:]))
 """

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import datasets
 import diffusers
@@ -30,6 +31,7 @@ from experiments.paper.point_denoiser import PointDenoiser
 from helpers import TINY_UNET
 from robustdiff.commands import main
 from robustdiff.training.checkpoint import TrainingState, save_checkpoint
+from robustdiff.utils.errors import RobustdiffWarning
 
 Files = dict[str, bytes]
 """A folder: content by relative name."""
@@ -188,7 +190,14 @@ def quiet() -> None:
     warnings.resetwarnings()
     for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", category)
-    warnings.showwarning = lambda *what, **_: print(warnings.formatwarning(*what[:4]), end="", file=sys.stderr)
+
+    def shown(message: Warning | str, category: type[Warning], *where: Any, **_: object) -> None:
+        if not issubclass(category, RobustdiffWarning) or "\n" in str(
+            message
+        ):  # ours, of one line, say what they should
+            print(warnings.formatwarning(message, category, *where[:2]), end="", file=sys.stderr)
+
+    warnings.showwarning = shown
     diffusers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     os.environ["ACCELERATE_USE_CPU"] = "true"

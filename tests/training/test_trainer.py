@@ -432,7 +432,7 @@ def test_init_from_starts_at_the_weights_and_keeps_scheduler_and_pipeline_class(
     assert not same(weights(folder), weights(moved))
 
 
-def test_init_from_a_class_conditional_pipeline_uses_the_folder_names(config, tmp_path, photos) -> None:
+def test_init_from_a_class_conditional_pipeline_without_names_takes_its_numbers(config, tmp_path, photos) -> None:
     source = tmp_path / "source"
     shape = {**UNET, "sample_size": 8, "in_channels": 1, "out_channels": 1, "num_class_embeds": 2}
     unet = UNet2DModel.from_config(shape)
@@ -440,7 +440,12 @@ def test_init_from_a_class_conditional_pipeline_uses_the_folder_names(config, tm
         unet.class_embedding.weight.zero_()
     DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=20)).save_pretrained(source)
     own = {"model_config_name_or_path": None, "ddpm_num_steps": None, "init_from": str(source)}
-    folder = train(changed(config, **own))
+    with pytest.raises(UsageError, match="has no names of classes"):
+        train(changed(config, **own))
+    numbered = tmp_path / "numbered"
+    for number, name in enumerate(("even", "odd")):
+        shutil.copytree(photos / name, numbered / str(number))
+    folder = train(changed(config, **own, data=str(numbered)))
     trained = weights(folder)["class_embedding.weight"]
     assert trained.abs().sum(1).min() > 0  # both classes were seen
     assert not torch.equal(trained[0], trained[1])
