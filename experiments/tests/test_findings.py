@@ -17,16 +17,16 @@ MAIN = {"subspace": "frechet", "cifar10-cpu": "FD-squeezenet10_imagenet"}
 SHORT = {"cifar": "cifar10-cpu", "noised": "gaussian-p0.9-s0.2", "outliers10": "outliers-q0.1"}
 
 FINDINGS = """
-| plain | # | # | # | # |
+| **plain** | # | # | # | # |
     plane clean plain, plane inlier-s0.1 plain, plane inlier plain, plane outliers plain
 | **`paper`, half the radius** | # | # | # | **#** |
     plane clean paper-half, plane inlier-s0.1 paper-half, plane inlier paper-half, plane outliers paper-half
-| `paper` | # | # | # | # |
+| `paper`, whole radius | # | # | # | # |
     plane clean paper, plane inlier-s0.1 paper, plane inlier paper, plane outliers paper
 | `paper-random`, half the radius | # | # | # | # |
     plane clean paper-random-half, plane inlier-s0.1 paper-random-half
     plane inlier paper-random-half, plane outliers paper-random-half
-| `paper-random` | # | # | # | # |
+| `paper-random`, whole radius | # | # | # | # |
     plane clean paper-random, plane inlier-s0.1 paper-random, plane inlier paper-random, plane outliers paper-random
 | plain, label floor | # | # | # | # |
     plane clean label-floor, plane inlier-s0.1 label-floor, plane inlier label-floor, plane outliers label-floor
