@@ -17,16 +17,16 @@ MAIN = {"subspace": "frechet", "cifar10-cpu": "FD-squeezenet10_imagenet"}
 SHORT = {"cifar": "cifar10-cpu", "noised": "gaussian-p0.9-s0.2", "outliers10": "outliers-q0.1"}
 
 FINDINGS = """
-| plain | # | # | # | # |
+| **plain** | # | # | # | # |
     plane clean plain, plane inlier-s0.1 plain, plane inlier plain, plane outliers plain
 | **`paper`, half the radius** | # | # | # | **#** |
     plane clean paper-half, plane inlier-s0.1 paper-half, plane inlier paper-half, plane outliers paper-half
-| `paper` | # | # | # | # |
+| `paper`, whole radius | # | # | # | # |
     plane clean paper, plane inlier-s0.1 paper, plane inlier paper, plane outliers paper
 | `paper-random`, half the radius | # | # | # | # |
     plane clean paper-random-half, plane inlier-s0.1 paper-random-half
     plane inlier paper-random-half, plane outliers paper-random-half
-| `paper-random` | # | # | # | # |
+| `paper-random`, whole radius | # | # | # | # |
     plane clean paper-random, plane inlier-s0.1 paper-random, plane inlier paper-random, plane outliers paper-random
 | plain, label floor | # | # | # | # |
     plane clean label-floor, plane inlier-s0.1 label-floor, plane inlier label-floor, plane outliers label-floor
@@ -38,6 +38,8 @@ FINDINGS = """
 told nothing and ends at # ± #, beside # ± # for training on the clean part alone
     plane outliers paper-half, plane outliers paper-half sd
     plane outliers clean-subset, plane outliers clean-subset sd
+noise 0.2, `paper` has # and `paper-random` #; the paper's
+    left by paper, left by paper-random
 which is told its level**: # and # at 0.2, # and # at
     plane inlier paper-half, plane inlier label-floor, plane inlier-s0.1 paper-half, plane inlier-s0.1 label-floor
 with inlier noise # against # for plain training, with outliers # against #;
@@ -243,6 +245,12 @@ def _named(name: str, row: str) -> Any:
     return next(one["frechet"] for one in _read(name)["rows"] if one["row"] == row)
 
 
+def _left(method: str) -> float:
+    """Share of the damage by noise of 0.2 on the plane that a method leaves."""
+    clean, noised = number("plane clean plain"), number("plane inlier plain")
+    return (number(f"plane inlier {method}") - clean) / (noised - clean)
+
+
 def _attacked(row: str, key: str) -> list[float]:
     return [run[key] for run in _read(row)["runs"].values()]
 
@@ -261,6 +269,8 @@ def _others() -> Mapping[str, float]:
         "digits moved adversarial": statistics.fmean(digits["adversarial"]),
         "digits moved adversarial sd": statistics.stdev(digits["adversarial"]),
         "digits moved plain": statistics.fmean(digits["plain"]),
+        "left by paper": _left("paper"),
+        "left by paper-random": _left("paper-random"),
         "strong over plain": number("cifar clean gated-strong") / number("cifar clean plain"),
         "poisoned": poison["poisoned"]["mean"],
         "poisoned sd": poison["poisoned"]["deviation"],

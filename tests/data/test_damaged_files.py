@@ -230,6 +230,15 @@ def test_metadata_cost_no_picture(tmp_path, name, good):
     assert loaded.skipped == ()
 
 
+def test_a_wrong_checksum_of_what_is_transparent_is_damage():
+    image = Image.new("RGB", (8, 8), "red")
+    good = saved(image, "PNG", transparency=(255, 0, 0))
+    place = good.index(b"tRNS") + 4 + 6
+    bad = good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :]
+    assert tell(good)[1] == ""
+    assert tell(bad) == (None, "damaged: a checksum of its pixels is wrong")
+
+
 def swollen(kind: str, count: int) -> bytes:
     """A picture of 8 x 8 whose compressed pixels swell to ``count`` MiB of zeros."""
     packer = zlib.compressobj()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from robustdiff.data.decode_pool import CHUNK, decode_all
+from robustdiff.data.decode_pool import CHUNK, _mapped, decode_all
 from robustdiff.data.sources.open import open_source
 
 HANGS = """
@@ -48,6 +48,21 @@ def test_ctrl_c_does_not_wait_for_a_thread_that_hangs_in_a_read(photos: Path, co
     assert it.returncode == 130
     assert error.startswith("robustdiff: stopped at once")
     assert error.count("\n") == 1
+
+
+def test_after_an_error_the_rest_is_not_worked_on() -> None:
+    done: list[int] = []
+
+    def work(number: int) -> None:
+        if number == 0:
+            raise RuntimeError("first")
+        time.sleep(0.01)
+        done.append(number)
+
+    with pytest.raises(RuntimeError, match="first"):
+        _mapped(work, range(50), threads=1)
+    time.sleep(0.3)
+    assert len(done) < 5
 
 
 def test_images_come_in_their_order(tmp_path: Path) -> None:

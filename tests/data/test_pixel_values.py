@@ -207,7 +207,7 @@ def test_a_set_at_either_end_is_told_whatever_one_image_or_pixel_is(tmp_path, na
     if odd == "an image":
         pixels[3] = share[3] * 255
     if odd == "a pixel of each":
-        pixels[:, 7, 9] = 255 - pixels[:, 7, 9]
+        pixels[:, 8, 10] = 255 - pixels[:, 8, 10]  # one of the half that is looked at
     np.save(tmp_path / "a.npy", pixels)
     many = "11 of 12 images" if odd == "an image" else "all 12 images"
     with pytest.warns(RobustdiffWarning, match=rf"the pixels of {many} lie within {low} .. {high} of .*`value_range`"):
@@ -571,6 +571,12 @@ def test_grey_of_linear_light(tmp_path, depth):
     assert image.shape[0] == 1
     np.testing.assert_allclose(image[0, 0], shown(values / 255), atol=2)
     assert notes["colours converted to sRGB by the embedded profile"] == 1
+
+
+def test_a_code_goes_before_a_profile(tmp_path):
+    profile = (b"iCCP", b"p\0\0" + zlib.compress(SRGB))
+    png(tmp_path / "a.png", [bytes(STORED) * 4] * 4, 8, 2, profile, (b"cICP", b"\x0c\x0d\0\1"))
+    np.testing.assert_allclose(read(tmp_path)[0][:, 2, 2], SHOWN, atol=2)
 
 
 def test_a_profile_goes_before_chromaticities(tmp_path):

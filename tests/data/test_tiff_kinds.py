@@ -124,11 +124,15 @@ LAYOUTS = {
 COLOURS = {"RGB": (2, 3), "CMYK": (5, 4), "grey": (1, 1), "white is zero": (0, 1), "infrared": (2, 4), "pair": (1, 2)}
 
 
-@pytest.mark.parametrize("bits", [4, 8, 10, 12, 16, 32, -8, -16])
-@pytest.mark.parametrize("layout", LAYOUTS)
+DEPTHS = [4, 8, 10, 12, 16, 32, -8, -16]
+PREDICTED = [layout for layout, options in LAYOUTS.items() if "more" in options]
+
+
+@pytest.mark.parametrize(
+    ("layout", "bits"),
+    [(layout, bits) for layout in LAYOUTS for bits in DEPTHS if bits % 8 == 0 or layout not in PREDICTED],
+)
 def test_whole_numbers_of_every_depth_and_layout(tmp_path, bits, layout):
-    if abs(bits) % 8 and "more" in LAYOUTS[layout]:
-        pytest.skip("no predictor for these")
     for place, (photometric, samples) in enumerate(COLOURS.values()):
         share = shares(samples, place)
         write(tmp_path / "a.tif", whole(share, abs(bits), bits < 0), abs(bits), photometric, **LAYOUTS[layout])
@@ -224,6 +228,14 @@ def test_a_kind_that_cannot_be_read_is_named_with_the_remedy(tmp_path, what):
     write(tmp_path / "a.tif", values, bits, photometric, more=tuple(more.items()))
     with pytest.raises(DataError, match=rf"a TIFF of .*{what}.* cannot be read: convert it to 8 or 16 bit"):
         load_images(tmp_path, value_range="0:1")
+
+
+def test_a_strip_that_ends_beyond_the_file_is_cut_off(tmp_path):
+    """Though what is there of it may be enough to decode."""
+    options = {"compression": LZW, "rows": HEIGHT, "more": ((279, 10**6),)}
+    write(tmp_path / "a.tif", whole(shares(1), 12), 12, 1, **options)
+    with pytest.raises(DataError, match="cut off"):
+        load_images(tmp_path)
 
 
 @pytest.mark.parametrize("compression", [RAW, LZW, DEFLATE])

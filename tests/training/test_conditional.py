@@ -305,6 +305,22 @@ def test_a_class_whose_images_are_all_left_out_is_not_drawn(config: TrainConfig,
         assert arrays["labels"].tolist() == trained * 4
 
 
+def test_a_class_that_the_audit_leaves_out_is_not_drawn(config: TrainConfig, tmp_path: Path) -> None:
+    """Of images of one colour, which hold no picture."""
+    rng = np.random.default_rng(0)
+    for name in ("ant", "blank", "zebra"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(2):
+            pixels = np.full((8, 8), 90 + i) if name == "blank" else rng.integers(0, 256, (8, 8))
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / name / f"{i}.png")
+    done = train(
+        dataclasses.replace(
+            config, data=str(tmp_path / "data"), images="8", output_dir=str(tmp_path / "run"), auto=True, preset=None
+        )
+    )
+    assert json.loads((done / "data.json").read_text())["trained_classes"] == [0, 2]
+
+
 @pytest.mark.parametrize(
     ("account", "trained"),
     [

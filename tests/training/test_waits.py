@@ -1,4 +1,7 @@
-"""No wait is for ever: without shared memory, whatever ends a worker, and when a signal comes while images do not."""
+"""No wait is for ever: without shared memory, whatever ends a worker, and when a signal comes while images do not.
+
+Long, because each place where a run may hang is made to hang, by the same few stand-ins.
+"""
 
 from __future__ import annotations
 

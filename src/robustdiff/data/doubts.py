@@ -99,7 +99,8 @@ class Doubts:
             sliver = self._sliver(anywhere=SIXTEEN_BIT in notes)
             if sliver is not None:
                 low, high, many = sliver
-                which = f"all {count} images" if many == count else f"{many} of {count} images"
+                every = f"all {count} images" if count > 1 else "the only image"
+                which = every if many == count else f"{many} of {count} images"
                 self._warn(
                     f"the pixels of {which} lie within {low} .. {high} of 0 .. 255: if other values are black and "
                     "white in them, say which with `value_range` LOW:HIGH (0:1 for masks, 0:4095 for 12 bit)"

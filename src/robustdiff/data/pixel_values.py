@@ -135,9 +135,8 @@ class Reader:
         if isinstance(transparent, int):
             alpha = Image.fromarray(np.where(values == transparent, np.uint8(0), np.uint8(255)))
         scaled = _scaled(values, 65535, value_range)
-        if (
-            self._tiff is not None and self._tiff.get(PHOTOMETRIC) == 0
-        ):  # white is zero: Pillow sees to that up to 8 bits only
+        white_is_zero = self._tiff is not None and self._tiff.get(PHOTOMETRIC) == 0
+        if white_is_zero:  # Pillow sees to that up to 8 bits only
             np.subtract(255, scaled, out=scaled)
         return Image.fromarray(scaled), alpha
 

@@ -151,10 +151,11 @@ def _callbacks(
             data.write_audit(folder)
         atomic_io.write_json(folder / "data.json", data.describe())
 
-    def write_card(step: int) -> None:
-        write_model_card(folder, config, plan, images, data.dirt, told, step, data.classes if conditional else [])
-
     classes = data.classes if conditional else []
+
+    def write_card(step: int) -> None:
+        write_model_card(folder, config, plan, images, data.dirt, told, step, classes)
+
     evaluation = []
     if config.evaluate_every is not None:
         evaluation = [build_evaluation(config, plan, images, folder, sampler_steps, classes, accelerator.device)]
