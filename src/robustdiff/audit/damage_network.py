@@ -70,7 +70,7 @@ def fit_folds(
         for i, o in pairwise(sizes)
     ]
     parameters = [one for layer in layers for one in layer]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=DECAY)
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
 
     def answer(x: Tensor, dropout: Sequence[float] = ()) -> Tensor:

@@ -18,6 +18,7 @@ from robustdiff.audit.finding import Action, Finding
 from robustdiff.audit.simulate import corrupted
 from robustdiff.audit.spectral_model import Load, SpectralFit, batches, energies_of, separate
 from robustdiff.audit.survey import FEWEST, Survey
+from robustdiff.utils.images import to_uint8
 
 WHITE, WHITER = 0.5, 0.7
 """Least whiteness of the excess of a noisy group; the second where none stands apart and none is large."""
@@ -40,6 +41,8 @@ SMALL = 8
 """Edge of blocks below which one group alone says nothing: too few directions to tell its texture from noise."""
 FLATTEST = 0.4
 """Deviation in the flattest squares of noisy images, of their noise, at least; clipping takes some of it."""
+FEWEST_VALUES = 8
+"""Least number of grey levels that hold nine tenths of a noisy image: drawings and dithered prints have fewer."""
 AGAIN = 2
 """Blocks per value that the images without noise must have for directions of their own."""
 
@@ -129,7 +132,7 @@ def _compared(kind: Noise, survey: Survey) -> None:
     shows = survey.left & found.shows(kind.name)
     strength, before = found.strength[:, found.names.index(kind.name)], survey.result
     noise = torch.where(shows, strength, 0.0)
-    rest = survey.left & ~torch.stack([found.shows(name) for name in found.names]).any(0)
+    rest = survey.left & ~survey.looks_like(*found.names) & (survey.each(values_used) >= FEWEST_VALUES)
     if bool(shows.any()):
         own = noise[shows].std(correction=0) > SPREAD * noise[shows].mean()
         level = float(noise[shows].median())
@@ -158,6 +161,14 @@ def _compared(kind: Noise, survey: Survey) -> None:
         sigma[places], error[places] = seen.sigma, seen.error
         survey.add(sigma=torch.where(shows, noise, sigma), sigma_error=error)
     survey.add(noise_std=noise, min_sigma=torch.maximum(survey.result.min_sigma, noise))
+
+
+def values_used(images: Tensor) -> Tensor:
+    """How many grey levels of 256 hold nine tenths of the pixels, (B, C, H, W) -> (B,): noise spreads over many."""
+    grey = to_uint8(images).float().mean(1).round().long().flatten(1)
+    counts = torch.zeros(len(grey), 256).scatter_add_(1, grey, torch.ones(grey.shape))
+    held = counts.sort(1, descending=True).values.cumsum(1)
+    return (held < 0.9 * grey.shape[1]).sum(1) + 1.0
 
 
 def _flattest(images: Tensor) -> Tensor:

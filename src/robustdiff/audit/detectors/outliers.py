@@ -13,8 +13,11 @@ from robustdiff.audit.survey import FEWEST, Survey
 
 ODD = 6.0
 """Robust deviations of the misfit beyond which an image weighs less."""
-MATTER = mixture.LEAST_SHARE
-"""Least share of odd images that is acted on: every large set has some in its tail, and training is plain without."""
+MATTER, USUAL = mixture.LEAST_SHARE, 0.2
+"""Least share of odd images that is acted on: every large set has some in its tail, and training is plain without; and
+the largest: what is so common is one of the things that the set is of."""
+BETWEEN = 4
+"""Odd images for each that is half as odd, at least: fewer are the tail of what the set is."""
 
 
 @register_detector
@@ -40,7 +43,8 @@ def _odd(survey: Survey) -> None:
     z = separate(survey.energies, ~survey.foreign).oddness(clean)
     survey.add(signs={**before.signs, "oddness": z})
     odd = (clean | survey.foreign) & (z > ODD)
-    if float(odd.double().mean()) < MATTER:
+    between = clean & (z > ODD / 2) & ~odd
+    if not (MATTER <= float(odd.double().mean()) <= USUAL and int(odd.sum()) >= BETWEEN * int(between.sum())):
         return
     weight = torch.where(odd, before.weight * (ODD / z.clamp(min=ODD)).square(), before.weight)
     what = f"{Outliers.title}, by more than {ODD:g} robust deviations"
