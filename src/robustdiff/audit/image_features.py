@@ -286,6 +286,11 @@ def _commonest_colour(x: Tensor, where: Tensor) -> Iterator[Tensor]:
         for axis in (1, 2):  # how often lines of pixels enter and leave it, where they do most
             often = (here.diff(dim=axis).sum(axis)).float()
             yield _log(F.avg_pool1d(often[:, None], 5, 1, 2).amax((1, 2)), 0.5)
+        borders = [(here.diff(dim=axis)).sum(3 - axis).float() for axis in (1, 2)]  # along each line between pixels
+        longest = [one.topk(2, 1).values for one in borders]
+        for one in longest:
+            yield one / size[:, None].sqrt().clamp(min=1)
+        yield sum(one.sum(1) for one in longest) / sum(one.sum(1) for one in borders).clamp(min=1)
 
 
 @lru_cache(1)
