@@ -293,7 +293,8 @@ class Damage(NamedTuple):
         apply: Makes it.
         strengths: Those that are drawn, logarithmically even.
         judged: From which on, or, where less is more, up to which it must be found; None: all of them.
-        right: Names of the audit's kinds that are right for it; none where it has no such kind.
+        right: Names of the audit's kinds that are right for it, none where it has no such kind. Single pixels of black
+            and white are right as either of two: both are mended alike.
         unit: Of the strength.
         colour: Whether it needs colours.
     """
@@ -322,8 +323,8 @@ DAMAGES: dict[str, Damage] = {
     "noise": Damage(noise, (0.03, 0.4), 0.05, ("noise",), "std"),
     "poisson": Damage(poisson, (0.04, 0.35), 0.05, ("poisson",), "std at mid grey"),
     "camera": Damage(camera, (0.03, 0.25), 0.05, ("camera",), "std"),
-    "impulse": Damage(impulse, (0.01, 0.25), 0.02, ("impulse",), "share of pixels"),
-    "holes": Damage(holes, (0.05, 0.5), None, ("holes",), "share of pixels"),
+    "impulse": Damage(impulse, (0.01, 0.25), 0.02, ("impulse", "holes"), "share of pixels"),
+    "holes": Damage(holes, (0.05, 0.5), None, ("holes", "impulse"), "share of pixels"),
     "blur": Damage(blur, (0.8, 4.0), 1.2, ("blur",), "std in pixels"),
     "motion": Damage(motion, (3.0, 13.0), 5.0, ("motion",), "pixels"),
     "enlarged": Damage(enlarged, (1.5, 5.0), 2.0, ("enlarged",), "factor"),
