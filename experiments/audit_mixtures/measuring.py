@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from experiments.audit_mixtures import damages
 from experiments.audit_mixtures.others import cleanvision, wavelet
@@ -24,7 +25,6 @@ from experiments.picture_sets import KINDS
 from robustdiff.audit.run import audit
 from robustdiff.utils import atomic_io
 
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 MEGABYTE = 1e6
 PROTOCOL: dict[str, Any] = json.loads(
     json.dumps({"format": 1, "told": "nothing", "foreign": FOREIGN, "damages": damages.protocol()})
@@ -34,7 +34,6 @@ PROTOCOL: dict[str, Any] = json.loads(
 
 def measured(row: Row, folders: dict[str, Path]) -> dict[str, Any]:
     """Make a set, audit it, and set what was said beside the truth."""
-    torch.set_num_threads(1)
     images, truth = make(row, folders)
     started = time.perf_counter()
     result = audit(images)
@@ -72,17 +71,22 @@ def written(rows: list[dict[str, Any]]) -> str:
     return f'{{"protocol": {json.dumps(PROTOCOL)},\n"rows": [\n{lines}\n]}}\n'
 
 
+def begin() -> None:
+    """Keep this process to one thread, also of those that the audit starts: it asks who shares the machine."""
+    torch.set_num_threads(1)
+    threadpool_limits(1)
+    os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count() or 1)
+
+
 def apart(row: Row, folders: dict[str, Path]) -> dict[str, Any]:
     """:func:`measured` in a process of its own, so that its memory is its own, too."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=begin) as alone:
         return alone.submit(measured, row, folders).result()
 
 
 def run(rows: list[Row], folders: dict[str, Path], output: Path, workers: int) -> list[str]:
     """Measure rows, several at once, and write each as it comes; names of those that failed."""
     done, failed = known(output), []
-    # One thread each, also of those that the audit starts: it asks how many processes share the machine.
-    os.environ.update(dict.fromkeys(THREADS, "1"), LOCAL_WORLD_SIZE=str(os.cpu_count() or 1), TQDM_DISABLE="1")
     with ThreadPoolExecutor(workers) as slots:
         waiting = {slots.submit(apart, row, folders): row.name for row in rows}
         for future in as_completed(waiting):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import io
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def cleanvision(images: Bytes, truth: Truth) -> dict[str, Any] | None:
     with tempfile.TemporaryDirectory() as folder:
         for place, image in enumerate(images):
             save_png(torch.from_numpy(image), Path(folder) / f"{place:05d}.png")
-        with contextlib.redirect_stdout(io.StringIO()):  # it says what it does
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it says what it does, and how far it is
             lab = Imagelab(data_path=folder)
             lab.find_issues({issue: {} for issue in ISSUES}, n_jobs=1, verbose=False)
     table = lab.issues
