@@ -11,6 +11,7 @@ from experiments.audit_mixtures import tables
 from experiments.audit_mixtures.measuring import known, run
 from experiments.audit_mixtures.sets import plan
 from experiments.picture_sets import KINDS
+from robustdiff.utils.errors import DataError
 
 
 def main() -> None:
@@ -32,7 +33,11 @@ def main() -> None:
         raise SystemExit(f"--data: folders need different names, and none of {', '.join(KINDS)}")
     if arguments.workers < 1:
         raise SystemExit(f"--workers must be at least 1, got {arguments.workers}")
-    rows = [row for row in plan(folders, arguments.scale) if fnmatch(row.name, f"*{arguments.rows}*")]
+    try:
+        planned = plan(folders, arguments.scale)
+    except DataError as error:
+        raise SystemExit(f"--data {error}") from None
+    rows = [row for row in planned if fnmatch(row.name, f"*{arguments.rows}*")]
     if not rows:
         raise SystemExit(f"--rows {arguments.rows}: no row has that in its name; --list prints them")
     there = {one["name"] for one in known(arguments.output)}

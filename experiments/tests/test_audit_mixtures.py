@@ -230,6 +230,7 @@ def test_what_is_done_is_not_done_again(
     [
         (["--rows", "nothing"], r"--rows nothing: no row has that in its name"),
         (["--workers", "0"], r"--workers must be at least 1, got 0"),
+        (["--data", "nowhere"], r"^--data nowhere: .*"),
         (["--data", "a/fog"], r"--data: folders need different names, and none of line_drawings, .*"),
         (["--data", "a/x", "--data", "b/x"], r"--data: folders need different names"),
     ],
