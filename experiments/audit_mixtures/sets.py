@@ -47,9 +47,12 @@ SINGLE: dict[Scale, tuple[tuple[str, ...], tuple[float, ...]]] = {
 }
 """Kinds of damage alone, and which shares they hit, of :data:`FEW`."""
 FEW: Shape = (64, 3, 200)
-CLEAN_DRAWN: dict[Scale, tuple[tuple[str, ...], tuple[Shape, ...]]] = {
-    "small": (("line_art", "screenshots", "night", "halftone"), (FEW,)),
-    "full": (KINDS, ((64, 3, 300), (32, 1, 200), (128, 3, 100))),
+CLEAN_DRAWN: dict[Scale, tuple[tuple[tuple[str, ...], tuple[Shape, ...]], ...]] = {
+    "small": ((("line_art", "screenshots", "night", "halftone"), (FEW,)),),
+    "full": (
+        (KINDS, ((64, 3, 300), (32, 1, 200))),
+        (("line_art", "screenshots", "text", "night", "halftone", "fog"), ((128, 3, 100),)),  # minutes each
+    ),
 }
 CLEAN_PHOTOGRAPHS: dict[Scale, tuple[Shape, ...]] = {
     "small": (FEW,),
@@ -136,8 +139,8 @@ def plan(folders: Mapping[str, Path], scale: Scale) -> list[Row]:
         found += [replace(row, kind=kind, dirty=dirty) for row in shaped("single", home, FEW) for dirty in shares]
     for source in folders:
         found += [row for shape in CLEAN_PHOTOGRAPHS[scale] for row in shaped("clean", source, shape)]
-    names, shapes = CLEAN_DRAWN[scale]
-    found += [row for source in names for shape in shapes for row in shaped("clean", source, shape)]
+    for names, shapes in CLEAN_DRAWN[scale]:
+        found += [row for source in names for shape in shapes for row in shaped("clean", source, shape)]
     names, shape = HALVES[scale]
     found += [replace(row, kind=kind) for kind in names if kind != home for row in shaped("half", home, shape)]
     return list(dict.fromkeys(found))  # a folder of few images has some shapes twice
