@@ -36,7 +36,7 @@ def test_the_lines_add_up_whatever_there_is(found: str) -> None:
     unasked = {"blur": Unasked.TOO_FEW}
     made = {
         "nothing": overview(AuditResult.of_clean(5)),
-        "all": overview(replace(result(), groups={"jpeg": torch.ones(COUNT, dtype=torch.bool)})),
+        "all": overview(result(groups={"jpeg": torch.ones(COUNT, dtype=torch.bool)}, min_sigma=torch.ones(COUNT))),
         "too few": overview(replace(AuditResult.of_clean(5), unasked=unasked)),
         "no audit": Overview(statistics(tuple("abc"))),
         "no image": Overview(statistics(())),
@@ -47,7 +47,7 @@ def test_the_lines_add_up_whatever_there_is(found: str) -> None:
     (total,) = [[cell for cell in row if cell] for row in shown if row[0] == "all files"]
     assert int(total[1]) == made.files
     said = {
-        "all": "no image is clean",
+        "all": "none clean: what all images have in common is not seen",
         "too few": "not looked for: blur (fewer than 64 pictures to compare): images are trained as they are",
         "no audit": "damage: not looked for, images differ in size: add `resolution` N",
         "no image": "damage: not looked for, no image can be read",

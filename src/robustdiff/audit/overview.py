@@ -30,9 +30,6 @@ EXAMPLES = 3
 """Names in a line."""
 SEVERAL = "damage: not looked for, images differ in size: add `resolution` N, the size you would train at"
 NONE_READ = "damage: not looked for, no image can be read"
-NONE_CLEAN = (
-    "no image is clean, so nothing shows what clean ones look like: compare with a set you trust before you believe it"
-)
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ class Overview:
         if self.result is None:
             return (UNCOMPARED,) * len(self.statistics.records)
         used = (self.result.min_sigma == 0) & (self.result.weight == 1)
-        clean = UNCOMPARED if Unasked.TOO_FEW in self.result.unasked.values() else CLEAN
+        clean = UNCOMPARED if summary.blind(self.result) else CLEAN
         names = [clean if one else DOUBT for one in used.tolist()]
         for kind in reversed(self.kinds):
             for place in self.result.groups[kind].nonzero().flatten().tolist():
@@ -201,8 +198,8 @@ class Overview:
             notes.append(SEVERAL)
         else:
             notes += [self._unasked(why) for why in Unasked if why in self.result.unasked.values()]
-        if self.result is not None and self.kinds and not {CLEAN, UNCOMPARED, DOUBT} & {*self.line_of}:
-            notes.append(NONE_CLEAN)
+        if self.result is not None and summary.none_clean(self.result):
+            notes.append(f"none clean: {summary.NONE_CLEAN}")
         return tuple(notes)
 
     def _unasked(self, why: Unasked) -> str:
@@ -264,8 +261,9 @@ class Overview:
 
     def text(self, width: int = 120) -> str:
         """The lines as a table of this many columns, and the notes that :meth:`AuditResult.summary` does not hold."""
-        said = "" if self.result is None else self._unasked(Unasked.TOO_FEW)
-        notes = [note for note in self.notes if note != said]
+        why = None if self.result is None else summary.blind(self.result)
+        said = {f"none clean: {summary.NONE_CLEAN}", "" if why is None else self._unasked(why)}
+        notes = [note for note in self.notes if note not in said]
         head = ("kind", "images", "how sure", "what training does", "for example")
         rows = [
             (one.kind, f"{one.count:,}", one.sure, one.action, ", ".join(map(printable, one.examples)))

@@ -51,6 +51,7 @@ WHY = {
     Unasked.CHANNELS: "images are neither grey nor RGB",
 }
 """Why kinds were not looked for."""
+NONE_CLEAN = "what all images have in common is not seen, they are compared with the least damaged"
 
 
 def action_words(finding: Finding, regularise: tuple[float, float] | None) -> str:
@@ -76,14 +77,28 @@ def briefly(findings: Iterable[Finding], regularise: tuple[float, float] | None)
     return "; ".join(filter(None, dict.fromkeys(said)))
 
 
-def not_asked(result: AuditResult, *some: Unasked) -> str:
-    """Which kinds were not looked for, and why, for some reasons or all; empty if there is none."""
-    texts = []
-    for why in Unasked:
-        names = [name for name, one in result.unasked.items() if one is why]
-        if names and (not some or why in some):
-            texts.append(f"{', '.join(names)} ({WHY[why]})")
-    return "; ".join(texts)
+def not_asked(result: AuditResult, why: Unasked) -> str:
+    """Which kinds were not looked for, and why: those of one reason."""
+    return f"{', '.join(name for name, one in result.unasked.items() if one is why)} ({WHY[why]})"
+
+
+def blind(result: AuditResult) -> Unasked | None:
+    """Why images that nothing was found of were not looked at: too few, or too small for all kinds; None if they were.
+
+    What repairs is measured in each image, and does not count.
+    """
+    from robustdiff.audit.detector import registered_detectors  # which decide with findings
+
+    if Unasked.TOO_FEW in result.unasked.values():
+        return Unasked.TOO_FEW
+    told = {kind.name for kind in registered_detectors() if kind.strengths and not kind.repairs}
+    return Unasked.TOO_SMALL if result.unasked and told <= result.unasked.keys() else None
+
+
+def none_clean(result: AuditResult) -> bool:
+    """Whether no image is clean, those that are trained at every noise level for want of better ones included."""
+    instead = any(one.otherwise is Action.TRAINED_EVERYWHERE for one in result.findings)
+    return bool(result.findings) and (instead or not bool(result.clean.any()))
 
 
 def plan_rows(result: AuditResult) -> dict[str, str]:
@@ -94,10 +109,12 @@ def plan_rows(result: AuditResult) -> dict[str, str]:
         said.setdefault(f"found {one.kind}", []).append(f"{what}: {action}" if action else what)
     rows = {name: "; ".join(texts) for name, texts in said.items()}
     rest = f"{int(result.clean.sum())} of {len(result)} images"
-    if few := not_asked(result, Unasked.TOO_FEW):
-        rows["not looked for"] = f"{few}: {rest} are trained at every noise level, as they are"
+    if why := blind(result):
+        rows["not looked for"] = f"{not_asked(result, why)}: {rest} are trained at every noise level, as they are"
     else:
         rows["found clean"] = f"{rest}, trained at every noise level"
+    if none_clean(result):
+        rows["none clean"] = NONE_CLEAN
     used = result.lowest[result.weight > 0]
     if len(used) and (floor := float(used.min())) > 0:
         rows["not trained"] = f"noise levels below {floor:.3g}: sample with `sigma_floor` {floor:.3g}"
