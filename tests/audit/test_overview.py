@@ -72,7 +72,7 @@ def test_how_sure_is_the_median_probability_and_what_a_classifier_says() -> None
 
 def test_what_nearly_was_found_is_said_and_not_counted() -> None:
     assert overview().suspected == {"blur": [SUSPECTED]}
-    assert "1 images may be blur, too few of them for sure: counted and trained as clean" in overview().notes
+    assert "1 images may be blur, not surely enough to act on: counted and trained as clean" in overview().notes
     assert overview().line_of[SUSPECTED] == "nothing found"
 
 
@@ -81,6 +81,7 @@ def test_every_image_has_its_reason() -> None:
     assert reason(of, 0, "jpeg") == "looks like the others at JPEG quality 12"
     assert reason(of, 7, "duplicates") == "like 03"
     assert reason(of, DOUBTED, "jpeg") == "may be what the others become at JPEG quality 30; 80 % would count"
+    assert reason(of, SUSPECTED, "blur").endswith("become blurred by 2 pixels; of this set it is not believed")
     assert reason(of, 10, "jpeg") == "found clean, nearest to jpeg; 80 % would count"
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from robustdiff import __version__
 from robustdiff.audit.comparison import DOUBTED
-from robustdiff.audit.overview import CLEAN, DOUBT, Overview, percent, reason
+from robustdiff.audit.overview import CLEAN, DOUBT, Line, Overview, percent, reason
 from robustdiff.audit.result import AuditResult
 from robustdiff.audit.statistics import printable
 from robustdiff.utils.images import thumbnail
@@ -44,7 +44,7 @@ class Card:
 
     Attributes:
         place: Of the image.
-        part: ``worst``; ``least sure`` or ``mildest`` of those found; ``in doubt``; ``clean``.
+        part: ``worst`` and ``least sure`` of those found by comparison, ``in doubt``, ``clean``; of others ``found``.
         name: Of the image.
         number: What it is sorted by: the probability of damage, or the level from which on it is used.
         figures: Numbers, for people.
@@ -73,8 +73,8 @@ def render(overview: Overview, pixels: Callable[[Sequence[int]], Tensor]) -> str
     """
     cards = {kind: list(_cards(overview, kind)) for kind in (*overview.kinds, *overview.suspected)}
     cards = {kind: _ranked(some) for kind, some in _with_pictures(cards, pixels).items()}
-    told = {line.kind: f"{line.proof or line.what}: {line.action}. How sure: {line.sure}." for line in overview.lines}
-    told |= dict.fromkeys(overview.suspected, "Suspected, not acted on: too few of them for sure. Look yourself.")
+    told = {line.kind: _told(line) for line in overview.lines}
+    told |= dict.fromkeys(overview.suspected, "Suspected, not surely enough to act on: look yourself.")
     text = _template().render(
         title=f"Audit of {printable(overview.statistics.data)}",
         version=__version__,
@@ -86,6 +86,12 @@ def render(overview: Overview, pixels: Callable[[Sequence[int]], Tensor]) -> str
         more_unreadable=max(0, len(overview.statistics.unreadable) - UNREADABLE),
     )
     return text.lstrip().encode(errors="backslashreplace").decode()
+
+
+def _told(line: Line) -> str:
+    """What was found of a kind, what is done, and how sure that is."""
+    sure = "decided by a rule of its own" if line.sure == "-" else f"how sure: {line.sure}"
+    return f"{line.proof or line.what}. Training: {line.action}; {sure}."
 
 
 @functools.cache
@@ -107,7 +113,7 @@ def _cards(overview: Overview, kind: str) -> Iterator[Card]:
     found = result.groups[kind].nonzero().flatten().tolist() if kind in result.groups else []
     ordered = overview.worst_first(found, kind)
     members, rest = ordered[:WORST], ordered[WORST:]
-    parts = {"worst": members, "mildest": rest[::-1][:BORDERLINE]}
+    parts = {"found": ordered[: WORST + BORDERLINE]}
     compared = kind in overview.suspected or overview.decided_by_comparison(kind)
     if compared:
         damaged = result.signs["damaged"].tolist()

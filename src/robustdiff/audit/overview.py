@@ -140,7 +140,7 @@ class Overview:
 
     @cached_property
     def suspected(self) -> dict[str, list[int]]:
-        """Images that look damaged, by a kind that was not found as too few of them do for sure; they count as clean.
+        """Images that look damaged, by a kind that was not believed of the set; they count as clean.
 
         The likeliest first.
         """
@@ -191,7 +191,9 @@ class Overview:
         if overlaps := self._overlaps():
             notes.append(f"found of several kinds, and counted in the first: {overlaps}")
         for kind, places in self.suspected.items():
-            notes.append(f"{len(places)} images may be {kind}, too few of them for sure: counted and trained as clean")
+            notes.append(
+                f"{len(places)} images may be {kind}, not surely enough to act on: counted and trained as clean"
+            )
         if not self.statistics.records:
             notes.append(NONE_READ)
         elif self.result is None:
@@ -308,6 +310,8 @@ def reason(overview: Overview, place: int, kind: str) -> str:
     strength = "" if math.isnan(read) else f" {become()[kind].format(read)}"
     if found:
         return f"looks like the others{strength}"
+    if kind in overview.suspected and damaged >= DOUBTED:
+        return f"may be what the others become{strength}; of this set it is not believed"
     if damaged >= DOUBTED:
         return f"may be what the others become{strength}; {percent(FOUND)} would count"
     return f"found clean, nearest to {kind}; {percent(FOUND)} would count"
