@@ -14,7 +14,7 @@ from helpers import normal
 from robustdiff.audit import run
 from robustdiff.audit.detectors import missing_pixels
 from robustdiff.audit.detectors.missing_pixels import Gap
-from robustdiff.audit.finding import Action, Finding
+from robustdiff.audit.finding import Action, Finding, Unasked
 from robustdiff.audit.result import AuditResult
 from robustdiff.audit.summary import action_words
 from robustdiff.diffusion.schedule import NoiseSchedule
@@ -343,7 +343,11 @@ def test_the_summary_says_what_was_found_or_that_nothing_was() -> None:
     ]
     clean = AuditResult.of_clean(3)
     assert clean.names == ("0", "1", "2")
-    assert clean.summary() == "damage: not looked for, too few images to compare"
+    few = replace(clean, unasked={"blur": Unasked.TOO_FEW, "cut": Unasked.TOO_SMALL, "noise": Unasked.TOO_FEW})
+    assert few.summary() == (
+        "damage, not looked for: blur, noise (fewer than 64 pictures to compare): "
+        "3 of 3 images are trained at every noise level, as they are"
+    )
     assert AuditResult.of_clean(64).summary() == "damage: none stands apart; `auto` would train plainly"
     one = replace(AuditResult.of_clean(64), groups={"dust": torch.ones(64, dtype=torch.bool)})
     assert one.summary().startswith("damage, and what `auto` would do about it")

@@ -12,26 +12,6 @@ from robustdiff.report import report
 
 pytestmark = pytest.mark.skipif(browser.find() is None, reason="no Chromium or Chrome on the path")
 LONG = "a-very-long-name_that/breaks=nowhere" * 4
-WIDE = """(() => [...document.querySelectorAll("body *")].filter(e => {
-    if (e.closest(".scroll") && !e.classList.contains("scroll")) return false;
-    const box = e.getBoundingClientRect();
-    return box.width > 0 && (box.right > innerWidth + 0.5 || box.left < -0.5);
-}).map(e => e.tagName + "." + e.getAttribute("class") + " " + e.textContent.slice(0, 40)))()"""
-BROKEN = "[...document.images].filter(i => !i.complete || i.naturalWidth === 0).length"
-UNREADABLE = """(() => {
-    const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(x => x / 255).map(
-        x => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-    const behind = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
-        if (c !== "rgba(0, 0, 0, 0)") return c; } return "rgb(255, 255, 255)"; };
-    const all = "p, a, b, td, th, small, li, summary, dt, dd, text, circle, .swatch";
-    return [...document.querySelectorAll(all)].filter(e => {
-        const style = getComputedStyle(e), graphic = e.matches("circle, .swatch");
-        const ink = e.matches("text, circle") ? style.fill : graphic ? style.backgroundColor : style.color;
-        const ground = e.matches(".swatch") ? behind(e.parentElement) : behind(e);
-        const [a, b] = [light(ink), light(ground)].sort((x, y) => y - x);
-        return (a + 0.05) / (b + 0.05) < (graphic ? 3 : 4.5);
-    }).map(e => e.tagName + "." + e.getAttribute("class") + " " + e.textContent.slice(0, 40));
-})()"""
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +48,10 @@ def test_the_page_is_whole_quiet_readable_and_fits(window, page, width, dark):
     asked = {event["request"]["url"] for event in window.seen("Network.requestWillBeSent")}
     assert {url for url in asked if not url.startswith("data:")} == {page.as_uri()}
     assert window.run("document.images.length") > 60
-    assert window.run(BROKEN) == 0
+    assert window.run(browser.BROKEN) == 0
     assert window.run("document.documentElement.scrollWidth") <= width
-    assert window.run(WIDE) == []
-    assert window.run(UNREADABLE) == []
+    assert window.run(browser.WIDE) == []
+    assert window.run(browser.UNREADABLE) == []
     ground = window.run("getComputedStyle(document.body).backgroundColor")
     assert ground == ("rgb(22, 24, 27)" if dark else "rgb(255, 255, 255)")
 
@@ -85,9 +65,9 @@ def test_the_checks_see_what_they_are_for(window, tmp_path):
     )
     window.open(bad.as_uri(), width=400)
     assert window.seen("Runtime.consoleAPICalled")
-    assert window.run(BROKEN) == 2
+    assert window.run(browser.BROKEN) == 2
     assert window.run("document.documentElement.scrollWidth") > 400
-    assert any(found.startswith("P.") for found in window.run(WIDE))
-    assert any(found.startswith("P.") for found in window.run(UNREADABLE))
+    assert any(found.startswith("P.") for found in window.run(browser.WIDE))
+    assert any(found.startswith("P.") for found in window.run(browser.UNREADABLE))
     asked = {event["request"]["url"] for event in window.seen("Network.requestWillBeSent")}
     assert "http://127.0.0.1:9/a.png" in asked

@@ -18,6 +18,28 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 PATIENCE = 120.0
 """Seconds that the browser may take for one answer, on a busy machine."""
 
+# What is wrong with a page, as JavaScript expressions: wider than the window, pictures that fail, too little contrast.
+WIDE = """(() => [...document.querySelectorAll("body *")].filter(e => {
+    if (e.closest(".scroll") && !e.classList.contains("scroll")) return false;
+    const box = e.getBoundingClientRect();
+    return box.width > 0 && (box.right > innerWidth + 0.5 || box.left < -0.5);
+}).map(e => e.tagName + "." + e.getAttribute("class") + " " + e.textContent.slice(0, 40)))()"""
+BROKEN = "[...document.images].filter(i => !i.complete || i.naturalWidth === 0).length"
+UNREADABLE = """(() => {
+    const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(x => x / 255).map(
+        x => x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+    const behind = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
+        if (c !== "rgba(0, 0, 0, 0)") return c; } return "rgb(255, 255, 255)"; };
+    const all = "p, a, b, td, th, small, li, summary, dt, dd, text, circle, .swatch";
+    return [...document.querySelectorAll(all)].filter(e => {
+        const style = getComputedStyle(e), graphic = e.matches("circle, .swatch");
+        const ink = e.matches("text, circle") ? style.fill : graphic ? style.backgroundColor : style.color;
+        const ground = e.matches(".swatch") ? behind(e.parentElement) : behind(e);
+        const [a, b] = [light(ink), light(ground)].sort((x, y) => y - x);
+        return (a + 0.05) / (b + 0.05) < (graphic ? 3 : 4.5);
+    }).map(e => e.tagName + "." + e.getAttribute("class") + " " + e.textContent.slice(0, 40));
+})()"""
+
 
 def find() -> str | None:
     """The browser's path, or None."""

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from robustdiff.audit.finding import Action, Finding
+from robustdiff.audit.finding import Action, Finding, Unasked
 from robustdiff.audit.parts import REGULARISER
 
 if TYPE_CHECKING:  # it holds a result, which is made with detectors
@@ -63,6 +63,17 @@ class Detector:
         Here: of a kind that can be simulated, those that look like it (``comparison.py``).
         """
         return survey.shows(self) if self.strengths else None
+
+    def unasked(self, survey: Survey) -> Unasked | None:
+        """Why :meth:`detect` could not tell; None if it could.
+
+        Here: a kind that can be simulated needs a comparison, or, with a rule of its own, as many pictures; what
+        repairs is measured in each image.
+        """
+        if not self.strengths or self.repairs or survey.compared is not None:
+            return None
+        own = type(self).detect is not Detector.detect
+        return None if own and survey.uncompared is not Unasked.TOO_FEW else survey.uncompared
 
     def measure(self, survey: Survey, shows: Tensor | None) -> None:
         """What is done about the images that :meth:`detect` found: here, used at noise levels that hide the damage.

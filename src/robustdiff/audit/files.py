@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from robustdiff.audit.file_rows import file_rows, write_csv, write_parquet
+from robustdiff.audit.gallery import render
+from robustdiff.audit.overview import Overview
 from robustdiff.audit.result import AuditResult
 from robustdiff.audit.statistics import WORST, SetStatistics
 from robustdiff.utils import atomic_io
@@ -20,8 +23,12 @@ from robustdiff.utils.images import image_grid, save_png, thumbnail
 
 AUDIT_FORMAT = "robustdiff audit 1"
 SHEETS = ("noisy", "holed", "soft", "odd", "copies", "far")
-AUDIT_FILES = ("audit.json", "worst.png", "found.json", "clean.txt", "noise.csv", *(f"found-{s}.png" for s in SHEETS))
-"""What an audit's folder may hold; from the third on, what :func:`write_found` writes."""
+EVERY_FILE = ("index.html", "images.csv", "images.parquet")
+"""What :func:`write_overview` writes."""
+FOUND_FILES = ("found.json", "clean.txt", "noise.csv", *(f"found-{sheet}.png" for sheet in SHEETS))
+"""What :func:`write_found` writes."""
+AUDIT_FILES = ("audit.json", "worst.png", *EVERY_FILE, *FOUND_FILES)
+"""What an audit's folder may hold."""
 
 
 def check_output(data: str, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -95,6 +102,24 @@ def write_audit(
         atomic_io.replace_folder(unfinished, path)  # which is empty, or an audit that may be replaced
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_overview(overview: Overview, pixels: Callable[[Sequence[int]], Tensor], folder: Path) -> None:
+    """Write every file of a set into an existing folder, as a page and as a table.
+
+    ``index.html`` (:mod:`robustdiff.audit.gallery`), ``images.csv`` and, with pyarrow, ``images.parquet``.
+
+    Args:
+        overview: What was found.
+        pixels: As for :func:`write_sheets`; asked only if there was an audit.
+        folder: Where to.
+    """
+    rows = file_rows(overview)
+    atomic_io.write_text(folder / "index.html", render(overview, pixels))
+    write_csv(rows, folder / "images.csv")
+    write_parquet(rows, folder / "images.parquet")
+    if overview.result is not None:
+        write_found(overview.result, pixels, folder)
 
 
 def write_found(result: AuditResult, pixels: Callable[[Sequence[int]], Tensor], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the audit decides, as enums and numbers; ``summary.py`` makes the sentences."""
+"""What the audit decides, and what it cannot, as enums and numbers; ``summary.py`` makes the sentences."""
 
 from __future__ import annotations
 
@@ -33,6 +33,17 @@ class Action(str, Enum):
     """No image is whole: the least damaged are trained at every noise level."""
     AS_SAID = "as-said"
     """Unknown: read from a file that says it in words only."""
+
+
+class Unasked(str, Enum):
+    """Why a kind was not looked for."""
+
+    TOO_FEW = "too-few"
+    """Too few pictures say nothing about one another."""
+    TOO_SMALL = "too-small"
+    """Images are too small for it."""
+    CHANNELS = "channels"
+    """Images are neither grey nor RGB."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from robustdiff.audit import summary
 from robustdiff.audit.detectors import missing_pixels
 from robustdiff.audit.detectors.missing_pixels import Gap
-from robustdiff.audit.finding import Action, Finding
+from robustdiff.audit.finding import Action, Finding, Unasked
 from robustdiff.data.sources.base import numbers
 from robustdiff.utils import atomic_io
 from robustdiff.utils.errors import DataError
@@ -61,6 +61,8 @@ class AuditResult:
         masked: Whether images with missing pixels are trained below ``min_sigma`` too, there by their other pixels.
         regularise: Noise levels, (low, high), where no image can be trusted, so that the regulariser is needed.
         features: What ``signs["distance"]``, if it is there, was measured in.
+        looks_like: Of each image, the kind whose copies it is most like, however little; empty if none were made.
+        unasked: Kinds that were not looked for, by name, and why.
     """
 
     names: Sequence[str] = field(repr=False)
@@ -78,6 +80,8 @@ class AuditResult:
     masked: bool = False
     regularise: tuple[float, float] | None = None
     features: str = "features"
+    looks_like: Sequence[str] = field(default=(), repr=False)
+    unasked: Mapping[str, Unasked] = field(default_factory=dict)
 
     @classmethod
     def of_clean(cls, count: int, names: Sequence[str] = ()) -> AuditResult:
@@ -140,12 +144,16 @@ class AuditResult:
         return summary.plan_rows(self)
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """One row for each image: its name, the names of its groups, every number, and every sign; nan for none."""
+        """One row for each image: its name, the names of its groups, every number, and every sign; nan for none.
+
+        After a comparison with damaged copies, ``looks_like`` too: what the image most looks like, damaged or not.
+        """
         values = {name: getattr(self, name) for name in IN_FILE} | dict(self.signs)
         columns = zip(*(column.tolist() for column in values.values()), strict=True)
         groups = self._groups_of_each()
+        like = [{"looks_like": kind} for kind in self.looks_like] or [{}] * len(self)
         return [
-            {"name": name, "groups": groups[place], **dict(zip(values, row, strict=True))}
+            {"name": name, "groups": groups[place], **like[place], **dict(zip(values, row, strict=True))}
             for place, (name, row) in enumerate(zip(self.names, columns, strict=True))
         ]
 
@@ -177,6 +185,7 @@ class AuditResult:
             "masked": self.masked,
             "regularise": None if self.regularise is None else list(self.regularise),
             "findings": [self._finding(one) for one in self.findings],
+            "unasked": {kind: why.value for kind, why in self.unasked.items()},
             "sha256": self.sha256,
         }
 
@@ -246,12 +255,14 @@ def _columns(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     fields["has_missing"] = torch.tensor([bool(image["holed"]) for image in images])
     fields["sigma_error"] = column("sigma_error")  # earlier versions had none
-    known = {"name", "groups", *IN_FILE.values()}
+    known = {"name", "groups", "looks_like", *IN_FILE.values()}
     fields["signs"] = {
         key: column(key) for key in dict.fromkeys(k for image in images for k in image) if key not in known
     }
     groups = [tuple(image.get("groups", ())) for image in images]  # nor these
     names = dict.fromkeys(name for of in groups for name in of)
+    if images and all("looks_like" in image for image in images):
+        fields["looks_like"] = tuple(str(image["looks_like"]) for image in images)
     fields["groups"] = {str(name): torch.tensor([name in of for of in groups]) for name in names}
     return fields | {"names": tuple(str(image["name"]) for image in images)}
 
@@ -267,6 +278,7 @@ def _of_the_set(found: Mapping[str, Any]) -> dict[str, Any]:
         "lost": tuple(Gap(float(value), int(block)) for value, block in zip(values, blocks, strict=True)),
         "features": str(found.get("features", "features")),
         "masked": bool(found.get("masked", False)),
+        "unasked": {str(kind): Unasked(why) for kind, why in found.get("unasked", {}).items()},
         "regularise": None if gate is None else (float(gate[0]), float(gate[1])),
     }
 

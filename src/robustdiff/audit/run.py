@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from robustdiff.audit.detector import registered_detectors
-from robustdiff.audit.finding import Action
+from robustdiff.audit.finding import Action, Unasked
 from robustdiff.audit.parts import REGULARISER, check_parts
 from robustdiff.audit.result import AuditResult
 from robustdiff.audit.spectral_model import Load, held
@@ -168,7 +168,8 @@ def detect(
     load = held(load, count, memory)
     side = min(load(range(1)).shape[2:])
     survey = Survey(load, count, names or numbers(count), features)
-    kinds = [kind for kind in registered_detectors() if kind.name not in without and side >= kind.least_side]
+    every = [kind for kind in registered_detectors() if kind.name not in without]
+    kinds = [kind for kind in every if side >= kind.least_side]
     survey.compare([kind for kind in registered_detectors() if side >= kind.least_side])
     found = {}
     for kind in sorted(kinds, key=lambda kind: not kind.repairs):
@@ -180,6 +181,8 @@ def detect(
             survey.claim(shows)
     for kind in kinds:
         kind.measure(survey, found[kind.name])
+    why = {kind.name: kind.unasked(survey) if kind in kinds else Unasked.TOO_SMALL for kind in every}
+    survey.add(unasked={name: one for name, one in why.items() if one is not None and name not in survey.result.groups})
     return survey.result if REGULARISER in without else _fall_back(survey.result)
 
 

@@ -183,7 +183,7 @@ class SetStatistics:
         found = self.summary()
         sizes = [f"{w} x {h} ({n} images)" for (h, w), n in ((e["size"], e["count"]) for e in found["sizes"])]
         more = f", and {len(sizes) - 5} more" if len(sizes) > 5 else ""
-        lines = [f"{_printable(self.data)}: {found['count']} images ({self.what}), {found['unreadable']} not readable"]
+        lines = [f"{printable(self.data)}: {found['count']} images ({self.what}), {found['unreadable']} not readable"]
         if self.records:
             kinds = [f"{e['channels']} ({e['count']} images)" for e in found["channels"]]
             mean, std = (" ".join(f"{value:.3f}" for value in found[name]) for name in ("mean", "std"))
@@ -198,12 +198,12 @@ class SetStatistics:
         if self.unreadable:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in found["reasons"].items())
             lines.append(f"not readable: {reasons}")
-            lines += _first([f"{_printable(name)}: {reason}" for name, reason in self.unreadable])
+            lines += _first([f"{printable(name)}: {reason}" for name, reason in self.unreadable])
         groups, blank = found["duplicates"], found["near_constant"]
         lines.append(f"exact duplicates: {sum(map(len, groups))} images in {len(groups)} groups")
         lines += _first([_listed(group) for group in groups])
         lines.append(f"near-constant (standard deviation at most 2 of 255 in every channel): {len(blank)}")
-        lines += _first([_printable(name) for name in blank])
+        lines += _first([printable(name) for name in blank])
         return "\n".join([*lines, *self._noise_lines(found["noise"]["quantiles"])])
 
     def _noise_lines(self, quantiles: Mapping[str, float]) -> list[str]:
@@ -355,14 +355,14 @@ def _rounded(values: Sequence[float] | NDArray[Any]) -> list[float]:
     return [round(float(value), 6) for value in values]
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """The name; quoted with escapes if it would upset a terminal."""
     return name if name.isprintable() else repr(name)
 
 
 def _listed(names: Sequence[str], limit: int = 4) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return " = ".join(map(_printable, names[:limit])) + more
+    return " = ".join(map(printable, names[:limit])) + more
 
 
 def _first(lines: Sequence[str], limit: int = 5) -> list[str]:

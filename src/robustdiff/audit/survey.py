@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robustdiff.audit import comparison, mixture
 from robustdiff.audit.comparison import Comparison
-from robustdiff.audit.finding import Action, Finding
+from robustdiff.audit.finding import Action, Finding, Unasked
 from robustdiff.audit.result import IN_FILE, AuditResult
 from robustdiff.audit.spectral_model import Energies, Load, batches, energies_of, same_above
 
@@ -24,7 +24,18 @@ STEPS, MEASURED_ON = 4, 64
 """Strengths, and images, on which it is measured where damage is hidden."""
 FEWEST = 64
 """Fewer images say nothing about one another."""
-TAKEN = {"name", "groups", "distance", "oddness", "damaged", "strength", "<lambda>", *IN_FILE, *IN_FILE.values()}
+TAKEN = {
+    "name",
+    "groups",
+    "distance",
+    "oddness",
+    "looks_like",
+    "damaged",
+    "strength",
+    "<lambda>",
+    *IN_FILE,
+    *IN_FILE.values(),
+}
 """What no other sign may be called: columns of the result and of its file, and the signs that others have."""
 NEAR_CONSTANT = 2 * 2 / 255
 """Largest standard deviation of an image of one colour: two grey levels."""
@@ -40,7 +51,8 @@ class Survey:
         blank: Images of one colour, bool, shape (N,).
         foreign: Pictures of another kind than most, which noise cannot be told of, bool, shape (N,).
         features: A name, and features of every image, shape (N, d), if they were given.
-        compared: What comparing the images with damaged copies of them said; None if they are too small, or too few.
+        compared: What comparing the images with damaged copies of them said; None if there was no comparison.
+        uncompared: Why there was none.
         asking: Name of the detector that is asked now, for errors.
     """
 
@@ -52,6 +64,7 @@ class Survey:
         self.asking = ""
         self.result = AuditResult.of_clean(count, names)
         self.compared: Comparison | None = None
+        self.uncompared: Unasked | None = None
         self.blank = self.each(lambda images: images.flatten(2).std(2, correction=0).amax(1) <= NEAR_CONSTANT)
         self.foreign = torch.zeros(count, dtype=torch.bool)
         self._claimed = self.blank
@@ -87,7 +100,10 @@ class Survey:
         """Hold all images that hold a picture against copies damaged by these kinds, those that can be simulated."""
         kinds = [kind for kind in kinds if kind.strengths]
         places = (~self.blank).nonzero().flatten().tolist()
-        if not comparison.comparable(self.load(range(1)).shape[1:], len(places), kinds):
+        shape = self.load(range(1)).shape[1:]
+        if not comparison.comparable(shape, len(places), kinds):
+            few, small = len(places) < FEWEST, min(shape[1:]) < comparison.SMALLEST
+            self.uncompared = Unasked.TOO_FEW if few else Unasked.TOO_SMALL if small else Unasked.CHANNELS
             return
 
         def some(at: Sequence[int]) -> Tensor:
@@ -95,7 +111,8 @@ class Survey:
 
         self.compared = comparison.compare(some, places, kinds).among(places, self.count)
         read = self.compared.strength.gather(1, self.compared.kind[:, None])[:, 0]
-        self.add(signs={**self.result.signs, "damaged": self.compared.damaged, "strength": read})
+        like = tuple(self.compared.names[kind] for kind in self.compared.kind.tolist())
+        self.add(signs={**self.result.signs, "damaged": self.compared.damaged, "strength": read}, looks_like=like)
 
     def shows(self, kind: Detector) -> Tensor | None:
         """Images left that look like copies damaged by this kind, bool, shape (N,); None if there was no comparison."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,16 +26,27 @@ from robustdiff.utils.options import (
     require,
 )
 
+STDOUT = "-"
+WIDTH = 120
+"""Columns of the table where no terminal says how many it has."""
+
 
 @dataclass(frozen=True)
 class AuditConfig(Settings):
-    """Look at every image before training: bad files, sizes, duplicates, noise, and damage; nothing is changed."""
+    """Look at every image before training: bad files, sizes, duplicates, noise, and damage; nothing is changed.
+
+    Exit status: 0 looked, whatever was found; 2 wrong usage, or nothing to look at; 130 stopped by Ctrl-C, 143 by
+    SIGTERM.
+    """
 
     data: Annotated[Positional[str], arg(metavar="DATA")]
     """Any source of images that `robustdiff train` takes; mixed sizes and bad files are reported, not refused."""
     output: Annotated[str | None, arg(aliases=["-o", "--output-dir"], metavar="FOLDER")] = None
-    """Folder for audit.json and found.json (every image), worst.png (the twenty noisiest) and a sheet of each damage,
+    """Folder for index.html (what was found, in pictures), images.csv and, with pyarrow, images.parquet (a row for each
+    file), audit.json and found.json (every image), worst.png (the twenty noisiest) and a sheet of each damage,
     clean.txt (names), and noise.csv, as `robustdiff train --noise-levels` takes it. Default: print only."""
+    json: Annotated[str | None, arg(metavar="FILE")] = None
+    """File for everything as JSON, replaced if it is there; - is standard output, with nothing else there."""
     resolution: OptionalInt = None
     """Resize the shorter side to this many pixels and crop the centre square first; resizing hides noise.
     Default: images as they are."""
@@ -55,26 +67,42 @@ class AuditConfig(Settings):
             UsageError: One line that names the setting and the remedy.
         """
         self.check_homes()
-        check_given(self, "data", "output", "split", "dataset_config_name", "image_column", "value_range", "extractor")
+        check_given(
+            self, "data", "output", "split", "dataset_config_name", "image_column", "value_range", "extractor", "json"
+        )
         check_resolution(self.resolution)
+        require(
+            self.json in (None, STDOUT) or not Path(str(self.json)).is_dir(),
+            f"`json` {self.json} is a folder: name a file in it, or - for standard output",
+        )
         require(self.output is not None or not self.overwrite, "`overwrite` does nothing without `output`: add it")
+
+
+def _nothing(text: str) -> None:
+    """Says nothing: standard output is for JSON alone."""
 
 
 def run(config: AuditConfig, say: Say) -> int:
     """Run the command; returns the exit status."""
     import torch
 
-    from robustdiff.audit.files import check_output, write_audit, write_found
+    from robustdiff.audit.file_rows import file_rows, report
+    from robustdiff.audit.files import check_output, write_audit, write_overview
+    from robustdiff.audit.overview import Overview
+    from robustdiff.audit.result import AuditResult
     from robustdiff.audit.run import audit
     from robustdiff.audit.statistics import image_statistics
-    from robustdiff.audit.summary import TOO_FEW
-    from robustdiff.audit.survey import FEWEST
     from robustdiff.data.dataset import load_images
     from robustdiff.data.decode import FIRST_FRAME
     from robustdiff.data.doubts import Doubts
     from robustdiff.data.sources.open import open_source
+    from robustdiff.utils.atomic_io import read_only, write_json
     from robustdiff.utils.resources import free_memory
 
+    if config.json == STDOUT:
+        say = _nothing
+    elif config.json is not None and (there := read_only(Path(config.json).absolute().parent)):
+        raise UsageError(f"`json` {config.json}: {there} is read-only; name a file elsewhere")
     if config.output is not None:
         check_output(config.data, config.output, overwrite=config.overwrite)
     extractor = None
@@ -96,7 +124,7 @@ def run(config: AuditConfig, say: Say) -> int:
     statistics = image_statistics(source, data=config.data, resolution=config.resolution, memory=free_memory() // 2)
     say(statistics.text())
     several = len({record.size for record in statistics.records}) > 1
-    if statistics.images is not None or several or len(statistics.records) < FEWEST:  # else load_images does it
+    if statistics.images is not None or several or not statistics.records:  # else load_images does it
         doubts = Doubts(config.data, source)
         if statistics.images is not None and FIRST_FRAME not in statistics.notes:
             for place in range(len(statistics.images)):
@@ -104,12 +132,9 @@ def run(config: AuditConfig, say: Say) -> int:
         else:
             doubts.look_through(statistics.notes, config.resolution)
         doubts.say(len(statistics.records), statistics.notes)
-    write: Callable[[Path], object] | None = None
-    if several:
-        say("damage: not looked for, images differ in size: add `resolution` N, the size you would train at")
-    elif 0 < len(statistics.records) < FEWEST:
-        say(TOO_FEW)
-    elif statistics.records:
+    result: AuditResult | None = None
+    pixels: Any = None
+    if statistics.records and not several:
         images = statistics.images
         if images is None:  # which warns too
             images = load_images(config.data, resolution=config.resolution, max_bad_fraction=1.0, **options)
@@ -117,11 +142,19 @@ def run(config: AuditConfig, say: Say) -> int:
         if extractor is not None:
             known = extract(extractor, images, cache=None)
             features = known.extractor.name, known.values
-        found = audit(images, features=features)
-        say(found.summary())
-        pixels = images.images
-        write = partial(write_found, found, lambda places: torch.stack([pixels[place] for place in places]))
+        result, pixels = audit(images, features=features), images.images
+        say(result.summary())
+    overview = Overview(statistics, result)
+    say(f"\n{overview.text(shutil.get_terminal_size((WIDTH, 24)).columns)}\n")
     if config.output is not None:
+        write = partial(write_overview, overview, lambda places: torch.stack([pixels[place] for place in places]))
         write_audit(statistics, config.output, overwrite=config.overwrite, also=write)
         say(f"{config.output}: {', '.join(sorted(path.name for path in Path(config.output).iterdir()))}")
+        say(f"look at {Path(config.output) / 'index.html'}")
+    if config.json == STDOUT:
+        print(json.dumps(report(overview, file_rows(overview)), allow_nan=False))
+    elif config.json is not None:
+        Path(config.json).absolute().parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(config.json), report(overview, file_rows(overview)))
+        say(config.json)
     return 0

@@ -233,7 +233,9 @@ def _found(run: Run) -> tuple[str, list[tuple[str, str, str, str]]]:
     """What was found in a run's training images: in short, and finding by finding."""
     found = run.found
     short = f"{found['clean']:,} of {found['count']:,} images are trained at every noise level"
-    if not found["findings"]:
+    if "too-few" in found.get("unasked", {}).values():
+        short = f"{found['count']:,} images, too few to compare: {', '.join(found['unasked'])} were not looked for"
+    elif not found["findings"]:
         short = f"{found['count']:,} images, none of which stands apart: plain training"
     return short, [(one["part"], f"{one['count']:,}", one["what"], one["action"]) for one in found["findings"]]
 
