@@ -64,6 +64,7 @@ def run(config: AuditConfig, say: Say) -> int:
     """Run the command; returns the exit status."""
     import torch
 
+    from robustdiff.audit.file_summary import with_jpeg_quality
     from robustdiff.audit.files import check_output, write_audit, write_found
     from robustdiff.audit.run import audit
     from robustdiff.audit.statistics import image_statistics
@@ -117,7 +118,7 @@ def run(config: AuditConfig, say: Say) -> int:
         if extractor is not None:
             known = extract(extractor, images, cache=None)
             features = known.extractor.name, known.values
-        found = audit(images, features=features)
+        found = with_jpeg_quality(audit(images, features=features), statistics.records)
         say(found.summary())
         pixels = images.images
         write = partial(write_found, found, lambda places: torch.stack([pixels[place] for place in places]))
