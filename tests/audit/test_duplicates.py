@@ -46,6 +46,43 @@ def test_larger_copies_and_brighter_ones() -> None:
     assert near(torch.cat([images, small, lossy])) == [[i, 400 + i] for i in range(40)]
 
 
+def resized(images: Tensor, left_out: int) -> Tensor:
+    edge = images.shape[2]
+    inside = images[:, :, left_out : edge - left_out, left_out : edge - left_out]
+    return torch.nn.functional.interpolate(inside, (edge, edge), mode="bilinear", align_corners=False)
+
+
+CHANGES = {
+    "brighter": lambda x: ((x + 1) * 1.1 - 1).clamp(-1, 1),
+    "darker": lambda x: (x + 1) * 0.9 - 1,
+    "of less contrast": lambda x: 0.8 * x,
+    "mirrored": lambda x: x.flip(3),
+    "mirrored and brighter": lambda x: ((x.flip(3) + 1) * 1.1 - 1).clamp(-1, 1),
+    "cropped to nine tenths": lambda x: resized(x, 2),
+    "cropped and mirrored": lambda x: resized(x, 2).flip(3),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_copies_of_other_light_mirrored_or_cropped_are_found(what: str) -> None:
+    images = natural(300, 40)
+    again = from_uint8(to_uint8(CHANGES[what](images[:40])))
+    found = near(torch.cat([images, again]))
+    assert all(pair == [pair[0], 300 + pair[0]] for pair in found)
+    assert len(found) >= (36 if "cropped" in what else 40)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:, [1, 2, 0]], lambda x: -x, lambda x: 0.4 * x])
+def test_the_same_shape_in_other_colours_or_another_light_is_another_picture(change) -> None:
+    images = torch.cat([natural(300, 16, seed=seed) for seed in (0, 1, 2)], 1)
+    assert near(torch.cat([images, change(images[:40])])) == []
+
+
+def test_symmetric_pictures_are_no_copies_of_themselves() -> None:
+    images = natural(300)
+    assert near((images + images.flip(3)) / 2) == []
+
+
 def test_groups_of_any_size_hang_together() -> None:
     images = natural(300)
     many = images[:1].repeat(30, 1, 1, 1) + 0.01 * normal(30, 1, 16, 16).float()

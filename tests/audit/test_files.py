@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fields import natural
 from robustdiff.audit.files import AUDIT_FILES, check_output
 from robustdiff.audit.result import AuditResult
 from robustdiff.commands.main import main
@@ -57,6 +58,20 @@ def test_the_command_says_what_it_found_and_writes_lists_and_sheets(dirty, tmp_p
     assert sheet.size[0] >= 5 * 64
     check_output(str(path), out, overwrite=True)  # an audit still
     assert main(["audit", str(path), "-o", str(out), "--overwrite"]) == 0
+
+
+def test_the_command_tells_of_jpeg_files_of_low_quality(tmp_path: Path, capsys) -> None:
+    (tmp_path / "photos").mkdir()
+    pixels = ((natural(70) + 1) * 127.5).clamp(0, 255).to(torch.uint8)[:, 0].numpy()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "photos" / f"{i:02}.jpg", quality=20 if i % 7 == 0 else 90)
+    (tmp_path / "photos" / "07.jpg").write_bytes(b"")  # names pair what both readers read
+    assert main(["audit", str(tmp_path / "photos"), "-o", str(tmp_path / "audit")]) == 0
+    said = capsys.readouterr().out
+    assert "JPEG: 69 files, quality 20 to 90, median 90; 9 below 30\n" in said
+    assert "found jpeg_quality: 9 images, of JPEG quality below 30, as their files say: reported only" in said
+    found = AuditResult.load(tmp_path / "audit")
+    assert found.signs["jpeg_quality"].tolist() == [20.0 if i % 7 == 0 else 90.0 for i in range(70) if i != 7]
 
 
 @pytest.mark.slow

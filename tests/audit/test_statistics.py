@@ -511,6 +511,7 @@ def test_the_json_is_strict_and_complete(mixed, tmp_path):
         "noise": pytest.approx(record.noise, abs=1e-6),
         "sha256": record.sha256[:16],
         "flags": ["duplicate"],
+        "file": {"format": "PNG", "mode": "RGB", "size": [20, 16]},
     }
     assert by_name["e.png"]["flags"] == ["near-constant"]
     assert by_name["f.png"]["noise"] is None

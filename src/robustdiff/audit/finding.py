@@ -25,6 +25,8 @@ class Action(str, Enum):
     """Copies of a picture count as one."""
     LEFT_ALONE = "left-alone"
     """Said, and not acted on: too few to matter."""
+    REPORTED = "reported"
+    """Said, for people: training does nothing about it."""
     REGULARISED = "regularised"
     """No image is clean: trained everywhere, and regularised below the noise."""
     TRAINED_BY_OTHER_PIXELS = "trained-by-other-pixels"

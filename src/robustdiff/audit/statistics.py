@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from robustdiff.audit.file_summary import file_lines, file_summary
 from robustdiff.audit.single_image_noise import LEVEL, noise_std, noise_stds
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.data.decode import Pixels
 from robustdiff.data.decode_pool import decode_all
+from robustdiff.data.file_evidence import FileEvidence
 from robustdiff.data.sources.open import Source
 from robustdiff.utils.images import thumbnail
 from robustdiff.utils.resources import cores
@@ -57,6 +59,7 @@ class ImageRecord:
         noise: :func:`noise_std`, in units of [-1, 1]; None where the image is too small to say.
         sha256: Of shape and decoded pixels: equal for the same picture in different files.
         flags: ``near-constant`` (every channel's ``std`` is at most 2 / 255), ``duplicate``.
+        file: What its file says of itself; None where it is not in one.
     """
 
     index: int
@@ -67,6 +70,7 @@ class ImageRecord:
     noise: float | None
     sha256: str
     flags: tuple[str, ...] = ()
+    file: FileEvidence | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For ``audit.json``: six decimals, the first 16 digits of the sum."""
@@ -79,6 +83,7 @@ class ImageRecord:
             "noise": None if self.noise is None else round(self.noise, 6),
             "sha256": self.sha256[:16],
             "flags": list(self.flags),
+            **({} if self.file is None else {"file": self.file.as_json()}),
         }
 
 
@@ -158,7 +163,13 @@ class SetStatistics:
                 "quantiles": {f"{q:g}": round(float(np.quantile(noise, q)), 6) for q in quantiles if len(noise)},
             },
             "conversions": dict(self.notes),
+            "files": file_summary(self.files),
         }
+
+    @property
+    def files(self) -> list[FileEvidence]:
+        """What the files of the records say of themselves, those that are in one."""
+        return [record.file for record in self.records if record.file is not None]
 
     def _moments(self) -> dict[str, Any]:
         """Mean and standard deviation over all pixels, per channel and overall; grey counts as R = G = B beside RGB."""
@@ -194,6 +205,7 @@ class SetStatistics:
                 f"mean in [0, 1]: {mean} (overall {overall['mean']:.3f})",
                 f"standard deviation: {std} (overall {overall['std']:.3f})",
             ]
+        lines += file_lines(found["files"])
         lines += [f"{what}: {count}" for what, count in found["conversions"].items()]
         if self.unreadable:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in found["reasons"].items())
@@ -248,7 +260,7 @@ def image_statistics(
             if small is not None:
                 there = waiting.setdefault(small.shape, [])
                 there.append((len(records), small))
-            records.append(replace(record, index=decoded.index, name=decoded.name))
+            records.append(replace(record, index=decoded.index, name=decoded.name, file=decoded.file))
             notes.update(decoded.remarks)
             if small is not None and len(there) == TOGETHER:
                 estimates.begin(waiting.pop(small.shape))

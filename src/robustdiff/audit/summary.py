@@ -22,6 +22,7 @@ ACTIONS = {
     Action.LESS_OFTEN: "used less often, the less the odder",
     Action.COUNTED_ONCE: "each picture counts once",
     Action.LEFT_ALONE: "too few to matter, left alone",
+    Action.REPORTED: "reported only, training does nothing about it",
     Action.REGULARISED: "no image is clean, so that noise levels below {edge:.3g} are regularised instead",
     Action.TRAINED_BY_OTHER_PIXELS: "no image is whole, so that below they are trained by their other pixels",
     Action.TRAINED_EVERYWHERE: "no image is whole, so that they are trained at every noise level",

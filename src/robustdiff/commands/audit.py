@@ -87,6 +87,7 @@ def run(config: AuditConfig, say: Say) -> int:
     import torch
 
     from robustdiff.audit.file_rows import file_rows, report
+    from robustdiff.audit.file_summary import with_jpeg_quality
     from robustdiff.audit.files import check_output, write_audit, write_overview
     from robustdiff.audit.overview import Overview
     from robustdiff.audit.result import AuditResult
@@ -142,7 +143,8 @@ def run(config: AuditConfig, say: Say) -> int:
         if extractor is not None:
             known = extract(extractor, images, cache=None)
             features = known.extractor.name, known.values
-        result, pixels = audit(images, features=features), images.images
+        result = with_jpeg_quality(audit(images, features=features), statistics.records)
+        pixels = images.images
         say(result.summary())
     overview = Overview(statistics, result)
     say(f"\n{overview.text(shutil.get_terminal_size((WIDTH, 24)).columns)}\n")

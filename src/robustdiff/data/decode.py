@@ -34,6 +34,9 @@ TURNS = {number: Image.Transpose[name] for number, name in enumerate(
     ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2
 )}  # fmt: skip
 
+ON_THEIR_SIDE = {turn for number, turn in TURNS.items() if number >= 5}
+"""Turns that exchange width and height."""
+
 with contextlib.suppress(OSError, AttributeError):  # a Pillow whose libtiff is out of reach
     # libtiff writes on stderr what is wrong with a damaged file; whoever skips it has the reason.
     _set_handler = ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler  # type: ignore[attr-defined]
@@ -246,10 +249,7 @@ def decode(
         image = tiff_samples.exact(image)
     reader = Reader(image)
     image.load()  # a truncated file fails here
-    try:  # after load: Pillow turns TIFF files itself and then clears the tag
-        turn = TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:  # unreadable metadata are no reason to lose the picture
-        turn = None
+    turn = turn_of(image)  # after load: Pillow turns TIFF files itself and then clears the tag
     eight_bit = reader.eight_bit(value_range, remarks)
     if turn is not None:
         remarks.append("EXIF rotation applied")
@@ -259,6 +259,14 @@ def decode(
             raise OSError(f"smaller than the centre crop of {crop} pixels")
         eight_bit = _centre(eight_bit, crop)
     return fit(eight_bit, channels or (1 if reader.grey else 3), resolution, remarks), reader.grey, remarks
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """How an image is to be turned before it is shown, as its metadata say; None: as it is."""
+    try:
+        return TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # unreadable metadata are no reason to lose the picture
+        return None
 
 
 def _centre(image: Image.Image, side: int) -> Image.Image:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from robustdiff.data import decode
 from robustdiff.data.decode import Pixels
+from robustdiff.data.file_evidence import FileEvidence, file_evidence
 from robustdiff.data.sources.open import Source
 from robustdiff.utils.resources import cores, rank
 
@@ -40,6 +41,7 @@ class Decoded(Generic[T]):
         reason: Why it cannot be read; "" otherwise.
         grey: Whether the file has no colour.
         remarks: Conversions that were applied.
+        file: What its file says of itself; None if it cannot be read, or is not in one.
     """
 
     index: int
@@ -48,6 +50,7 @@ class Decoded(Generic[T]):
     reason: str
     grey: bool
     remarks: list[str]
+    file: FileEvidence | None
 
 
 def decode_all(
@@ -73,15 +76,16 @@ def decode_all(
         One :class:`Decoded` per image, in order.
     """
 
-    def worked(image: Image.Image) -> tuple[T, bool, list[str]]:
+    def worked(image: Image.Image) -> tuple[T, bool, list[str], FileEvidence | None]:
         pixels, grey, remarks = decode.decode(
             image, channels=channels, resolution=resolution, crop=source.crop, value_range=source.value_range
         )
-        return work(pixels), grey, remarks
+        turned = image.format is not None and decode.turn_of(image) in decode.ON_THEIR_SIDE
+        return work(pixels), grey, remarks, file_evidence(image, turned)
 
     for place, (done, reason) in in_parallel(source, worked, indices, what):
-        value, grey, remarks = (None, False, []) if done is None else done
-        yield Decoded(place, source.names[place], value, reason, grey, remarks)
+        value, grey, remarks, file = (None, False, [], None) if done is None else done
+        yield Decoded(place, source.names[place], value, reason, grey, remarks, file)
 
 
 def in_parallel(

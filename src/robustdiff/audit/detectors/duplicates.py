@@ -1,13 +1,17 @@
 """Pictures that a set holds more than once, equal or nearly so: they drive what a model learns by heart.
 
 Two images are near copies if they are far closer to one another than to the rest of the set: seen at 8 x 8 cells, where
-compression, noise and small damage have gone, their distance is less than a fifth of that from either to the nearest
-fiftieth of the set, or than a twentieth of the median one.
+compression, noise and small damage have gone, and without their brightness and contrast, their distance is less than a
+fifth of that from either to the nearest fiftieth of the set, or than a twentieth of the median one; twice as much
+where it is as small with brightness and contrast, as that of faint pictures with noise is. One of them may be mirrored,
+or be the centre of the other: a crop to about nine tenths; other crops are not seen. Pictures whose brightness or
+contrast differ by much are none: the same sign in other colours is another picture.
 """
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,6 +34,14 @@ NEAR, FIFTIETH = 0.2, 0.02
 below 0.2, copies compressed by JPEG of quality 30 all do; of 1,797 digits none has, and at 0.25 four."""
 FAR = 0.25
 """Least yardstick, over the median distance: a picture that is there often is its own nearest fiftieth."""
+NOISY = 1.75
+"""How much farther apart the shapes of copies may be that are as near as they are."""
+BRIGHTER, STRONGER = 0.3, 0.3
+"""How much the brightness of copies differs, in units of [-1, 1], and the logarithm of their contrast, at most."""
+FAINT = 0.3
+"""Contrast, over the median one, below which it counts: noise would be all that is left of faint pictures."""
+MARGIN = 0.03
+"""Left out on each side of the centre: a crop to 0.9 and the whole image are both near enough to it."""
 SAMPLE = 1000
 """Images, evenly spread, that stand for the set."""
 COMPONENTS = 48
@@ -109,36 +121,102 @@ def near(load: Load, count: int, asked: Tensor) -> list[list[int]]:
     least = int(1 / FIFTIETH) + 1  # fewer have no nearest fiftieth but themselves
     if len(places) < 2 * least:
         return []
-    cells = torch.cat([_cells(load(some))[asked[list(some)]] for some in batches(count)])
-    cells = cells - cells.mean(0)  # the distances are of large vectors otherwise, and lose digits
-    sample = cells[:: -(-len(cells) // SAMPLE)]
+    views = zip(*(_views(load(some)[asked[list(some)]]) for some in batches(count)), strict=True)
+    whole, centre = (_Seen.of(torch.cat(parts)) for parts in views)
+    usual = [_usual(points) for points in (whole.cells, whole.shapes)]
+    bases = _bases(whole.shapes)  # near copies are near there, too, and few others are
+    search = NearestNeighbors(n_neighbors=NEIGHBOURS + 1, algorithm="brute").fit(_coordinates(whole.shapes, bases))
+    ones, others = [], []
+    for view in (whole, centre):
+        other = torch.from_numpy(search.kneighbors(_coordinates(view.shapes, bases), return_distance=False))
+        one = torch.arange(len(places))[:, None].expand_as(other)
+        within = [NEAR * torch.minimum(some[:, None], some[other]) for some in usual]
+        apart = _distance(view.shapes, whole.shapes, other)
+        close = (apart < within[1]) & view.of_like_light(whole, other)
+        if view is whole:
+            close |= (_distance(whole.cells, whole.cells, other) < within[0]) & (apart < NOISY * within[1])
+        ones.append(one[close])  # each is its own copy, too: no matter
+        others.append(other[close])
+    return _groups(torch.cat(ones), torch.cat(others), places)
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Images seen at few cells.
+
+    Attributes:
+        cells: Their means, shape (N, C, h, w).
+        shapes: The same without brightness and contrast: of mean 0 and length 1, less where they are faint.
+        level: Mean of the cells, shape (N,).
+        contrast: Logarithm of what they were divided by, shape (N,).
+    """
+
+    cells: Tensor
+    shapes: Tensor
+    level: Tensor
+    contrast: Tensor
+
+    @classmethod
+    def of(cls, cells: Tensor) -> _Seen:
+        level = cells.mean((1, 2, 3), keepdim=True)
+        length = (cells - level).flatten(1).norm(dim=1)
+        unit = (length.square() + (FAINT * length.median()).square()).sqrt().clamp(min=1e-6)
+        return cls(cells, (cells - level) / unit[:, None, None, None], level.flatten(), unit.log())
+
+    def of_like_light(self, whole: _Seen, other: Tensor) -> Tensor:
+        """Whether brightness and contrast differ by no more than a picture's that was made a little lighter, (N, k)."""
+        alike = (self.level[:, None] - whole.level[other]).abs() <= BRIGHTER
+        return alike & ((self.contrast[:, None] - whole.contrast[other]).abs() <= STRONGER)
+
+
+def _distance(some: Tensor, whole: Tensor, other: Tensor) -> Tensor:
+    """Of each to others, as they are or mirrored, whichever is less: (N, C, h, w), the same, (N, k) -> (N, k)."""
+    parts = zip(torch.split(some, 1000), torch.split(other, 1000), strict=True)
+    return torch.cat(
+        [
+            torch.minimum(*((part[:, None] - them).flatten(2).norm(dim=2) for them in (nearest, nearest.flip(4))))
+            for part, nearest in ((part, whole[places]) for part, places in parts)
+        ]
+    )
+
+
+def _usual(points: Tensor) -> Tensor:
+    """The yardstick of each image, its distance to the nearest share of a sample, (N, C, h, w) -> (N,)."""
+    flat = points.flatten(1)
+    flat = flat - flat.mean(0)  # the distances are of large vectors otherwise, and lose digits
+    sample = flat[:: -(-len(flat) // SAMPLE)]
     rank = max(2, round(FIFTIETH * len(sample)))  # the first may be the image itself
-    usual = torch.cat([_usual(torch.cdist(some, sample), rank) for some in torch.split(cells, 1000)])
-    leading = _leading(cells)  # near copies are near there, too, and few others are
-    search = NearestNeighbors(n_neighbors=NEIGHBOURS + 1, algorithm="brute").fit(leading)
-    other = torch.from_numpy(search.kneighbors(leading, return_distance=False))
-    one = torch.arange(len(cells))[:, None].expand_as(other)
-    parts = zip(torch.split(cells, 1000), torch.split(other, 1000), strict=True)
-    distance = torch.cat([(some[:, None] - cells[nearest]).norm(dim=2) for some, nearest in parts])
-    close = distance < NEAR * torch.minimum(usual[:, None], usual[other])  # each is its own copy, too: no matter
-    return _groups(one[close], other[close], places)
+    distances = (torch.cdist(some, sample) for some in torch.split(flat, 1000))
+    return torch.cat([torch.maximum(one.kthvalue(rank, dim=1).values, FAR * one.median(1).values) for one in distances])
 
 
-def _usual(distance: Tensor, rank: int) -> Tensor:
-    """The yardstick of each image from its distances to the sample, (B, S) -> (B,)."""
-    return torch.maximum(distance.kthvalue(rank, dim=1).values, FAR * distance.median(1).values)
-
-
-def _cells(images: Tensor) -> Tensor:
+def _views(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Cells of whole images and of their centres, (B, C, h, w) each."""
     height, width = (min(CELLS, edge) for edge in images.shape[2:])
-    return adaptive_avg_pool2d(images.float(), (height, width)).flatten(1)
+    top, left = (round(edge * MARGIN) for edge in images.shape[2:])
+    centre = images[:, :, top : images.shape[2] - top, left : images.shape[3] - left]
+    cells, inner = (adaptive_avg_pool2d(view.float(), (height, width)) for view in (images, centre))
+    return cells, inner
 
 
-def _leading(cells: Tensor) -> NDArray[np.float32]:
-    """Images in the leading principal components of their cells, shape (N, at most 48)."""
-    _, basis = torch.linalg.eigh((cells.T @ cells).double())
-    leading: NDArray[np.float32] = (cells @ basis[:, -COMPONENTS:].to(cells.dtype)).numpy()
-    return leading
+def _parts(shapes: Tensor) -> tuple[Tensor, Tensor]:
+    """What mirroring leaves and what it turns into its negative, (N, d) each."""
+    mirrored = shapes.flip(3)
+    return (shapes + mirrored).flatten(1) / 2, (shapes - mirrored).flatten(1) / 2
+
+
+def _bases(shapes: Tensor) -> list[Tensor]:
+    """Leading principal components of both parts, 48 together."""
+    even, odd = _parts(shapes)
+    found = [torch.linalg.eigh((part.T @ part).double()) for part in (even - even.mean(0), odd)]
+    least = torch.cat([values for values, _ in found]).sort(descending=True).values[:COMPONENTS].min()
+    return [basis[:, values >= least].float() for values, basis in found]
+
+
+def _coordinates(shapes: Tensor, bases: list[Tensor]) -> NDArray[np.float32]:
+    """Images where mirrored ones lie at the same place, and none is farther from another than it is, (N, 48)."""
+    even, odd = (part @ basis for part, basis in zip(_parts(shapes), bases, strict=True))
+    return np.asarray(torch.cat([even, odd.abs()], 1).numpy(), np.float32)
 
 
 def _groups(one: Tensor, other: Tensor, places: Tensor) -> list[list[int]]:
