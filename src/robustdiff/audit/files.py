@@ -22,6 +22,8 @@ AUDIT_FORMAT = "robustdiff audit 1"
 SHEETS = ("noisy", "holed", "soft", "odd", "copies", "far")
 AUDIT_FILES = ("audit.json", "worst.png", "found.json", "clean.txt", "noise.csv", *(f"found-{s}.png" for s in SHEETS))
 """What an audit's folder may hold; from the third on, what :func:`write_found` writes."""
+EXPORTS = ("export-", ".export-")
+"""How the names of folders begin that are made of an audit and replaced with it."""
 
 
 def check_output(data: str, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -39,7 +41,7 @@ def check_output(data: str, folder: str | Path, *, overwrite: bool = False) -> N
         return
     if path.is_symlink() or not path.is_dir():
         raise DataError(f"`output` {folder}: exists and is not a folder; choose another")
-    held = {entry.name for entry in path.iterdir()}
+    held = {entry.name for entry in path.iterdir() if not entry.name.startswith(EXPORTS)}
     if held and not overwrite:
         raise DataError(f"`output` {folder}: not empty; choose another folder, or replace an audit with `overwrite`")
     if not (held <= set(AUDIT_FILES) and (not held or _is_audit(path / "audit.json"))):

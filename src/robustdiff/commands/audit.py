@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -47,6 +47,12 @@ class AuditConfig(Settings):
     `robustdiff evaluate` takes them. They are shown, and not acted on."""
     overwrite: bool = False
     """Replace the audit that FOLDER holds."""
+    export: Annotated[str | None, arg(metavar="TRAINER")] = None
+    """Write what was found as configuration files of a trainer, into FOLDER/export-TRAINER: metadata (datasets'
+    imagefolder), kohya, onetrainer, simpletuner or ai-toolkit. An audit that FOLDER holds already is used as it is."""
+    export_files: Literal["list", "link", "copy"] | None = None
+    """With --export: folders of links to the images, or of copies, one a group, beside the files (never in DATA).
+    Default: list, no folders."""
 
     def validate(self) -> None:
         """Check ranges.
@@ -55,13 +61,32 @@ class AuditConfig(Settings):
             UsageError: One line that names the setting and the remedy.
         """
         self.check_homes()
-        check_given(self, "data", "output", "split", "dataset_config_name", "image_column", "value_range", "extractor")
+        check_given(
+            self, "data", "output", "split", "dataset_config_name", "image_column", "value_range", "extractor", "export"
+        )
+        self.check_choices()
         check_resolution(self.resolution)
         require(self.output is not None or not self.overwrite, "`overwrite` does nothing without `output`: add it")
+        require(self.output is not None or self.export is None, "`export` needs the folder of the audit: add `output`")
+        require(self.export is not None or self.export_files is None, "`export_files` does nothing without `export`")
 
 
 def run(config: AuditConfig, say: Say) -> int:
     """Run the command; returns the exit status."""
+    if config.export is None or config.output is None:
+        return look(config, say)
+    from robustdiff.audit.export.write import Export
+
+    files = config.export_files or "list"
+    export = Export(config.export, config.data, config.output, files, config.split)
+    if config.overwrite or not export.audited:
+        look(config, say)
+    say(export.write())
+    return 0
+
+
+def look(config: AuditConfig, say: Say) -> int:
+    """Look at the images, say what was found and write it; returns the exit status."""
     import torch
 
     from robustdiff.audit.files import check_output, write_audit, write_found
