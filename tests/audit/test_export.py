@@ -267,7 +267,8 @@ def test_no_stage_draws_below_the_level_of_its_images(exported: Exported) -> Non
             text = yamls[f"{stage.slug}.yaml"]
             table = re.search(r"(\d+) for Stable Diffusion", text)
             assert table  # randint(min + 1, max - 1) of falling timesteps 999 ... 0
-            assert SD_LEVELS.flip(0)[: int(table[1]) - 1].min() >= lowest
+            drawn_there = SD_LEVELS.flip(0)[: int(table[1]) - 1].min().item()
+            assert lowest <= drawn_there <= lowest + 0.03
 
 
 def test_sigma_of_flow_matching_is_said_by_its_formula() -> None:

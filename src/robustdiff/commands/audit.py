@@ -53,6 +53,9 @@ class AuditConfig(Settings):
     export_files: Literal["list", "link", "copy"] | None = None
     """With --export: folders of links to the images, or of copies, one a group, beside the files (never in DATA).
     Default: list, no folders."""
+    export_vae: Annotated[str | None, arg(metavar="VAE")] = None
+    """With --export, for models that work on latents: their autoencoder, a folder of diffusers' AutoencoderKL or of a
+    pipeline that has one (or its name on the hub). Levels become those of its latents. Default: they are of pixels."""
 
     def validate(self) -> None:
         """Check ranges.
@@ -61,14 +64,14 @@ class AuditConfig(Settings):
             UsageError: One line that names the setting and the remedy.
         """
         self.check_homes()
-        check_given(
-            self, "data", "output", "split", "dataset_config_name", "image_column", "value_range", "extractor", "export"
-        )
+        check_given(self, "data", "output", "split", "dataset_config_name", "image_column", "value_range", "extractor")
+        check_given(self, "export", "export_vae")
         self.check_choices()
         check_resolution(self.resolution)
         require(self.output is not None or not self.overwrite, "`overwrite` does nothing without `output`: add it")
         require(self.output is not None or self.export is None, "`export` needs the folder of the audit: add `output`")
-        require(self.export is not None or self.export_files is None, "`export_files` does nothing without `export`")
+        for name in ("export_files", "export_vae"):
+            require(self.export is not None or getattr(self, name) is None, f"`{name}` does nothing without `export`")
 
 
 def run(config: AuditConfig, say: Say) -> int:
@@ -78,7 +81,7 @@ def run(config: AuditConfig, say: Say) -> int:
     from robustdiff.audit.export.write import Export
 
     files = config.export_files or "list"
-    export = Export(config.export, config.data, config.output, files, config.split)
+    export = Export(config.export, config.data, config.output, files, config.export_vae, config.split)
     if config.overwrite or not export.audited:
         look(config, say)
     say(export.write())

@@ -38,11 +38,13 @@ class Exported:
         found: The audit.
         root: The folder that its names are relative to, absolute.
         folder: Where the files will lie, absolute.
+        vae: The autoencoder whose latents the levels are of; None: they are of pixels.
     """
 
     found: AuditResult
     root: Path
     folder: Path
+    vae: str | None = None
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -92,6 +94,7 @@ class TrainerFiles:
         title: As its authors call it.
         read: Which of its files tell the format, and the version that was read.
         needs_folders: Whether it takes folders only, no lists.
+        latent: Whether it trains on latents of an autoencoder.
         honours: What it can keep to today, and what is lost, in lines for people.
     """
 
@@ -99,6 +102,7 @@ class TrainerFiles:
     title: ClassVar[str]
     read: ClassVar[str]
     needs_folders: ClassVar[bool] = False
+    latent: ClassVar[bool] = True
     honours: ClassVar[Sequence[str]] = ()
 
     def files(self, exported: Exported) -> Mapping[str, str]:
@@ -120,9 +124,9 @@ class TrainerFiles:
             f"Format as in {self.read}.",
             f"Images: {exported.root}",
             "",
-            "Levels are sigma/alpha, the noise level of the diffusion process, of images in [-1, 1] at the size that",
-            "was looked at. Of flow matching s = c / (1 + c) for a level c; that s has any shift already in it.",
-            "They are measured on pixels: what they are on the latents of an autoencoder is not known exactly.",
+            "Levels are sigma/alpha, the noise level of the diffusion process. Of flow matching s = c / (1 + c) for a",
+            "level c; that s has any shift already in it.",
+            _where(exported.vae),
             "",
             *(line for text in self.honours for line in textwrap.wrap(f"* {text}", 110, subsequent_indent="  ")),
             "",
@@ -134,6 +138,13 @@ class TrainerFiles:
             for stage in exported.stages:
                 lines += [f"  {stage.slug}: {units(stage.level)}", *(f"    {x}" for x in self.run(exported, stage))]
         return "\n".join(lines) + "\n"
+
+
+def _where(vae: str | None) -> str:
+    """What levels are of."""
+    if vae is None:
+        return "They are of images in [-1, 1], at the size that was looked at; for latents of an autoencoder too low."
+    return f"They are of the latents of {vae}, measured with white noise on clean images of the set."
 
 
 def units(level: float) -> str:

@@ -7,8 +7,12 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
+from robustdiff.audit.export.autoencoder import clean_images, encoder
 from robustdiff.audit.export.groups import LEFT_OUT, Group
 from robustdiff.audit.export.trainer_files import CAPTIONS, FOLDERS, Exported, trainer
+from robustdiff.audit.latents import in_latents
 from robustdiff.audit.result import AuditResult
 from robustdiff.data.sources.base import Files
 from robustdiff.data.sources.open import open_source
@@ -28,15 +32,25 @@ class Export:
         data: The folder of images.
         output: The folder of its audit, or where that will be.
         files: Whether there are folders of images: ``list`` for none, of ``link`` or ``copy``.
+        vae: The autoencoder that the model works in: levels become those of its latents. Default: of pixels.
         split: As :func:`open_source` takes it.
 
     Raises:
         UsageError: If there is no such trainer, or ``data`` has no files; before anything is looked at.
     """
 
-    def __init__(self, name: str, data: str, output: str, files: str = "list", split: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        data: str,
+        output: str,
+        files: str = "list",
+        vae: str | None = None,
+        split: str | None = None,
+    ) -> None:
         """Check what can be checked at once."""
-        self._trainer, self._files, self._data = trainer(name), files, data
+        self._trainer, self._files, self._data, self._vae = trainer(name), files, data, vae
+        self._encoder = None if vae is None else encoder(vae)
         try:
             read = open_source(data, split=split).read
         except UsageError as error:
@@ -57,7 +71,7 @@ class Export:
         Raises:
             DataError: If there is no audit of these images, or the folder holds something else.
         """
-        exported = Exported(self._found(), self._root, self._audit / f"export-{self._trainer.name}")
+        exported = Exported(self._found(), self._root, self._audit / f"export-{self._trainer.name}", self._vae)
         folder = exported.folder
         if folder.exists() and not (folder / NOTES).is_file():
             raise DataError(f"{folder}: exists and is no export; remove it yourself")
@@ -77,6 +91,8 @@ class Export:
         said = f"{folder}: {len(texts)} files for {self._trainer.title}; {counts}; begin with {NOTES}"
         if self._trainer.needs_folders and self._files == "list":
             said += f"\n{self._trainer.title} reads folders: add `export_files` link, or copy, to make them there"
+        if self._trainer.latent and self._vae is None and len(exported.stages) > 1:
+            said += "\nlevels are of pixels, and too low for latents: name the model's autoencoder with `export_vae`"
         return said
 
     def _found(self) -> AuditResult:
@@ -91,6 +107,10 @@ class Export:
                 f"{self._audit} is an audit of other images: {missing[0]} is not in {self._data} "
                 f"({len(missing)} of {len(found)} are not); look again with `overwrite`"
             )
+        if self._encoder is not None:
+            encode, across = self._encoder
+            images = clean_images(found, [self._root / name for name in found.names], across)
+            found = in_latents(found, encode, images, torch.Generator().manual_seed(0))
         return found
 
     def _fill(self, exported: Exported, folder: Path) -> None:

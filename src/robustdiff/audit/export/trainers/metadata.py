@@ -13,6 +13,7 @@ class Metadata(TrainerFiles):
 
     name = "metadata"
     title = "datasets' imagefolder"
+    latent = False
     read = "image_dataset.mdx of huggingface/datasets"
     honours = (
         "Put metadata.jsonl into the folder of images: datasets gives its columns with every image.",
