@@ -340,6 +340,9 @@ def test_what_cannot_be_exported_is_said_in_one_line(data: Path, found: AuditRes
     with pytest.raises(UsageError, match=r"an audit of other images: x\.png is not in .* \(1 of 7 are not\)"):
         Export("kohya", str(data), str(audit)).write()
     found.save(audit / "found.json")
+    found.save(data / "audit" / "found.json")
+    with pytest.raises(UsageError, match=r"`output` .*: lies in "):
+        Export("kohya", str(data), str(data / "audit"))
     (audit / "export-kohya").mkdir()
     (audit / "export-kohya" / "mine.toml").touch()
     with pytest.raises(UsageError, match="exists and is no export"):

@@ -111,6 +111,13 @@ def test_what_cannot_be_used_is_left_out_and_stages_go_down():
     assert none_clean[-1].level == 0.2  # nothing trains below
 
 
+def test_images_with_lost_pixels_are_left_out_as_nobody_repairs_them():
+    found = replace(audit([0.0, 0.0, 0.3]), has_missing=torch.tensor([False, True, True]))
+    assert [(group.kind, group.places) for group in groups(found)] == [(ALL, (0,)), (LEFT_OUT, (1, 2))]
+    copies = replace(audit([0.0, 0.1], [0.5, 0.5], ((0, 1),)), has_missing=torch.tensor([True, False]))
+    assert [(group.kind, group.places) for group in groups(copies)] == [(HIGH, (1,)), (LEFT_OUT, (0,))]
+
+
 def test_timesteps_are_those_of_the_scheduler_of_stable_diffusion():
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     EDMEulerScheduler,
@@ -24,7 +26,7 @@ from diffusers import (
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from helpers import seeded
-from robustdiff.audit import AuditResult
+from robustdiff.audit import AuditResult, in_latents
 from robustdiff.training import Curriculum, LevelBalancedSampler
 from robustdiff.utils.errors import UsageError
 
@@ -161,13 +163,21 @@ def test_what_images_carry_is_told_by_name_or_place() -> None:
     assert torch.equal(t[:1], levels.draw(["a.png"], seeded(7))[0])
 
 
+def test_images_with_lost_pixels_count_where_the_loop_repairs_them() -> None:
+    found = replace(audit([0.0, 0.5], [1, 1]), has_missing=torch.tensor([False, True]))
+    assert (Curriculum(found, ddpm()).draw([0, 1])[1] > 0).tolist() == [True, False]
+    assert (Curriculum(found, ddpm(), repaired=True).draw([0, 1])[1] > 0).all()
+    with pytest.raises(UsageError, match="fill in lost pixels, with `repaired` true"):
+        Curriculum(replace(found, has_missing=torch.tensor([True, True])), ddpm())
+
+
 def test_what_cannot_be_is_said_in_one_line() -> None:
     fine = audit([0.0, 0.5], [1, 1])
     with pytest.raises(UsageError, match=r"'x\.png' is no image of this audit of 2: name it as 'a\.png'"):
         Curriculum(fine, ddpm()).draw(["x.png"])
     with pytest.raises(UsageError, match="2 is no image"):
         Curriculum(fine, ddpm()).draw([2])
-    with pytest.raises(UsageError, match="no image that can be trained on"):
+    with pytest.raises(UsageError, match="no image to train on"):
         Curriculum(audit([1e9, 0.0], [1, 0]), ddpm())
     with pytest.raises(TypeError, match="EDMEulerScheduler has neither"):
         Curriculum(fine, EDMEulerScheduler())
@@ -247,10 +257,13 @@ def transformer() -> torch.nn.Module:
     )
 
 
+def section() -> str:
+    return GUIDE.read_text().split("## Each image at its own noise levels")[1].split("\n## ")[0]
+
+
 def loops() -> dict[str, tuple[str, str]]:
     """Every loop that the guide shows as a difference, by its script: (as it was, as it is)."""
-    text = GUIDE.read_text().split("## Each image at its own noise levels")[1].split("\n## ")[0]
-    shown = re.findall(r"^### .*?`(\w+)\.py`.*?\n```diff\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    shown = re.findall(r"^### .*?`(\w+)\.py`.*?\n```diff\n(.*?)^```", section(), flags=re.DOTALL | re.MULTILINE)
 
     def side(diff: str, mark: str) -> str:
         return "".join(line[1:] + "\n" for line in diff.splitlines() if line[0] in f" {mark}")
@@ -295,6 +308,19 @@ def training(script: str) -> dict[str, Any]:
         "pooled_prompt_embeds": torch.randn(batch, 6, generator=draw),
         "accelerator": SimpleNamespace(backward=torch.Tensor.backward),
     }
+
+
+def test_the_other_snippets_of_the_guide_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos-audit").mkdir()
+    audit([0.0, 0.2], [1, 1]).save(tmp_path / "photos-audit" / "found.json")
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, scaling_factor=0.5)
+    names = training("train_dreambooth_lora_sd3") | {"vae": vae, "clean_images": torch.rand(2, 3, 16, 16) * 2 - 1}
+    shown = re.findall(r"^( *)```python\n(.*?)^\1```", section(), flags=re.DOTALL | re.MULTILINE)
+    assert len(shown) == 2
+    for _, code in shown:
+        exec(compile(textwrap.dedent(code), "guide", "exec"), names | {"in_latents": in_latents})
 
 
 @pytest.mark.parametrize("script", ["train_unconditional", "train_text_to_image_lora", "train_dreambooth_lora_sd3"])

@@ -186,6 +186,8 @@ class Curriculum:
             (``FlowMatchEulerDiscreteScheduler``, with any ``shift``), where sigma/alpha is ``s / (1 - s)``.
         density: How often the loop draws each timestep (flow matching: each index of ``scheduler.timesteps``), in any
             unit, shape (T,). Default: all alike.
+        repaired: Whether the loop fills in lost pixels (:meth:`AuditResult.repaired`), which the levels of such images
+            take for granted. Default: it does not, and they have weight 0.
 
     Raises:
         UsageError: If no image can be trained on.
@@ -193,15 +195,22 @@ class Curriculum:
         ValueError: If it has been set to fewer steps, or ``density`` does not fit.
     """
 
-    def __init__(self, found: AuditResult, scheduler: Any, density: Tensor | None = None) -> None:  # noqa: ANN401 - diffusers is not imported here
+    def __init__(
+        self,
+        found: AuditResult,
+        scheduler: Any,  # noqa: ANN401 - diffusers is not imported here
+        density: Tensor | None = None,
+        repaired: bool = False,
+    ) -> None:
         """Turn noise levels into places of the scheduler's table, from the least noise on."""
         self._found = found
         self._place = {name: place for place, name in enumerate(found.names)}
         self._sigmas, levels, self._timesteps = _table(scheduler)
         self._flow = self._timesteps.is_floating_point()
-        usable = found.min_sigma.isfinite() & (found.min_sigma <= levels[-1])
+        usable = found.min_sigma.isfinite() & (found.min_sigma <= levels[-1]) & (~found.has_missing | repaired)
         if not bool((usable & (found.weight > 0)).any()):
-            raise UsageError("the audit left no image that can be trained on: look at them with robustdiff audit")
+            holes = "; fill in lost pixels, with `repaired` true" if bool(found.has_missing.any()) else ""
+            raise UsageError(f"the audit left no image to train on: look at them with robustdiff audit{holes}")
         first = torch.searchsorted(levels, found.min_sigma.contiguous()).clamp(max=len(levels) - 1)
         weight = torch.where(usable, found.weight, torch.zeros_like(found.weight))
         if density is not None and self._flow:

@@ -72,11 +72,13 @@ class Stage:
 def groups(found: AuditResult) -> tuple[Group, ...]:
     """All images, by least noise level: those for all levels, at most four groups above, those left out.
 
-    Empty groups are not there. Where weights are below 1, only as many images are listed as their weights add up to
-    (of k equal ones, which weigh 1/k each, the one that may be used lowest); the others are left out.
+    Empty groups are not there. Images with lost pixels are left out: their levels are those of repaired ones. Where
+    weights are below 1, only as many images are listed as their weights add up to (of k equal ones, which weigh 1/k
+    each, the one that may be used lowest); the others are left out.
     """
     level, used = found.min_sigma.tolist(), set(_listed(found))
-    usable = [place for place in range(len(found)) if place in used and level[place] <= HIGHEST]
+    holed = found.has_missing.tolist()
+    usable = [p for p in range(len(found)) if p in used and level[p] <= HIGHEST and not holed[p]]
     several = thresholds([level[place] for place in usable])
     of = {place: min(high for high in (0.0, *several) if high >= level[place]) for place in usable}
     made = [
@@ -159,9 +161,9 @@ def first_timestep(level: float) -> int:
 
 def _listed(found: AuditResult) -> list[int]:
     """Places of so many images as their weights add up to: the first of every whole one, copies side by side."""
-    level = found.min_sigma.tolist()
+    level, holed = found.min_sigma.tolist(), found.has_missing.tolist()
     copy = {place: number for number, group in enumerate(found.copies) for place in group}
-    order = sorted(range(len(found)), key=lambda place: (copy.get(place, -1), level[place], place))
+    order = sorted(range(len(found)), key=lambda p: (copy.get(p, -1), holed[p], level[p], p))
     before = torch.cat([torch.zeros(1).double(), found.weight[order].double().cumsum(0)])
     whole = (before - 1e-6).ceil()  # a hair, for what 1/3 + 1/3 + 1/3 is not
     return [place for place, new in zip(order, (whole.diff() > 0).tolist(), strict=True) if new]

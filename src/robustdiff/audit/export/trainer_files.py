@@ -133,6 +133,8 @@ class TrainerFiles:
             "Groups:",
             *(f"  {group.slug}: {len(group.places)} images, {group.title}" for group in exported.groups),
         ]
+        if holed := int(exported.found.has_missing.sum()):
+            lines.append(f"  {holed} of those left out have lost pixels, which no trainer here fills in.")
         if exported.stages and self.run(exported, exported.stages[0]):
             lines += ["", "Stages, each going on from the one before; how long each should be was not measured:"]
             for stage in exported.stages:

@@ -12,6 +12,7 @@ import torch
 from robustdiff.audit.export.autoencoder import clean_images, encoder
 from robustdiff.audit.export.groups import LEFT_OUT, Group
 from robustdiff.audit.export.trainer_files import CAPTIONS, FOLDERS, Exported, trainer
+from robustdiff.audit.files import check_outside
 from robustdiff.audit.latents import in_latents
 from robustdiff.audit.result import AuditResult
 from robustdiff.data.sources.base import Files
@@ -50,6 +51,7 @@ class Export:
     ) -> None:
         """Check what can be checked at once."""
         self._trainer, self._files, self._data, self._vae = trainer(name), files, data, vae
+        check_outside(data, output)
         self._encoder = None if vae is None else encoder(vae)
         try:
             read = open_source(data, split=split).read
