@@ -109,6 +109,8 @@ def test_what_is_no_autoencoder_is_said_in_one_line(photos: Path, tmp_path: Path
     with pytest.raises(UsageError, match=r"`export_vae` .*: no AutoencoderKL of diffusers") as error:
         Export("kohya", str(photos), str(tmp_path / "audit"), vae=str(photos))
     assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="`export_vae` nowhere: there is no such folder, and a name on the hub is OWNER"):
+        Export("kohya", str(photos), str(tmp_path / "audit"), vae="nowhere")
     autoencoder(tmp_path / "model")
     for path in photos.glob("*.png"):
         Image.new("RGB", (6, 6)).save(path)

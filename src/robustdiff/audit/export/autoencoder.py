@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from robustdiff.audit.result import AuditResult
+from robustdiff.data.sources.open import HUB_ID
 from robustdiff.utils.errors import DataError
 
 IMAGES, LARGEST = 8, 512
@@ -28,6 +29,8 @@ def encoder(path: str) -> tuple[Callable[[Tensor], Tensor], int]:
     """
     from diffusers import AutoencoderKL
 
+    if not Path(path).is_dir() and not HUB_ID.fullmatch(path):
+        raise DataError(f"`export_vae` {path}: there is no such folder, and a name on the hub is OWNER/NAME")
     part = "vae" if (Path(path) / "vae").is_dir() else None
     try:
         vae = AutoencoderKL.from_pretrained(path, subfolder=part).eval()
