@@ -109,9 +109,12 @@ def test_what_is_no_autoencoder_is_said_in_one_line(photos: Path, tmp_path: Path
     with pytest.raises(UsageError, match=r"`export_vae` .*: no AutoencoderKL of diffusers") as error:
         Export("kohya", str(photos), str(tmp_path / "audit"), vae=str(photos))
     assert "\n" not in str(error.value)
-    with pytest.raises(UsageError, match="`export_vae` nowhere: there is no such folder, and a name on the hub is OWNER"):
+    with pytest.raises(UsageError, match="`export_vae` nowhere: there is no such folder"):
         Export("kohya", str(photos), str(tmp_path / "audit"), vae="nowhere")
-    autoencoder(tmp_path / "model")
+    vae = autoencoder(tmp_path / "model")
+    vae.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    with pytest.raises(UsageError, match=r"`export_vae` .*pickled: no AutoencoderKL of diffusers"):
+        Export("kohya", str(photos), str(tmp_path / "audit"), vae=str(tmp_path / "pickled"))
     for path in photos.glob("*.png"):
         Image.new("RGB", (6, 6)).save(path)
     with pytest.raises(UsageError, match="`export_vae` needs images of 8 pixels at least"):

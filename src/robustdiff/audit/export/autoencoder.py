@@ -33,7 +33,7 @@ def encoder(path: str) -> tuple[Callable[[Tensor], Tensor], int]:
         raise DataError(f"`export_vae` {path}: there is no such folder, and a name on the hub is OWNER/NAME")
     part = "vae" if (Path(path) / "vae").is_dir() else None
     try:
-        vae = AutoencoderKL.from_pretrained(path, subfolder=part).eval()
+        vae = AutoencoderKL.from_pretrained(path, subfolder=part, use_safetensors=True).eval()  # never a pickle
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise DataError(f"`export_vae` {path}: no AutoencoderKL of diffusers ({str(error).splitlines()[0]})") from None
     shift, scale = float(vae.config.shift_factor or 0.0), float(vae.config.scaling_factor)
