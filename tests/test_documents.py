@@ -294,6 +294,7 @@ OTHERS = {
     *("--multi_gpu", "--num_processes", "--nproc_per_node", "--cpu"),  # launchers
     *("--extra-index-url", "--from-mixture"),
     *("--train-data-dir", "--dataset-name", "--version"),
+    *("--dataset_config", "--min_timestep", "--data_backend_config", "--flow_custom_timesteps"),  # other trainers
 }
 """Flags of other programs, and those that the command takes in other names."""
 

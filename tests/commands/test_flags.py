@@ -21,6 +21,7 @@ from robustdiff.utils.errors import RobustdiffWarning, TrainingError, UsageError
 from robustdiff.utils.signals import Interrupted
 
 FOREIGN = {"--multi_gpu", "--cpu", "--num_processes", "--num", "--local-dir"}
+FOREIGN |= {"--dataset_config", "--min_timestep", "--data_backend_config", "--flow_custom_timesteps"}
 """Flags of other programs, which a message may name."""
 
 

@@ -3,6 +3,7 @@ from .detector import register_detector as register_detector
 from .detector import registered_detectors as registered_detectors
 from .finding import Action as Action
 from .finding import Finding as Finding
+from .latents import in_latents as in_latents
 from .result import AuditResult as AuditResult
 from .run import audit as audit
 from .single_image_noise import noise_std as noise_std

@@ -29,6 +29,8 @@ FOUND_FILES = ("found.json", "clean.txt", "noise.csv", *(f"found-{sheet}.png" fo
 """What :func:`write_found` writes."""
 AUDIT_FILES = ("audit.json", "worst.png", *EVERY_FILE, *FOUND_FILES)
 """What an audit's folder may hold."""
+EXPORTS = ("export-", ".export-")
+"""How the names of folders begin that are made of an audit and replaced with it."""
 
 
 def check_output(data: str, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -37,20 +39,30 @@ def check_output(data: str, folder: str | Path, *, overwrite: bool = False) -> N
     Raises:
         DataError: If it lies in the data, or holds something that may not be replaced.
     """
-    path, images = Path(folder).expanduser().absolute(), Path(data).expanduser()
-    if data and images.is_dir() and images.resolve() in (path.resolve(), *path.resolve().parents):
-        raise DataError(f"`output` {folder}: lies in {data}, whose images it would join; choose another folder")
+    path = Path(folder).expanduser().absolute()
+    check_outside(data, folder)
     if there := atomic_io.read_only(path.parent):  # where it is made ready
         raise DataError(f"`output` {folder}: {there} is read-only; choose another folder")
     if not os.path.lexists(path):
         return
     if path.is_symlink() or not path.is_dir():
         raise DataError(f"`output` {folder}: exists and is not a folder; choose another")
-    held = {entry.name for entry in path.iterdir()}
+    held = {entry.name for entry in path.iterdir() if not entry.name.startswith(EXPORTS)}
     if held and not overwrite:
         raise DataError(f"`output` {folder}: not empty; choose another folder, or replace an audit with `overwrite`")
     if not (held <= set(AUDIT_FILES) and (not held or _is_audit(path / "audit.json"))):
         raise DataError(f"`output` {folder}: not an audit, so `overwrite` spares it; remove it yourself")
+
+
+def check_outside(data: str, folder: str | Path) -> None:
+    """Refuse an output folder in the data.
+
+    Raises:
+        DataError: If it lies there.
+    """
+    path, images = Path(folder).expanduser().absolute(), Path(data).expanduser()
+    if data and images.is_dir() and images.resolve() in (path.resolve(), *path.resolve().parents):
+        raise DataError(f"`output` {folder}: lies in {data}, whose images it would join; choose another folder")
 
 
 def _is_audit(path: Path) -> bool:

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -59,6 +59,15 @@ class AuditConfig(Settings):
     `robustdiff evaluate` takes them. They are shown, and not acted on."""
     overwrite: bool = False
     """Replace the audit that FOLDER holds."""
+    export: Annotated[str | None, arg(metavar="TRAINER")] = None
+    """Write what was found as configuration files of a trainer, into FOLDER/export-TRAINER: metadata (datasets'
+    imagefolder), kohya, onetrainer, simpletuner or ai-toolkit. An audit that FOLDER holds already is used as it is."""
+    export_files: Literal["list", "link", "copy"] | None = None
+    """With --export: folders of links to the images, or of copies, one a group, beside the files (never in DATA).
+    Default: list, no folders."""
+    export_vae: Annotated[str | None, arg(metavar="VAE")] = None
+    """With --export, for models that work on latents: their autoencoder, a folder of diffusers' AutoencoderKL or of a
+    pipeline that has one (or its name on the hub). Levels become those of its latents. Default: they are of pixels."""
 
     def validate(self) -> None:
         """Check ranges.
@@ -70,12 +79,18 @@ class AuditConfig(Settings):
         check_given(
             self, "data", "output", "split", "dataset_config_name", "image_column", "value_range", "extractor", "json"
         )
+        check_given(self, "export", "export_vae")
+        self.check_choices()
         check_resolution(self.resolution)
         require(
             self.json in (None, STDOUT) or not Path(str(self.json)).is_dir(),
             f"`json` {self.json} is a folder: name a file in it, or - for standard output",
         )
         require(self.output is not None or not self.overwrite, "`overwrite` does nothing without `output`: add it")
+        require(self.output is not None or self.export is None, "`export` needs the folder of the audit: add `output`")
+        require(self.json is None or self.export is None, "`json` says what is found, `export` reads it: two commands")
+        for name in ("export_files", "export_vae"):
+            require(self.export is not None or getattr(self, name) is None, f"`{name}` does nothing without `export`")
 
 
 def _nothing(text: str) -> None:
@@ -84,6 +99,20 @@ def _nothing(text: str) -> None:
 
 def run(config: AuditConfig, say: Say) -> int:
     """Run the command; returns the exit status."""
+    if config.export is None or config.output is None:
+        return look(config, say)
+    from robustdiff.audit.export.write import Export
+
+    files = config.export_files or "list"
+    export = Export(config.export, config.data, config.output, files, config.export_vae, config.split)
+    if config.overwrite or not export.audited:
+        look(config, say)
+    say(export.write())
+    return 0
+
+
+def look(config: AuditConfig, say: Say) -> int:
+    """Look at the images, say what was found and write it; returns the exit status."""
     import torch
 
     from robustdiff.audit.file_rows import file_rows, report

@@ -6,6 +6,7 @@ from .callbacks.pipeline import PipelineCallback as PipelineCallback
 from .callbacks.pipeline import PreviewCallback as PreviewCallback
 from .callbacks.tracking import TrackerCallback as TrackerCallback
 from .config import TrainConfig as TrainConfig
+from .curriculum import Curriculum as Curriculum
 from .curriculum import LevelBalancedSampler as LevelBalancedSampler
 from .loader import Batch as Batch
 from .loader import Batches as Batches
