@@ -222,8 +222,11 @@ def test_a_wide_noise_group_trains_each_image_above_its_own_level() -> None:
 
 def test_the_parts_are_the_kinds_that_are_acted_on_and_the_regulariser() -> None:
     kinds = registered_detectors()
-    assert [kind.name for kind in kinds] == ["cut", "blur", "jpeg", "noise", "holes", "outliers", "duplicates", "far"]
-    assert parts() == ("cut", "blur", "jpeg", "noise", "holes", "outliers", "duplicates", "regulariser")
+    compared = ("banding", "blocks", "camera", "caption", "enlarged", "impulse", "motion", "poisson")
+    acted = ("cut", "blur", "jpeg", *compared, "noise", "holes", "outliers", "duplicates")
+    assert tuple(kind.name for kind in kinds if kind.acts) == acted
+    assert {kind.name for kind in kinds if not kind.acts} == {"bars", "looks", "far"}
+    assert parts() == (*acted, "regulariser")
 
 
 @pytest.mark.parametrize("kind", ["blur", "jpeg", "noise", "holes"])
@@ -244,7 +247,8 @@ def test_simulated_damage_is_drawn_from_the_generator_and_stronger_where_it_says
 
 def test_what_cannot_be_simulated_says_so_and_names_are_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {kind.name: kind for kind in registered_detectors()}
-    assert {name for name, kind in kinds.items() if not kind.strengths} == {"cut", "outliers", "duplicates", "far"}
+    without = {name for name, kind in kinds.items() if not kind.strengths}
+    assert without == {"cut", "outliers", "duplicates", "bars", "looks", "far"}
     with pytest.raises(NotImplementedError, match="duplicates cannot be simulated"):
         kinds["duplicates"].simulate(torch.zeros(1, 8, 8), 1.0, seeded())
     monkeypatch.setattr(detector, "_registered", dict(detector._registered))

@@ -108,8 +108,8 @@ def test_damage_that_is_usual_is_damage(name: str, strength: float) -> None:
 def test_what_can_be_compared() -> None:
     """Enough images, large enough, grey or of three channels, and something to compare with."""
     kinds = list(KINDS.values())
-    assert comparable((3, 16, 40), 64, kinds)
-    assert not comparable((3, 15, 40), 64, kinds)
+    assert comparable((3, 24, 40), 64, kinds)
+    assert not comparable((3, 23, 40), 64, kinds)
     assert not comparable((2, 32, 32), 64, kinds)
     assert not comparable((3, 32, 32), 63, kinds)
     assert not comparable((3, 32, 32), 64, [])

@@ -153,7 +153,8 @@ def test_a_set_without_a_readable_image_is_told(tmp_path: Path, capsys) -> None:
     assert lines(printed) == {"not readable": 1, "all files": 1}
 
 
-def test_a_set_without_a_clean_image_is_told(tmp_path: Path, capsys) -> None:
+def test_a_set_without_a_clean_image_is_told(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     pictures = natural(600)
     noisy = pictures + 0.2 * torch.randn(pictures.shape, generator=seeded())
     np.save(tmp_path / "noisy.npy", to_uint8(noisy)[:, 0].numpy())

@@ -76,10 +76,10 @@ def test_the_command_and_its_files_name_it(added: str, tmp_path: Path, capsys: p
 
 def test_training_may_leave_it_out_and_the_accuracy_experiment_has_rows_of_it(added: str) -> None:
     TrainConfig("digits", auto=True, auto_without=(added,)).validate()
-    with pytest.raises(UsageError, match=f"^`auto_without` dust: not one of cut, blur, jpeg, {added}, noise, holes"):
+    with pytest.raises(UsageError, match=f"^`auto_without` dust: not one of cut, blur, jpeg, .*{added}, noise, holes"):
         TrainConfig("digits", auto=True, auto_without=("dust",)).validate()
     accuracy = experiment("audit_accuracy")
-    assert list(accuracy.simulated()) == [f"{added} 24 on 30 %", f"{added} 4 on 30 %"]
+    assert [row for row in accuracy.simulated() if added in row] == [f"{added} 24 on 30 %", f"{added} 4 on 30 %"]
     row = accuracy.row("fields", natural(COUNT), f"{added} 4 on 30 %")
     assert 0.25 * COUNT < row["dirty"] < 0.35 * COUNT
     assert row["missed"] < 0.05 * row["dirty"]
@@ -90,4 +90,4 @@ def test_training_may_leave_it_out_and_the_accuracy_experiment_has_rows_of_it(ad
 
 def test_without_the_file_nobody_knows_it() -> None:
     assert "posterised" not in parts()
-    assert list(experiment("audit_accuracy").simulated()) == []
+    assert not [row for row in experiment("audit_accuracy").simulated() if "posterised" in row]

@@ -41,6 +41,7 @@ BRIEFLY = {
     Action.COUNTED_ONCE: "each picture counts once",
     Action.LEFT_ALONE: "left alone",
     Action.REGULARISED: "regularised below noise level {edge}",
+    Action.REPORTED: "reported only",
     Action.TRAINED_BY_OTHER_PIXELS: "below that by their other pixels",
     Action.TRAINED_EVERYWHERE: "the least damaged at every level",
     Action.AS_SAID: "",
