@@ -16,7 +16,7 @@ ODD = 6.0
 MATTER, USUAL = mixture.LEAST_SHARE, 0.2
 """Least share of odd images that is acted on: every large set has some in its tail, and training is plain without; and
 the largest: what is so common is one of the things that the set is of."""
-BETWEEN = 4
+BETWEEN = 2.4
 """Odd images for each that is half as odd, at least: fewer are the tail of what the set is."""
 
 
