@@ -54,19 +54,23 @@ COPIES = (300, 300, 500, 500)
 FOLDS = 3
 SET_WEIGHT = 0.25
 """Of the images of the set beside all copies."""
-TRUST = (0.75, 0.6, 0.5, 0.5)
-"""Probability of no damage from which on an image is trusted, after each round: the first round is timid."""
+TRUST = (0.75, 0.65, 0.55, 0.5)
+"""Probability of no damage from which on an image is trusted, after each round: the first rounds are strict."""
 OWN_SHARES_FROM = 2
 """Round from which on it counts how common a kind is."""
-SOFT = (3,)
-TOGETHER_ASKED = (1, 1, 1, 1)
 SURE = 0.9
 """Probability of a kind from which on an image teaches it."""
-FOUND, DOUBTED = 0.8, 0.5
+FOUND, DOUBTED = 0.9, 0.7
 """Probability of damage from which on an image is called damaged; from which on it is in doubt."""
 TOGETHER = 32
 """Images whose statistics are computed at once."""
-EXPLAINED = 0.75
+DOUBTS = 1.0
+USUAL = 0.15
+"""Share of the set that seems to have what pictures may have of themselves from which on it is not looked for."""
+UNLIKELY = -3.0
+SUSPECTED = (-4.0, UNLIKELY, -2.0, -1.0)
+"""Logarithms of the odds of a kind, where all images are trusted, from which on they are tried as a group."""
+EXPLAINED, COMMON = 0.82, 0.15
 """Largest area under the curve at which a hypothesis that one kind fills the set is believed."""
 REFUTED = 0.98
 """Area beyond which images are not what others become: they are not called damaged."""
@@ -185,6 +189,8 @@ class _Rounds:
         self.learnt = torch.arange(0, count, -(-count // MOST))
         self.fold = torch.randint(FOLDS, (count,), generator=self.generator)
         self.made: dict[int, _Copies] = {}  # of each kind, 1 ... K
+        self.proven: set[int] = set()
+        self.asked = list(range(1, 1 + len(self.kinds)))
 
     # -- statistics and copies -----------------------------------------------------------------------------
 
@@ -212,7 +218,7 @@ class _Rounds:
 
     def _of_all_kinds(self, trusted: Tensor, count: int) -> _Copies:
         """So many copies of trusted images, bool (N,), of each kind."""
-        return _Copies.joined([self._of_one_kind(number, trusted, count) for number in range(1, 1 + len(self.kinds))])
+        return _Copies.joined([self._of_one_kind(number, trusted, count) for number in self.asked])
 
     def _of_one_kind(self, number: int, trusted: Tensor, count: int) -> _Copies:
         """So many copies of trusted images with one kind, 1 ... K, of any strength: those there are, and new ones."""
@@ -238,16 +244,29 @@ class _Rounds:
     def result(self) -> Comparison:
         everywhere = torch.ones(len(self.places), dtype=torch.bool)
         known = self._of_all_kinds(everywhere, COPIES[0])
-        start = self.start = self._explained(known)
-        trusted = everywhere if start is None else start
-        judged = torch.zeros(len(self.places), 1 + len(self.kinds))
-        for number, (least, count) in enumerate(zip(TRUST, COPIES, strict=True)):
-            known = self._of_all_kinds(trusted, count)
-            judged = self._judge(known, trusted, judged if number >= OWN_SHARES_FROM else None, number)
-            trusted = start if start is not None and number == 0 else judged[:, 0] >= math.log(least)
+        judged = self._judge(known, everywhere, None, 0)
+        if self._leave_out_what_is_usual(judged):
+            known = self._of_all_kinds(everywhere, COPIES[0])
+            judged = self._judge(known, everywhere, None, 0)
+        explained = self._explained(judged, known)
+        for number in range(1, len(TRUST)):
+            trusted = judged[:, 0] >= math.log(TRUST[number - 1])
+            for kind in self.proven:
+                trusted = trusted & explained & (judged[:, kind] - judged[:, 0] <= UNLIKELY)
             if not bool(trusted[self.learnt].any()):
                 trusted = judged[:, 0] >= judged[self.learnt, 0].median()
+            known = self._of_all_kinds(trusted, COPIES[number])
+            judged = self._judge(known, trusted, judged if number >= OWN_SHARES_FROM else None, number)
         return self._read(judged.exp().double(), trusted, known)
+
+    def _leave_out_what_is_usual(self, judged: Tensor) -> bool:
+        """Do not look for what pictures may have of themselves, where much of the set seems to have it."""
+        kind = judged[self.learnt, 1:].argmax(1)
+        seem = judged[self.learnt, 0] < math.log(TRUST[0])
+        for number, one in enumerate(self.kinds, 1):
+            if one.usual and float((seem & (kind == number - 1)).double().mean()) > USUAL:
+                self.asked.remove(number)
+        return len(self.asked) < len(self.kinds)
 
     def _judge(self, copies: _Copies, trusted: Tensor, before: Tensor | None, seed: int) -> Tensor:
         """Logarithms of probabilities, (N, 1 + K): one round."""
@@ -260,9 +279,7 @@ class _Rounds:
         if before is not None:
             kind = before[:, 1:].argmax(1) + 1
             found = before[:, 0] < math.log(1 - SURE)
-            weight = before[:, 0].exp() * ~found
-            if seed not in SOFT or self.start is not None:
-                weight = weight * trusted  # a little of each that is in doubt would add up to much
+            weight = before[:, 0].exp() * trusted * ~found  # a little of each that is in doubt would add up to much
         known, asked = [], []
         for number in range(FOLDS):
             mine, theirs = self.fold == number, self.fold[copies.source] == number
@@ -276,9 +293,7 @@ class _Rounds:
                 )
             )
             asked.append(torch.cat([here, copied]))
-        several = TOGETHER_ASKED[seed]
-        out = fit_folds(known * several, asked * several, classes, seed)
-        own = torch.stack(out).unflatten(0, (several, FOLDS)).mean(0)  # (folds, N + M, K)
+        own = torch.stack(fit_folds(known, asked, classes, seed))  # (folds, N + M, K)
         fold = torch.cat([self.fold, self.fold[copies.source]])
         judged = own[fold, torch.arange(len(fold))]
         of_set, of_copies = judged[: len(here)], judged[len(here) :]
@@ -299,36 +314,53 @@ class _Rounds:
 
     # -- hypotheses ----------------------------------------------------------------------------------------
 
-    def _explained(self, copies: _Copies) -> Tensor | None:
-        """Images to trust to begin with, bool, (N,), where one kind, or several, fill much of the set; None if none."""
-        trusted = None
-        spread = self.features[self.learnt].std(0) + 1e-3
-        for number in range(1, 1 + len(self.kinds)):
-            some = copies[copies.kind == number]
-            change = ((some.features - self.features[some.source]) / spread).numpy()
-            both = np.concatenate([change, -change])
-            signs = np.r_[np.ones(len(change)), np.zeros(len(change))]
-            ranker = LogisticRegression(C=0.01, fit_intercept=False, max_iter=500).fit(both, signs)
-            score = (self.features / spread) @ torch.from_numpy(ranker.coef_[0]).float()
-            groups = mixture.split(score[self.learnt].double())
-            if len(groups) < 2:
-                continue
-            cut = self._cut(score, groups)
-            lower = score <= cut
-            upper = ~lower
-            if int(lower[self.learnt].sum()) < LEAST_TESTED or 4 * int(upper[self.learnt].sum()) < len(self.learnt):
-                continue  # the rounds find what is rare
-            made = self._of_one_kind(number, lower, COPIES[0])
-            area = self._area(number, upper, lower, made)
-            if area is not None and area < EXPLAINED:
-                trusted = lower if trusted is None else trusted & lower
-        return trusted if trusted is not None and int(trusted[self.learnt].sum()) >= LEAST_TESTED else None
+    def _explained(self, judged: Tensor, copies: _Copies) -> Tensor:
+        """Images to trust to begin with, bool, (N,), where groups of the set are what others become; None if none.
 
-    def _cut(self, score: Tensor, groups: mixture.Groups) -> float:
-        """Between the lowest group and the others."""
-        low = score[self.learnt][groups.members(0)].max()
-        high = score[self.learnt][~groups.members(0)].min()
-        return float((low + high) / 2)
+        Args:
+            judged: Logarithms of probabilities where all are trusted, (N, 1 + K).
+            copies: Of all kinds.
+        """
+        odds = judged[:, 1:] - judged[:, :1]
+        asked = [number for number in self.asked if not (self.kinds[number - 1].usual or self.kinds[number - 1].faint)]
+        others = (odds[:, [number - 1 for number in asked]] <= UNLIKELY).all(1)
+        found = torch.zeros_like(others)
+        for number in asked:
+            some = copies[copies.kind == number]
+            suspected = [odds[:, number - 1] > least for least in SUSPECTED]
+            for upper in (*self._ordered_groups(some), *suspected):
+                lower = others & ~upper
+                if int(lower[self.learnt].sum()) < LEAST_TESTED:
+                    lower = ~upper
+                common = float(upper[self.learnt].double().mean()) >= COMMON
+                if not common or int(lower[self.learnt].sum()) < LEAST_TESTED:
+                    continue
+                area = self._area(number, upper, lower, some)
+                if area is not None and area < EXPLAINED:
+                    found |= upper
+                    self.proven.add(number)
+                    break
+        trusted = ~found
+        if int(trusted[self.learnt].sum()) < LEAST_TESTED:
+            self.proven.clear()
+        return trusted
+
+    def _ordered_groups(self, copies: _Copies) -> list[Tensor]:
+        """Images above the lowest group, bool (N,), along "more of this damage"; none if there are no groups.
+
+        The order is the mean difference of a copy of one kind from its own source: shares do not matter.
+        """
+        spread = self.features[self.learnt].std(0) + 1e-3
+        change = ((copies.features - self.features[copies.source]) / spread).numpy()
+        signs = np.r_[np.ones(len(change)), np.zeros(len(change))]
+        ranker = LogisticRegression(C=0.01, fit_intercept=False, max_iter=500)
+        ranker.fit(np.concatenate([change, -change]), signs)
+        score = (self.features / spread) @ torch.from_numpy(ranker.coef_[0]).float()
+        groups = mixture.split(score[self.learnt].double())
+        if len(groups) < 2:
+            return []
+        lowest = score[self.learnt][groups.members(0)].max()
+        return [score > (lowest + score[self.learnt][~groups.members(0)].min()) / 2]
 
     def _reader(self, number: int, copies: _Copies, trusted: Tensor) -> Callable[[Tensor], Tensor]:
         """Logarithms of strengths from statistics, learnt from copies of one kind."""
@@ -362,10 +394,12 @@ class _Rounds:
         Damage leaves few in doubt, and the copies say how many. What clean images are has a tail without an end.
         """
         names = set()
+        self.support = {}
         for number, kind in enumerate(self.kinds, 1):
             of_copies = _sure_and_doubted(self.of_copies[copies.kind == number], number)
             sure, doubted = _sure_and_doubted(probability, number)
-            if doubted - sure * of_copies[1] / max(of_copies[0], 1) >= max(sure, 1):
+            self.support[kind.name] = (sure, doubted, *of_copies)
+            if doubted - sure * of_copies[1] / max(of_copies[0], 1) >= max(DOUBTS * sure, 1):
                 names.add(kind.name)
         return frozenset(names)
 

@@ -257,7 +257,9 @@ def _edges_and_flats(x: Tensor, y: Tensor) -> Iterator[Tensor]:
         yield (-_highest(-flat, reach)).mean((1, 2, 3)) if reach else flat.mean((1, 2, 3))
     yield from _commonest_colour(x, torch.ones_like(flat, dtype=torch.bool)[:, 0])
     steep_here = torch.maximum(F.pad(gx.abs(), (0, 1)), F.pad(gx.abs(), (1, 0)))
-    yield from _commonest_colour(x, (steep_here >= 40)[:, 0])
+    wide = max(1, min(y.shape[2:]) // 32)  # strokes of letters are narrower
+    broad = _highest(-_highest(-flat, wide), wide + 1) > 0
+    yield from _commonest_colour(x, ((steep_here >= 40) & ~broad)[:, 0])
     yield y.mean((1, 2, 3)) / 50
     yield _log(y.flatten(1).std(1), 1)
     yield _log((y <= 2).float().mean((1, 2, 3)), 0.002)

@@ -19,6 +19,7 @@ class Blocks(Detector):
     title = "with a rectangle of one colour over them"
     become = "with a rectangle over {:.0%} of them"
     strengths = (0.03, 0.3)
+    usual = True
 
     def simulate(self, image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
         """See :meth:`Detector.simulate`."""

@@ -25,6 +25,7 @@ class Caption(Detector):
     title = "with words over them"
     become = "with words over them"
     strengths = (0.1, 0.25)
+    usual = True
 
     def simulate(self, image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
         """See :meth:`Detector.simulate`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from io import BytesIO
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -32,14 +33,19 @@ class Jpeg(Detector):
 
     def simulate(self, image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
         """See :meth:`Detector.simulate`."""
-        file = BytesIO()
-        subsampling = int(draws(generator).integers(3)) if len(image) == 3 else -1
-        picture(image).save(file, "JPEG", quality=round(strength), subsampling=subsampling)
-        return tensor(Image.open(file))
+        return compressed(image, round(strength), draws(generator))
 
     def detect(self, survey: Survey) -> Tensor | None:
         """Among images too small to be compared with copies: a group with more of a grid than another."""
         return super().detect(survey) if survey.compared else survey.low_group(jpeg_grid, GRIDDED)
+
+
+def compressed(image: Tensor, quality: int, rng: np.random.Generator) -> Tensor:
+    """As it comes out of a JPEG file, (C, H, W), its colours at full, half or quarter resolution."""
+    file = BytesIO()
+    subsampling = int(rng.integers(3)) if len(image) == 3 else -1
+    picture(image).save(file, "JPEG", quality=quality, subsampling=subsampling)
+    return tensor(Image.open(file))
 
 
 def jpeg_grid(images: Tensor) -> Tensor:

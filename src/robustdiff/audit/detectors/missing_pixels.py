@@ -325,7 +325,7 @@ class MissingPixels(Detector):
         return corrupted(image, generator, "missing", amount=strength, value=value, block=block)
 
     def detect(self, survey: Survey) -> Tensor:
-        """Images with pixels of a value that may stand for lost ones."""
+        """Images with pixels of a value that may stand for lost ones, and those that look as if they had some."""
         lost, holed = find(survey.load, survey.count)
         has_missing = holed & ~survey.blank
         if survey.compared is not None:  # what fits in with the pictures is none of it: dots, outlines, modules
@@ -335,14 +335,18 @@ class MissingPixels(Detector):
         if lost:
             share = survey.each(lambda images: holes(images, lost).flatten(1).double().mean(1))
             survey.add(signs={**survey.result.signs, "lost": torch.where(has_missing, share, 0.0)})
-        return has_missing
+        looks = survey.shows(self)
+        return has_missing if looks is None else has_missing | looks
 
     def measure(self, survey: Survey, shows: Tensor | None) -> None:
         """They are filled in, and used where the same repair of clean images no longer shows.
 
+        Where the pixels were not found, they are used where the damage no longer shows.
         If none is whole, the repair is tried on repaired ones, each with the lost pixels of the next.
         """
-        if shows is None or not bool(shows.any()):
+        if shows is not None and bool((unknown := shows & ~survey.result.has_missing).any()):
+            survey.add_simulated(self, unknown)
+        if shows is None or not bool((shows := shows & survey.result.has_missing).any()):
             return
         energies, lost = survey.energies, survey.result.lost
         holed, whole = (mask.nonzero().flatten()[:PAIRED].tolist() for mask in (shows, survey.yardstick))
