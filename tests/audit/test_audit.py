@@ -29,6 +29,7 @@ from robustdiff.audit import (
     registered_detectors,
 )
 from robustdiff.audit.parts import parts
+from robustdiff.data.corruption import Corruption
 from robustdiff.data.dataset import load_images
 from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.training.curriculum import sampler_from_audit
@@ -38,9 +39,9 @@ from robustdiff.utils.images import from_uint8, to_uint8
 @pytest.fixture(scope="module")
 def blurred() -> Tensor:
     """Pictures, every third blurred, uint8."""
-    images, (kind,) = natural(300), [kind for kind in registered_detectors() if kind.name == "blur"]
+    images, blur = natural(300), Corruption("blur", {"radius": 1.2})
     for place in range(0, 300, 3):
-        images[place] = kind.simulate(images[place], 1.2, seeded(place))
+        images[place] = blur.apply(images[place], 0, place)
     return to_uint8(images)
 
 

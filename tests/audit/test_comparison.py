@@ -123,7 +123,7 @@ def judged(damaged: Sequence[float], told_apart: float) -> Comparison:
 
 def test_found_doubted_and_refuted() -> None:
     """Sure ones are found, middling ones doubted; a group that differs from what others become is not damaged."""
-    found = judged([0.1, 0.6, 0.95], told_apart=0.6)
+    found = judged([0.6, 0.8, 0.95], told_apart=0.6)
     assert found.shows("blur").tolist() == [False, False, True]
     assert found.doubted("blur").tolist() == [False, True, False]
     assert not judged([0.95], told_apart=1.0).shows("blur").any()

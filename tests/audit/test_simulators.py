@@ -59,14 +59,41 @@ def test_what_others_become_is_a_sentence(kind: Detector) -> None:
     assert len(kind.become) > 5
 
 
-@pytest.mark.parametrize(("name", "level"), [("noise", 0.2), ("camera", 0.2), ("poisson", 0.2)])
-def test_noise_has_its_standard_deviation(name: str, level: float) -> None:
-    """At mid grey, to a few hundredths; camera noise agrees by about .5 sideways, the others not at all."""
-    grey = torch.zeros(3, 128, 128)
-    noise = KINDS[name].simulate(grey, level, seeded(0))
+def sideways(noise: Tensor) -> float:
+    """Correlation of neighbours."""
+    return float((noise[..., 1:] * noise[..., :-1]).mean() / noise.square().mean())
+
+
+@pytest.mark.parametrize(("name", "level"), [("noise", 0.2), ("poisson", 0.2)])
+def test_white_noise_has_its_standard_deviation(name: str, level: float) -> None:
+    """At mid grey, and neighbours know nothing of one another."""
+    noise = KINDS[name].simulate(torch.zeros(3, 128, 128), level, seeded(0))
     assert float(noise.std()) == pytest.approx(level, rel=0.03)
-    sideways = float((noise[..., 1:] * noise[..., :-1]).mean() / noise.square().mean())
-    assert sideways == pytest.approx(0.5 if name == "camera" else 0.0, abs=0.03)
+    assert sideways(noise) == pytest.approx(0.0, abs=0.03)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_camera_noise_has_its_standard_deviation_and_neighbours_share_it(channels: int) -> None:
+    """At mid grey, but for what JPEG takes, of colours above all; by much or by little, with colours or without."""
+    noises = [KINDS["camera"].simulate(torch.zeros(channels, 96, 96), 0.2, seeded(seed)) for seed in range(40)]
+    levels, shared = [float(noise.std()) for noise in noises], [sideways(noise) for noise in noises]
+    assert all(0.1 < level < 0.21 for level in levels)
+    assert torch.tensor(levels).median() == pytest.approx(0.2, rel=0.06)
+    assert min(shared) > 0.05
+    assert max(shared) - min(shared) > 0.3
+
+
+def test_out_of_focus_is_as_wide_as_a_gaussian() -> None:
+    """The deviation of a point along one axis is the strength, whichever way it was blurred."""
+    point = torch.full((1, 41, 41), -1.0)
+    point[0, 20, 20] = 1
+    away = torch.arange(41.0) - 20
+    shapes = set()
+    for seed in range(30):
+        spread = (KINDS["blur"].simulate(point, 2.0, seeded(seed))[0] + 1) / 2
+        assert float((spread.sum(0) * away.square()).sum()) ** 0.5 == pytest.approx(2.0, rel=0.12)
+        shapes.add(round(float(spread.max()), 3))
+    assert len(shapes) == 2
 
 
 def test_photon_noise_grows_with_brightness() -> None:
@@ -77,10 +104,14 @@ def test_photon_noise_grows_with_brightness() -> None:
 
 
 def test_impulses_are_as_many_as_said() -> None:
-    """Half black, half white, in all channels at once."""
-    copy = KINDS["impulse"].simulate(torch.zeros(3, 200, 200), 0.1, seeded(0))
-    for value in (-1, 1):
-        assert float((copy == value).all(0).float().mean()) == pytest.approx(0.05, abs=0.005)
+    """Half black, half white, of all values; in all channels at once, or in each of its own."""
+    together = []
+    for seed in range(20):
+        copy = KINDS["impulse"].simulate(torch.zeros(3, 200, 200), 0.1, seeded(seed))
+        for value in (-1, 1):
+            assert float((copy == value).float().mean()) == pytest.approx(0.05, abs=0.005)
+        together.append(round(float((copy == -1).all(0).float().mean()), 2))
+    assert set(together) == {0.0, 0.05}
 
 
 def test_a_rectangle_covers_its_share() -> None:

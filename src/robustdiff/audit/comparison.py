@@ -1,21 +1,26 @@
-"""Which images look like simulated damage of the set's own images: one decision for every kind that can be simulated.
+"""Which images of a set look like simulated damage of its own images: one decision for every kind that is simulated.
 
 A clean image looks like none of them. Damaged copies of trusted images, of all kinds and strengths, stand against the
 images of the set; a classifier of plain statistics (``image_features.py``), cross-fitted by source image, tells "as in
-the set" from each kind. In the first round every image is trusted, damaged ones too, yet these have as much in common
-with the copies as with the set, and clean ones nothing. So what looks like damage is trusted no longer, and the next
-round's copies are made of the rest. In the last rounds probabilities count with how common each kind is, and images
-that were found with confidence join the class they were found in: the set teaches its own damage.
+the set" from each kind. First every image is trusted, damaged ones too, yet these have as much in common with the
+copies as with the set, and clean ones nothing. So what looks like damage is trusted no longer, and the next round's
+copies are made of the rest. In the later rounds probabilities count with how common each kind is, and images that were
+found with confidence join the class they were found in: the set teaches its own damage.
 
-Where one kind fills most of a set, its damaged images are what is usual, and clean ones would look foreign. So each
-kind is tried first as a hypothesis: images are ordered along "more of this damage" (the mean difference of a copy from
-its own source: shares do not matter); if they fall into two groups, the upper one is held against copies of the lower
-one, damaged just as strongly. If a classifier cannot tell these apart, the lower group alone is trusted to begin with.
+Where a kind is common, the set teaches that it is normal. So what seems most like each kind is tried as a hypothesis:
+these images, or those above a gap in the order of "more of this damage" (the mean difference of a copy from its own
+source: shares do not matter), are held against copies of the others, damaged just as strongly. If a classifier can
+hardly tell the two apart, they are not trusted in any round.
 
-The same test goes with every finding: ``told_apart`` is the area under the curve of a classifier between the images
-found and copies of trusted images damaged just so; 0.5 says that the ones are what the others become.
+Two more questions keep content from being called damage. What pictures may have of themselves, words and rectangles,
+is not looked for where much of a set seems to have it. And a kind that more images nearly show than show, unlike its
+copies, is the tail of what is clean.
 
-Sources: two-sample tests by classifiers: Lopez-Paz and Oquab (2017); the mechanism is ours.
+With every finding goes ``told_apart``, the area under the curve of a classifier between the images found and copies of
+trusted images damaged just so; 0.5 says that the ones are what the others become.
+
+Sources: two-sample tests by classifiers: Lopez-Paz and Oquab (2017); the mechanism is ours. The file is longer than
+others since it is one algorithm, read from top to bottom.
 """
 
 from __future__ import annotations
@@ -55,7 +60,7 @@ FOLDS = 3
 SET_WEIGHT = 0.25
 """Of the images of the set beside all copies."""
 TRUST = (0.75, 0.65, 0.55, 0.5)
-"""Probability of no damage from which on an image is trusted, after each round: the first rounds are strict."""
+"""Probability of no damage from which on an image is trusted, after each round."""
 OWN_SHARES_FROM = 2
 """Round from which on it counts how common a kind is."""
 SURE = 0.9
@@ -64,14 +69,14 @@ FOUND, DOUBTED = 0.9, 0.7
 """Probability of damage from which on an image is called damaged; from which on it is in doubt."""
 TOGETHER = 32
 """Images whose statistics are computed at once."""
-DOUBTS = 1.0
 USUAL = 0.15
 """Share of the set that seems to have what pictures may have of themselves from which on it is not looked for."""
 UNLIKELY = -3.0
+"""Logarithm of the odds of a kind below which an image does not seem to have it."""
 SUSPECTED = (-4.0, UNLIKELY, -2.0, -1.0)
-"""Logarithms of the odds of a kind, where all images are trusted, from which on they are tried as a group."""
+"""The same, where all images are trusted, of images that are tried as a group: the first that is believed counts."""
 EXPLAINED, COMMON = 0.82, 0.15
-"""Largest area under the curve at which a hypothesis that one kind fills the set is believed."""
+"""Largest area under the curve at which a group is believed; its least share of the set: the rounds find rarer ones."""
 REFUTED = 0.98
 """Area beyond which images are not what others become: they are not called damaged."""
 TESTED, LEAST_TESTED = 200, 20
@@ -315,7 +320,7 @@ class _Rounds:
     # -- hypotheses ----------------------------------------------------------------------------------------
 
     def _explained(self, judged: Tensor, copies: _Copies) -> Tensor:
-        """Images to trust to begin with, bool, (N,), where groups of the set are what others become; None if none.
+        """Images that may be trusted, bool, (N,): not those of groups that are what others become.
 
         Args:
             judged: Logarithms of probabilities where all are trusted, (N, 1 + K).
@@ -394,12 +399,10 @@ class _Rounds:
         Damage leaves few in doubt, and the copies say how many. What clean images are has a tail without an end.
         """
         names = set()
-        self.support = {}
         for number, kind in enumerate(self.kinds, 1):
             of_copies = _sure_and_doubted(self.of_copies[copies.kind == number], number)
             sure, doubted = _sure_and_doubted(probability, number)
-            self.support[kind.name] = (sure, doubted, *of_copies)
-            if doubted - sure * of_copies[1] / max(of_copies[0], 1) >= max(DOUBTS * sure, 1):
+            if doubted - sure * of_copies[1] / max(of_copies[0], 1) >= max(sure, 1):
                 names.add(kind.name)
         return frozenset(names)
 

@@ -32,7 +32,8 @@ class Detector:
             what is to be found before it takes less.
         repairs: Whether what it finds is mended before anything else is asked; such kinds come first.
         acts: Whether training does anything about it; if not, it need not be left out.
-        usual: Whether pictures may have it of themselves, as drawings have words: not looked for where much of a set has.
+        usual: Whether pictures may have it of themselves, as drawings have words: not looked for where much of a set
+            has.
         faint: Whether most pictures have a little of it, as cameras' noise: never tried on a large group at once.
         least_side: Edge in pixels of the smallest images that it can be asked of.
     """
