@@ -340,7 +340,7 @@ class _Rounds:
                 common = float(upper[self.learnt].double().mean()) >= COMMON
                 if not common or int(lower[self.learnt].sum()) < LEAST_TESTED:
                     continue
-                area = self._area(number, upper, lower, some)
+                area = self._area(number, upper, lower, self._of_one_kind(number, lower, COPIES[0]))
                 if area is not None and area < EXPLAINED:
                     found |= upper
                     self.proven.add(number)
