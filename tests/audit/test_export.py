@@ -283,7 +283,6 @@ def test_sigma_of_flow_matching_is_said_by_its_formula() -> None:
 def test_imagefolder_reads_the_metadata(exported: Exported, tmp_path: Path, monkeypatch) -> None:
     datasets = pytest.importorskip("datasets")
     (exported.root / "metadata.jsonl").write_text(trainers()["metadata"].files(exported)["metadata.jsonl"])
-    datasets.disable_progress_bars()
     read = datasets.load_dataset(
         "imagefolder", data_dir=str(exported.root), split="train", cache_dir=str(tmp_path / "cache")
     )

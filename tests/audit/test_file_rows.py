@@ -28,7 +28,7 @@ def test_every_file_has_one_row_of_the_same_columns() -> None:
         ["jpeg", "duplicates"],
         "trained-where-hidden",
     )
-    assert [of["03"][key] for key in ("probability", "strength", "min_sigma")] == pytest.approx([0.85, 18, 0.4])
+    assert [of["03"][key] for key in ("probability", "strength", "min_sigma")] == pytest.approx([0.93, 18, 0.4])
     assert of["07"]["decision"] == "counted-once"
     assert of["07"]["strength"] is None
     assert of[f"{DOUBTED:02d}"]["decision"] == "in-doubt"

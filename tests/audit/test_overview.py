@@ -61,11 +61,11 @@ def test_how_sure_is_the_median_probability_and_what_a_classifier_says() -> None
     assert by["jpeg"].probability == pytest.approx(0.97)  # the lower middle one of four
     assert by["jpeg"].sure == "97 %, just what the others become"
     assert by["jpeg"].proof == "4 of 12 images are what the others become at JPEG quality 14"
-    assert by["noise"].sure == "90 %, not quite what the others become"
+    assert by["noise"].sure == "94 %, not quite what the others become"
     assert by["noise"].proof == ""
     assert by["duplicates"].sure == "-"  # a rule of its own: how damaged they look says nothing of it
     assert by["duplicates"].probability is None
-    assert by[DOUBT].sure == "60 %"
+    assert by[DOUBT].sure == "80 %"
     assert by["jpeg"].examples == ("00", "01", "02")
     assert [percent(one) for one in (1.0, 0.994, 0.5, 0.0)] == ["99 %", "99 %", "50 %", "1 %"]
 
@@ -80,9 +80,9 @@ def test_every_image_has_its_reason() -> None:
     of = overview()
     assert reason(of, 0, "jpeg") == "looks like the others at JPEG quality 12"
     assert reason(of, 7, "duplicates") == "like 03"
-    assert reason(of, DOUBTED, "jpeg") == "may be what the others become at JPEG quality 30; 80 % would count"
+    assert reason(of, DOUBTED, "jpeg") == "may be what the others become at JPEG quality 30; 90 % would count"
     assert reason(of, SUSPECTED, "blur").endswith("become blurred by 2 pixels; of this set it is not believed")
-    assert reason(of, 10, "jpeg") == "found clean, nearest to jpeg; 80 % would count"
+    assert reason(of, 10, "jpeg") == "found clean, nearest to jpeg; 90 % would count"
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])
