@@ -123,7 +123,7 @@ def test_few_near_copies_of_a_large_set_are_said_and_left_alone() -> None:
     assert of.copies == ((7, 400),)
     assert of.trivial
     assert of.rows()["found duplicates"] == (
-        "2 images, 1 pictures more than once, nearly alike: too few to matter, left alone"
+        "2 images, 1 picture more than once, nearly alike: too few to matter, left alone"
     )
 
 
@@ -155,5 +155,5 @@ def test_a_picture_that_is_there_five_times_counts_once_in_any_set() -> None:
     due = torch.ones(1000).double()
     due[[3, 500, 501, 502, 503]] = 1 / 5
     torch.testing.assert_close(of.weight, due)
-    assert "1 pictures more than once, nearly alike: too few to matter" in of.rows()["found duplicates"]
+    assert "1 picture more than once, nearly alike: too few to matter" in of.rows()["found duplicates"]
     assert detect(loader(images), 1000, ("duplicates",)).copies == ()

@@ -71,7 +71,7 @@ def test_files_of_low_quality_are_told_and_nothing_else_changes(tmp_path: Path) 
     assert [(one.kind, one.count, one.action) for one in after.findings] == [("jpeg_quality", 1, Action.REPORTED)]
     assert (after.sha256, after.trivial) == (before.sha256, True)
     assert after.rows()["found jpeg_quality"] == (
-        "1 images, of JPEG quality below 30, as their files say: reported only, training does nothing about it"
+        "1 image, of JPEG quality below 30, as their files say: reported only, training does nothing about it"
     )
     after.save(tmp_path / "found.json")
     assert AuditResult.load(tmp_path / "found.json").summary() == after.summary()

@@ -42,7 +42,7 @@ def test_the_command_says_what_it_found_and_writes_lists_and_sheets(dirty, tmp_p
     said = capsys.readouterr().out
     assert "damage, and what --auto would do about it" in said
     assert "found holes: " in said
-    assert "found duplicates: 2 images, 1 pictures more than once" in said
+    assert "found duplicates: 2 images, 1 picture more than once" in said
     there = {file.name for file in out.iterdir()}
     assert {"found.json", "clean.txt", "noise.csv", "found-holed.png", "found-odd.png"} <= there <= set(AUDIT_FILES)
     assert "found-copies.png" in there

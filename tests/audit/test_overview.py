@@ -72,7 +72,7 @@ def test_how_sure_is_the_median_probability_and_what_a_classifier_says() -> None
 
 def test_what_nearly_was_found_is_said_and_not_counted() -> None:
     assert overview().suspected == {"blur": [SUSPECTED]}
-    assert "1 images may be blur, not surely enough to act on: counted and trained as clean" in overview().notes
+    assert "1 image may be blur, not surely enough to act on: counted and trained as clean" in overview().notes
     assert overview().line_of[SUSPECTED] == "nothing found"
 
 

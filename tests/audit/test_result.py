@@ -338,7 +338,7 @@ def test_the_summary_says_what_was_found_or_that_nothing_was() -> None:
     said = trusted().summary().splitlines()
     assert said == [
         "damage, and what `auto` would do about it",
-        "  found noise: 1 images, white noise: trained above it",
+        "  found noise: 1 image, white noise: trained above it",
         "  found clean: 1 of 4 images, trained at every noise level",
     ]
     clean = AuditResult.of_clean(3)

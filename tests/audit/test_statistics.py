@@ -430,11 +430,11 @@ def test_nothing_readable_is_a_finding_too(tmp_path):
 def test_the_text_names_what_was_found(mixed):
     lines = audit_folder(mixed).text().splitlines()
     assert lines[0] == f"{mixed}: 5 images (folder), 3 not readable"
-    assert lines[1] == "size, width x height: 16 x 20 (4 images), 12 x 12 (1 images)"
-    assert lines[2] == "channels: 3 (4 images), 1 (1 images)"
+    assert lines[1] == "size, width x height: 16 x 20 (4 images), 12 x 12 (1 image)"
+    assert lines[2] == "channels: 3 (4 images), 1 (1 image)"
     assert "not readable: 2 x not an image, 1 x empty file" in lines
     assert "  empty.png: empty file" in lines
-    place = lines.index("exact duplicates: 2 images in 1 groups")
+    place = lines.index("exact duplicates: 2 images in 1 group")
     assert lines[place + 1] == "  a.png = b.bmp"
     place = next(i for i, line in enumerate(lines) if line.startswith("near-constant"))
     assert lines[place].endswith(": 1")
@@ -454,7 +454,7 @@ def test_only_the_first_few_are_named():
     assert "  n0 = n1 = n2 = n3 and 5 more" in lines
     sizes = [random_pixels(6, 6 + i, 1) for i in range(7)]
     text = image_statistics(Source("list", "abcdefg", sizes.__getitem__)).text()
-    assert "10 x 6 (1 images), and 2 more" in text
+    assert "10 x 6 (1 image), and 2 more" in text
 
 
 def test_names_cannot_upset_the_terminal():

@@ -328,12 +328,12 @@ def test_sample_command_writes_npz(run: str, tmp_path) -> None:
 def test_sample_command_names_its_output_as_it_was_given(run: str, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main.main(["sample", run, "-n", "1", "--steps", "2", "-o", "samples"]) == 0
-    assert "\nsamples: 1 images and grid.png" in "\n" + capsys.readouterr().out
+    assert "\nsamples: 1 image and grid.png" in "\n" + capsys.readouterr().out
 
 
 def test_sample_command_writes_into_the_run_by_default_and_names_what_it_did(run: str) -> None:
     message = sample_to_files(SampleConfig(run, n=1, steps=10, relabel=1.25, sigma_floor=0.1))
-    assert message.startswith(f"{run}/samples/ddim-10-seed0-relabel1.25-floor0.1: 1 images")
+    assert message.startswith(f"{run}/samples/ddim-10-seed0-relabel1.25-floor0.1: 1 image")
 
 
 def test_every_class_has_a_default_folder_of_its_own(tmp_path) -> None:

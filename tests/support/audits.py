@@ -55,7 +55,7 @@ def result(**changes: object) -> AuditResult:
                 told_apart=0.56,
             ),
             Finding("noise", 3, "white noise, levels about 0.2", Action.TRAINED_ABOVE, 0.2, told_apart=0.9),
-            Finding("duplicates", 2, "1 pictures more than once", Action.COUNTED_ONCE),
+            Finding("duplicates", 2, "1 picture more than once", Action.COUNTED_ONCE),
         ),
         groups={"jpeg": at(JPEG), "noise": at(NOISE), "duplicates": at(ALIKE)},
         copies=((3, 7),),

@@ -29,6 +29,7 @@ from robustdiff.utils.errors import UsageError
 from robustdiff.utils.images import to_uint8
 from robustdiff.utils.random import place_generators
 from robustdiff.utils.resources import check_launcher, processes
+from robustdiff.utils.words import counted
 
 MANIFEST_FORMAT = "robustdiff purified 1"
 
@@ -135,4 +136,5 @@ def purified(
 def summary(manifest: dict[str, Any], output: str | Path) -> str:
     """One line that says what was written."""
     settings = f"{manifest['scheduler']}, {manifest['steps']} steps from timestep {manifest['timesteps'][0]}"
-    return f"{output}: {len(manifest['images'])} images purified by {manifest['model']} ({settings}; see manifest.json)"
+    purified = counted(len(manifest["images"]), "image")
+    return f"{output}: {purified} purified by {manifest['model']} ({settings}; see manifest.json)"

@@ -14,6 +14,7 @@ import torch
 from robustdiff.audit.finding import Action, Finding
 from robustdiff.audit.result import AuditResult
 from robustdiff.data.file_evidence import FileEvidence
+from robustdiff.utils.words import counted
 
 LOW = 30
 """JPEG files of a quality below this are told to people: their blocks show at any size."""
@@ -70,7 +71,7 @@ def file_lines(found: Mapping[str, Any]) -> list[str]:
         quality = jpeg["quality"]
         same = quality["least"] == quality["most"]
         span = f"{quality['least']}" if same else f"{quality['least']} to {quality['most']}, median {quality['median']}"
-        parts = [f"JPEG: {jpeg['count']} files, quality {span}"]
+        parts = [f"JPEG: {counted(jpeg['count'], 'file')}, quality {span}"]
         if jpeg["low"]:
             parts.append(f"{jpeg['low']} below {LOW}")
         if jpeg["nearest"]:

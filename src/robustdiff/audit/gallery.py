@@ -24,8 +24,8 @@ from robustdiff import __version__
 from robustdiff.audit.comparison import DOUBTED
 from robustdiff.audit.overview import CLEAN, DOUBT, Line, Overview, percent, reason
 from robustdiff.audit.result import AuditResult
-from robustdiff.audit.statistics import printable
 from robustdiff.utils.images import thumbnail
+from robustdiff.utils.words import printable
 
 WORST, BORDERLINE, NEAREST = 12, 8, 8
 """Images of a kind: the worst; those near the decision, on both sides of it; the nearest that are clean."""

@@ -21,8 +21,9 @@ from robustdiff.audit.comparison import DOUBTED, EXPLAINED, FOUND
 from robustdiff.audit.detector import registered_detectors
 from robustdiff.audit.finding import Finding, Unasked
 from robustdiff.audit.result import AuditResult
-from robustdiff.audit.statistics import SetStatistics, printable
+from robustdiff.audit.statistics import SetStatistics
 from robustdiff.utils.errors import DataError
+from robustdiff.utils.words import counted, printable
 
 DOUBT, CLEAN, UNCOMPARED, UNREADABLE = "in doubt", "nothing found", "not compared", "not readable"
 """Lines that are no kind of damage."""
@@ -191,9 +192,8 @@ class Overview:
         if overlaps := self._overlaps():
             notes.append(f"found of several kinds, and counted in the first: {overlaps}")
         for kind, places in self.suspected.items():
-            notes.append(
-                f"{len(places)} images may be {kind}, not surely enough to act on: counted and trained as clean"
-            )
+            some = counted(len(places), "image")
+            notes.append(f"{some} may be {kind}, not surely enough to act on: counted and trained as clean")
         if not self.statistics.records:
             notes.append(NONE_READ)
         elif self.result is None:

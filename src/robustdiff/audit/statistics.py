@@ -31,6 +31,7 @@ from robustdiff.data.file_evidence import FileEvidence
 from robustdiff.data.sources.open import Source
 from robustdiff.utils.images import thumbnail
 from robustdiff.utils.resources import cores
+from robustdiff.utils.words import counted, printable
 
 NEAR_CONSTANT = 2 / 255
 """Largest standard deviation, in [0, 1], of every channel of an image that counts as near-constant: two grey levels.
@@ -192,11 +193,14 @@ class SetStatistics:
     def text(self) -> str:
         """The findings for a terminal."""
         found = self.summary()
-        sizes = [f"{w} x {h} ({n} images)" for (h, w), n in ((e["size"], e["count"]) for e in found["sizes"])]
+        sizes = [
+            f"{w} x {h} ({counted(n, 'image')})" for (h, w), n in ((e["size"], e["count"]) for e in found["sizes"])
+        ]
         more = f", and {len(sizes) - 5} more" if len(sizes) > 5 else ""
-        lines = [f"{printable(self.data)}: {found['count']} images ({self.what}), {found['unreadable']} not readable"]
+        many = counted(found["count"], "image")
+        lines = [f"{printable(self.data)}: {many} ({self.what}), {found['unreadable']} not readable"]
         if self.records:
-            kinds = [f"{e['channels']} ({e['count']} images)" for e in found["channels"]]
+            kinds = [f"{e['channels']} ({counted(e['count'], 'image')})" for e in found["channels"]]
             mean, std = (" ".join(f"{value:.3f}" for value in found[name]) for name in ("mean", "std"))
             overall = found["overall"]
             lines += [
@@ -212,7 +216,7 @@ class SetStatistics:
             lines.append(f"not readable: {reasons}")
             lines += _first([f"{printable(name)}: {reason}" for name, reason in self.unreadable])
         groups, blank = found["duplicates"], found["near_constant"]
-        lines.append(f"exact duplicates: {sum(map(len, groups))} images in {len(groups)} groups")
+        lines.append(f"exact duplicates: {sum(map(len, groups))} images in {counted(len(groups), 'group')}")
         lines += _first([_listed(group) for group in groups])
         lines.append(f"near-constant (standard deviation at most 2 of 255 in every channel): {len(blank)}")
         lines += _first([printable(name) for name in blank])
@@ -365,11 +369,6 @@ def _worst(source: Source, records: Sequence[ImageRecord], resolution: int | Non
 
 def _rounded(values: Sequence[float] | NDArray[Any]) -> list[float]:
     return [round(float(value), 6) for value in values]
-
-
-def printable(name: str) -> str:
-    """The name; quoted with escapes if it would upset a terminal."""
-    return name if name.isprintable() else repr(name)
 
 
 def _listed(names: Sequence[str], limit: int = 4) -> str:

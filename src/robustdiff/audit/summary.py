@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from robustdiff.audit.finding import Action, Finding, Unasked
+from robustdiff.utils.words import counted
 
 if TYPE_CHECKING:  # whose methods call what is here
     from robustdiff.audit.result import AuditResult
@@ -107,7 +108,7 @@ def plan_rows(result: AuditResult) -> dict[str, str]:
     """What was found and what is done about it, by name, as the plan of a run and the model card say it."""
     said: dict[str, list[str]] = {}
     for one in result.findings:
-        what, action = f"{one.count} images, {one.what}", action_words(one, result.regularise)
+        what, action = f"{counted(one.count, 'image')}, {one.what}", action_words(one, result.regularise)
         said.setdefault(f"found {one.kind}", []).append(f"{what}: {action}" if action else what)
     rows = {name: "; ".join(texts) for name, texts in said.items()}
     rest = f"{int(result.clean.sum())} of {len(result)} images"

@@ -8,6 +8,7 @@ from typing import Any
 from robustdiff.attacks.config import CorruptConfig
 from robustdiff.commands.console import quiet_libraries
 from robustdiff.commands.flags import Say
+from robustdiff.utils.words import counted
 
 
 def run(config: CorruptConfig, say: Say) -> int:
@@ -36,5 +37,5 @@ def run(config: CorruptConfig, say: Say) -> int:
     corruptions, target = check_corruptions(config.corrupt), Path(config.destination)
     manifest = write_dirty_copy(images, target, corruptions, config.seed, overwrite=config.overwrite, poison=poison)
     hit = sum(bool(image["corruptions"] or image.get("poison")) for image in manifest["images"])
-    say(f"{config.destination}: {len(images)} images, {hit} of them dirty (see manifest.json)")
+    say(f"{config.destination}: {counted(len(images), 'image')}, {hit} of them dirty (see manifest.json)")
     return 0

@@ -30,6 +30,7 @@ from robustdiff.utils import atomic_io
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.images import image_grid, save_png
 from robustdiff.utils.resources import check_launcher
+from robustdiff.utils.words import counted
 
 
 def sample_to_files(config: SampleConfig) -> str:
@@ -63,7 +64,7 @@ def sample_to_files(config: SampleConfig) -> str:
                 np.savez(staging, images=images, labels=np.array(labels))
             atomic_io.fsync_file(staging)
             staging.replace(output)
-            return f"{config.output or output}: {config.n} images, uint8, (N, H, W, C)"
+            return f"{config.output or output}: {counted(config.n, 'image')}, uint8, (N, H, W, C)"
         staging.mkdir(parents=True)
         for i, image in enumerate(everything):
             save_png(image, staging / f"{i:06d}.png")
@@ -71,7 +72,7 @@ def sample_to_files(config: SampleConfig) -> str:
         atomic_io.replace_folder(staging, output)
     finally:  # half of it helps nobody, and a full disk needs the room
         atomic_io.remove(staging)
-    return f"{config.output or output}: {config.n} images and grid.png"
+    return f"{config.output or output}: {counted(config.n, 'image')} and grid.png"
 
 
 def draw(config: SampleConfig, pipeline: DiffusionPipeline, labels: Sequence[int] | None) -> Tensor | None:

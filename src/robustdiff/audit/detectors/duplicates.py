@@ -26,6 +26,7 @@ from robustdiff.audit.detector import Detector, register_detector
 from robustdiff.audit.finding import Action, Finding
 from robustdiff.audit.spectral_model import Load, batches
 from robustdiff.audit.survey import Survey
+from robustdiff.utils.words import counted
 
 CELLS = 8
 """Cells along each side at which images are compared."""
@@ -88,7 +89,7 @@ class Duplicates(Detector):
             if groups:
                 members = torch.zeros(count, dtype=torch.bool)
                 members[[place for group in groups for place in group]] = True
-                what = f"{len(groups)} {self.title}{nearly}"
+                what = f"{counted(len(groups), 'picture')} more than once{nearly}"
                 survey.add(Finding(self.name, int(members.sum()), what, action), members)
         within = {place for group in alike for place in group}
         every = sorted((*alike, *(group for group in same if group[0] not in within)), key=len)[::-1]

@@ -10,6 +10,7 @@ import importlib
 import json
 import pkgutil
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from PIL import Image
 from robustdiff.audit.export.groups import ALL, HIGH, LEFT_OUT, Group, Stage, first_timestep, flow_sigma, groups, stages
 from robustdiff.audit.result import AuditResult
 from robustdiff.utils.errors import UsageError
+from robustdiff.utils.words import counted
 
 CAPTIONS = (".txt", ".caption")
 """Suffixes of the file beside an image that holds its caption."""
@@ -86,7 +88,7 @@ class Exported:
         return as_json({str(self.path(place)): {"caption": self.caption(place)} for place in group.places})
 
 
-class TrainerFiles:
+class TrainerFiles(ABC):
     """A trainer's own configuration files.
 
     Attributes:
@@ -105,13 +107,13 @@ class TrainerFiles:
     latent: ClassVar[bool] = True
     honours: ClassVar[Sequence[str]] = ()
 
+    @abstractmethod
     def files(self, exported: Exported) -> Mapping[str, str]:
         """Texts of its files by their names.
 
         Args:
             exported: What they say.
         """
-        raise NotImplementedError
 
     def run(self, exported: Exported, stage: Stage) -> Sequence[str]:
         """How a stage is run, in lines for people; empty if the trainer has no stages."""
@@ -131,7 +133,7 @@ class TrainerFiles:
             *(line for text in self.honours for line in textwrap.wrap(f"* {text}", 110, subsequent_indent="  ")),
             "",
             "Groups:",
-            *(f"  {group.slug}: {len(group.places)} images, {group.title}" for group in exported.groups),
+            *(f"  {group.slug}: {counted(len(group.places), 'image')}, {group.title}" for group in exported.groups),
         ]
         if holed := int(exported.found.has_missing.sum()):
             lines.append(f"  {holed} of those left out have lost pixels, which no trainer here fills in.")

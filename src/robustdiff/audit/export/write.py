@@ -19,6 +19,7 @@ from robustdiff.data.sources.base import Files
 from robustdiff.data.sources.open import open_source
 from robustdiff.utils import atomic_io
 from robustdiff.utils.errors import DataError, UsageError
+from robustdiff.utils.words import counted
 
 NOTES = "notes.txt"
 """Every export has it; it says what the files are."""
@@ -90,7 +91,7 @@ class Export:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         counts = ", ".join(f"{len(group.places)} {group.title}" for group in exported.groups)
-        said = f"{folder}: {len(texts)} files for {self._trainer.title}; {counts}; begin with {NOTES}"
+        said = f"{folder}: {counted(len(texts), 'file')} for {self._trainer.title}; {counts}; begin with {NOTES}"
         if self._trainer.needs_folders and self._files == "list":
             said += f"\n{self._trainer.title} reads folders: add `export_files` link, or copy, to make them there"
         if self._trainer.latent and self._vae is None and len(exported.stages) > 1:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from robustdiff.audit.export.groups import LEFT_OUT, Stage, first_timestep, flow_sigma
 from robustdiff.audit.export.trainer_files import Exported, TrainerFiles, lists, quoted, units
+from robustdiff.utils.words import counted
 
 
 class AiToolkit(TrainerFiles):
@@ -38,7 +39,7 @@ class AiToolkit(TrainerFiles):
         ]
         for group in stage.groups:
             lines += [
-                f"  # {group.title}: {len(group.places)} images",
+                f"  # {group.title}: {counted(len(group.places), 'image')}",
                 f"  - dataset_path: {quoted(exported.beside(f'{group.slug}.json'))}",
                 "    num_repeats: 1",
                 "    loss_multiplier: 1.0",

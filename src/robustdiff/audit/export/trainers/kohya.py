@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from robustdiff.audit.export.groups import LEFT_OUT, Stage, first_timestep
 from robustdiff.audit.export.trainer_files import Exported, TrainerFiles, lists, quoted, units
+from robustdiff.utils.words import counted
 
 
 class Kohya(TrainerFiles):
@@ -41,7 +42,7 @@ class Kohya(TrainerFiles):
         for group in stage.groups:
             lines += [
                 "",
-                f"  # {group.title}: {len(group.places)} images",
+                f"  # {group.title}: {counted(len(group.places), 'image')}",
                 "  [[datasets.subsets]]",
                 f"  metadata_file = {quoted(exported.beside(f'{group.slug}.json'))}",
                 "  num_repeats = 1",
