@@ -13,6 +13,7 @@ from robustdiff.utils.atomic_io import (
     check_manifest,
     fsync_file,
     fsync_folder,
+    new_folder,
     replace_folder,
     sha256,
     write_json,
@@ -217,6 +218,29 @@ def test_a_swap_that_fails_half_way_is_undone(tmp_path: Path, monkeypatch: pytes
         replace_folder(tmp_path / "staging", tmp_path / "final")
     assert content(tmp_path / "final") == "old"
     assert os.listdir(tmp_path) == ["final"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_new_folder_is_there_when_it_is_filled_and_an_error_leaves_what_was(tmp_path: Path, there: bool) -> None:
+    final = tmp_path / "new" / "final"
+    if there:
+        folder(final, "old")
+    before = sorted(final.rglob("*"))
+
+    def half() -> None:
+        with new_folder(final) as unfinished:
+            (unfinished / "half").touch()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        half()
+    assert sorted(final.rglob("*")) == before
+    assert list(final.parent.iterdir()) == [final] * there
+    with new_folder(final) as unfinished:
+        assert final.exists() == there
+        (unfinished / "whole").touch()
+    assert [path.name for path in final.iterdir()] == ["whole"]
+    assert list(final.parent.iterdir()) == [final]
 
 
 def test_where_names_cannot_be_swapped_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -99,9 +98,7 @@ def write_audit(
         "worst": [audit.records[place].name for place in audit.worst],
         "unreadable": [{"name": name, "reason": reason} for name, reason in audit.unreadable],
     }
-    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
-    try:
-        unfinished.mkdir(parents=True)
+    with atomic_io.new_folder(path) as unfinished:  # path is empty, or an audit that may be replaced
         with (unfinished / "audit.json").open("w", encoding="utf-8") as file:
             file.write(json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}") + ',\n "images": [')
             lines = (json.dumps(record.as_json(), allow_nan=False) for record in audit.records)
@@ -111,9 +108,6 @@ def write_audit(
             save_png(image_grid(audit.thumbnails, columns=5), unfinished / "worst.png")
         if also is not None:
             also(unfinished)
-        atomic_io.replace_folder(unfinished, path)  # which is empty, or an audit that may be replaced
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_overview(overview: Overview, pixels: Callable[[Sequence[int]], Tensor], folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -130,17 +129,12 @@ def write_copy(folder: Path, manifest: Mapping[str, Any], pictures: Iterable[Ten
         manifest: Names each picture's ``file`` in ``images``.
         pictures: uint8 (C, H, W), one after the other, in that order.
     """
-    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-    try:
-        unfinished.mkdir(parents=True)
+    with atomic_io.new_folder(folder) as unfinished:
         for entry, picture in zip(manifest["images"], pictures, strict=True):
             path = unfinished / entry["file"]
             path.parent.mkdir(parents=True, exist_ok=True)
             save_png(picture, path)
         (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        atomic_io.replace_folder(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check_destination(

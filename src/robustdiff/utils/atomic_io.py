@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,22 @@ def replace_folder(staging: Path, final: Path) -> None:
         fsync_folder(parent)
     remove(staging)
     remove(old)
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """An empty folder beside ``final`` to be filled, which takes its place at the end; on an error nothing is left.
+
+    Args:
+        final: The folder to make or replace, by :func:`replace_folder`.
+    """
+    unfinished = final.with_name(f".{final.name}.unfinished-{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        replace_folder(unfinished, final)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,17 +78,12 @@ class Export:
         if folder.exists() and not (folder / NOTES).is_file():
             raise DataError(f"{folder}: exists and is no export; remove it yourself")
         texts = {**self._trainer.files(exported), NOTES: self._trainer.notes(exported)}
-        unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-        try:
-            unfinished.mkdir()
+        with atomic_io.new_folder(folder) as unfinished:
             for name, text in texts.items():
                 path = unfinished / name
                 path.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
             if self._files != "list":
                 self._fill(exported, unfinished / FOLDERS)
-            atomic_io.replace_folder(unfinished, folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
         counts = ", ".join(f"{len(group.places)} {group.title}" for group in exported.groups)
         said = f"{folder}: {counted(len(texts), 'file')} for {self._trainer.title}; {counts}; begin with {NOTES}"
         if self._trainer.needs_folders and self._files == "list":
