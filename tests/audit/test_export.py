@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
+from audits import save
 from robustdiff.audit import AuditResult
 from robustdiff.audit.export.groups import ALL, LEFT_OUT, Stage, first_timestep, flow_sigma
 from robustdiff.audit.export.trainer_files import Exported, trainers
@@ -304,13 +306,13 @@ def test_imagefolder_reads_the_metadata(exported: Exported, tmp_path: Path, monk
 @pytest.mark.parametrize("files", ["list", "link", "copy"])
 def test_files_are_written_beside_the_audit_and_nothing_into_the_data(name, files, data, found, tmp_path) -> None:
     before = sorted(data.rglob("*"))
-    found.save(tmp_path / "audit" / "found.json")
+    save(found, tmp_path / "audit", data)
     for _ in range(2):  # again: in its place
         said = Export(name, str(data), str(tmp_path / "audit"), files).write()
     folder = tmp_path / "audit" / f"export-{name}"
     assert str(folder) in said
     assert ("reads folders" in said) == (name == "onetrainer" and files == "list")
-    assert sorted(entry.name for entry in (tmp_path / "audit").iterdir()) == [folder.name, "found.json"]
+    assert sorted(entry.name for entry in (tmp_path / "audit").iterdir()) == ["audit.json", folder.name, "found.json"]
     assert (folder / "images").exists() == (files != "list")
     if files != "list":
         made = {p.relative_to(folder / "images").as_posix(): p for p in (folder / "images").rglob("*") if p.is_file()}
@@ -335,11 +337,11 @@ def test_what_cannot_be_exported_is_said_in_one_line(data: Path, found: AuditRes
         Export("kohya", str(tmp_path / "nowhere"), str(audit))
     with pytest.raises(UsageError, match="`export` needs what is said of every image"):
         Export("kohya", str(data), str(audit)).write()
-    replace(found, names=["x.png", *NAMES[1:]]).save(audit / "found.json")
+    save(replace(found, names=["x.png", *NAMES[1:]]), audit, data)
     with pytest.raises(UsageError, match=r"an audit of other images: x\.png is not in .* \(1 of 7 are not\)"):
         Export("kohya", str(data), str(audit)).write()
-    found.save(audit / "found.json")
-    found.save(data / "audit" / "found.json")
+    save(found, audit, data)
+    save(found, data / "audit", data)
     with pytest.raises(UsageError, match=r"`output` .*: lies in "):
         Export("kohya", str(data), str(data / "audit"))
     (audit / "export-kohya").mkdir()
@@ -347,6 +349,20 @@ def test_what_cannot_be_exported_is_said_in_one_line(data: Path, found: AuditRes
     with pytest.raises(UsageError, match="exists and is no export"):
         Export("kohya", str(data), str(audit)).write()
     assert (audit / "export-kohya" / "mine.toml").exists()
+
+
+def test_an_audit_is_taken_for_its_own_folder_only(data: Path, found: AuditResult, tmp_path: Path, monkeypatch) -> None:
+    other, audit = shutil.copytree(data, tmp_path / "others"), tmp_path / "audit"
+    save(found, audit, other)
+    with pytest.raises(UsageError, match=r"audit is an audit of .*others, not of .*photos: choose another folder, or "):
+        Export("kohya", str(data), str(audit)).write()
+    monkeypatch.chdir(tmp_path)
+    for same in ("others", "others/", "photos/../others", str(other)):
+        assert "export-kohya: " in Export("kohya", same, str(audit)).write()
+    for lost in ("{}", "[]", "no JSON"):
+        (audit / "audit.json").write_text(lost)
+        with pytest.raises(UsageError, match=r"no audit\.json tells what its found\.json is of"):
+            Export("kohya", "others", str(audit)).write()
 
 
 @pytest.mark.skipif(sys.platform == "win32" or sys.platform == "darwin", reason="names are text there")

@@ -46,7 +46,7 @@ def test_without_an_audit_there_is_a_row_all_the_same(of: Overview, tmp_path: Pa
     assert [row["decision"] for row in rows] == ["not-compared"] * len(of.statistics.records) + ["unreadable"] * 2
     write_csv(rows, tmp_path / "images.csv")
     write_parquet(rows, tmp_path / "images.parquet")
-    assert json.loads(json.dumps(report(of, rows), allow_nan=False))["found"] is None
+    assert json.loads(json.dumps(report(of), allow_nan=False))["found"] is None
 
 
 def test_the_tables_hold_the_same(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_without_pyarrow_there_is_no_parquet_and_no_error(tmp_path: Path, monkey
 
 def test_the_report_is_strict_json_of_everything() -> None:
     rows = file_rows(overview())
-    told = json.loads(json.dumps(report(overview(), rows), allow_nan=False))
+    told = json.loads(json.dumps(report(overview()), allow_nan=False))
     assert told["images"] == rows
     assert told["files"] == len(rows)
     assert sum(line["count"] for line in told["lines"]) == len(rows)

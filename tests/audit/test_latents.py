@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from audits import save
 from helpers import seeded
 from robustdiff.audit import AuditResult, in_latents
 from robustdiff.audit.export.write import Export
@@ -62,7 +63,7 @@ def photos(tmp_path: Path) -> Path:
         pixels = torch.randint(0, 256, (40 + number, 64, 3), generator=seeded(number), dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / name)
     found = replace(AuditResult.of_clean(12, names), min_sigma=torch.tensor([0.0] * 8 + [0.1] * 4).double())
-    found.save(tmp_path / "audit" / "found.json")
+    save(found, tmp_path / "audit", tmp_path / "photos")
     return tmp_path / "photos"
 
 

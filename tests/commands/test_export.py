@@ -32,7 +32,9 @@ def test_an_audit_is_made_once_and_overwritten_with_its_exports(photos, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(command, "look", lambda *_: pytest.fail("looked twice"))
         assert main.main(["audit", "photos", "-o", "a", "--export", "metadata"]) == 0
-    assert "export-metadata: " in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "a: the audit that is there is used as it is; --overwrite looks again" in said
+    assert "export-metadata: " in said
     rows = [json.loads(line) for line in (tmp_path / "a/export-metadata/metadata.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows] == list(found.names)
     assert [row["min_sigma"] for row in rows] == found.min_sigma.tolist()

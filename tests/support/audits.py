@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from robustdiff.audit.files import AUDIT_FORMAT
 from robustdiff.audit.finding import Action, Finding
 from robustdiff.audit.overview import Overview
 from robustdiff.audit.result import AuditResult
@@ -68,3 +71,9 @@ def result(**changes: object) -> AuditResult:
 def overview(found: AuditResult | None = None) -> Overview:
     found = result() if found is None else found
     return Overview(statistics(tuple(found.names)), found)
+
+
+def save(found: AuditResult, folder: Path, source: Path) -> None:
+    """What an export reads of an audit's folder."""
+    found.save(folder / "found.json")
+    (folder / "audit.json").write_text(json.dumps({"format": AUDIT_FORMAT, "source": str(source)}))

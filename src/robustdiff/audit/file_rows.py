@@ -64,13 +64,8 @@ def _value(value: Any) -> Any:  # noqa: ANN401 - whatever a row holds
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def report(overview: Overview, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Everything of an audit, JSON-ready.
-
-    Args:
-        overview: Of the set.
-        rows: Of :func:`file_rows`.
-    """
+def report(overview: Overview) -> dict[str, Any]:
+    """Everything of an audit, JSON-ready; ``images`` are :func:`file_rows`."""
     result, names = overview.result, [record.name for record in overview.statistics.records]
     copies = [] if result is None else [[names[place] for place in group] for group in result.copies]
     return {
@@ -79,7 +74,7 @@ def report(overview: Overview, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
         **overview.as_json(),
         "found": None if result is None else {**result.describe(), "copies": copies},
         "statistics": overview.statistics.summary(),
-        "images": list(rows),
+        "images": file_rows(overview),
     }
 
 

@@ -49,7 +49,7 @@ def check_output(data: str, folder: str | Path, *, overwrite: bool = False) -> N
     held = {entry.name for entry in path.iterdir() if not entry.name.startswith(EXPORTS)}
     if held and not overwrite:
         raise DataError(f"`output` {folder}: not empty; choose another folder, or replace an audit with `overwrite`")
-    if not (held <= set(AUDIT_FILES) and (not held or _is_audit(path / "audit.json"))):
+    if not (held <= set(AUDIT_FILES) and (not held or source_of(path) is not None)):
         raise DataError(f"`output` {folder}: not an audit, so `overwrite` spares it; remove it yourself")
 
 
@@ -64,11 +64,13 @@ def check_outside(data: str, folder: str | Path) -> None:
         raise DataError(f"`output` {folder}: lies in {data}, whose images it would join; choose another folder")
 
 
-def _is_audit(path: Path) -> bool:
+def source_of(folder: Path) -> str | None:
+    """What the audit in a folder is of, as it was given; None if the folder holds none."""
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))["format"] == AUDIT_FORMAT)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+        about = atomic_io.read_json(folder / "audit.json")
+    except (OSError, ValueError, RecursionError):
+        return None
+    return str(about.get("source", "")) if about.get("format") == AUDIT_FORMAT else None
 
 
 def write_audit(

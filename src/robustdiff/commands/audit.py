@@ -107,6 +107,8 @@ def run(config: AuditConfig, say: Say) -> int:
     export = Export(config.export, config.data, config.output, files, config.export_vae, config.split)
     if config.overwrite or not export.audited:
         look(config, say)
+    else:
+        say(f"{config.output}: the audit that is there is used as it is; `overwrite` looks again")
     say(export.write())
     return 0
 
@@ -115,7 +117,7 @@ def look(config: AuditConfig, say: Say) -> int:
     """Look at the images, say what was found and write it; returns the exit status."""
     import torch
 
-    from robustdiff.audit.file_rows import file_rows, report
+    from robustdiff.audit.file_rows import report
     from robustdiff.audit.file_summary import with_jpeg_quality
     from robustdiff.audit.files import check_output, write_audit, write_overview
     from robustdiff.audit.overview import Overview
@@ -183,9 +185,9 @@ def look(config: AuditConfig, say: Say) -> int:
         say(f"{config.output}: {', '.join(sorted(path.name for path in Path(config.output).iterdir()))}")
         say(f"look at {Path(config.output) / 'index.html'}")
     if config.json == STDOUT:
-        print(json.dumps(report(overview, file_rows(overview)), allow_nan=False))
+        print(json.dumps(report(overview), allow_nan=False))
     elif config.json is not None:
         Path(config.json).absolute().parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(config.json), report(overview, file_rows(overview)))
+        write_json(Path(config.json), report(overview))
         say(config.json)
     return 0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from robustdiff.audit.result import AuditResult
 from robustdiff.data.sources.open import HUB_ID
+from robustdiff.utils.atomic_io import one_line
 from robustdiff.utils.errors import DataError
 
 IMAGES, LARGEST = 8, 512
@@ -35,7 +36,7 @@ def encoder(path: str) -> tuple[Callable[[Tensor], Tensor], int]:
     try:
         vae = AutoencoderKL.from_pretrained(path, subfolder=part, use_safetensors=True).eval()  # never a pickle
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise DataError(f"`export_vae` {path}: no AutoencoderKL of diffusers ({str(error).splitlines()[0]})") from None
+        raise DataError(f"`export_vae` {path}: no AutoencoderKL of diffusers ({one_line(error)})") from None
     shift, scale = float(vae.config.shift_factor or 0.0), float(vae.config.scaling_factor)
 
     def encode(images: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from robustdiff.audit.export.autoencoder import clean_images, encoder
 from robustdiff.audit.export.groups import LEFT_OUT, Group
 from robustdiff.audit.export.trainer_files import CAPTIONS, FOLDERS, Exported, trainer
-from robustdiff.audit.files import check_outside
+from robustdiff.audit.files import check_outside, source_of
 from robustdiff.audit.latents import in_latents
 from robustdiff.audit.result import AuditResult
 from robustdiff.data.sources.base import Files
@@ -96,6 +96,14 @@ class Export:
         if not self.audited:
             raise DataError(
                 "`export` needs what is said of every image: images of one size (`resolution`), 64 at least"
+            )
+        source = source_of(self._audit)
+        if source is None:
+            raise DataError(f"{self._audit}: no audit.json tells what its found.json is of; choose another folder")
+        if Path(source).expanduser().resolve() != Path(self._data).expanduser().resolve():
+            raise DataError(
+                f"{self._audit} is an audit of {source}, not of {self._data}: choose another folder, or look again "
+                "with `overwrite`"
             )
         found = AuditResult.load(self._audit)
         missing = [name for name in found.names if name not in self._known]
