@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from audits import BAD, COUNT, DOUBTED, SUSPECTED, overview, result, statistics
-from robustdiff.audit.file_rows import file_rows, report, write_csv, write_parquet
+from robustdiff.audit.file_rows import FORMAT, file_rows, report, write_csv, write_parquet
 from robustdiff.audit.overview import Overview
 
 
@@ -34,6 +34,7 @@ def test_every_file_has_one_row_of_the_same_columns() -> None:
     assert of[f"{DOUBTED:02d}"]["decision"] == "in-doubt"
     assert (of[f"{SUSPECTED:02d}"]["decision"], of[f"{SUSPECTED:02d}"]["looks_like"]) == ("clean", "blur")
     assert (of["03"]["width"], of["03"]["height"], of["03"]["channels"]) == (48, 32, 3)
+    assert (of["03"]["mean"], of["03"]["std"], of["03"]["sha256"]) == ([0.5, 0.4, 0.3], [0.1, 0.2, 0.3], f"{3:064x}")
     for name, why in BAD:
         assert of[name]["decision"] == "unreadable"
         assert of[name]["reason"] == why
@@ -80,6 +81,8 @@ def test_without_pyarrow_there_is_no_parquet_and_no_error(tmp_path: Path, monkey
 def test_the_report_is_strict_json_of_everything() -> None:
     rows = file_rows(overview())
     told = json.loads(json.dumps(report(overview()), allow_nan=False))
+    assert set(told) == {"format", "source", "files", "lines", "notes", "found", "statistics", "images"}
+    assert (told["format"], told["source"]) == (FORMAT, "photos")
     assert told["images"] == rows
     assert told["files"] == len(rows)
     assert sum(line["count"] for line in told["lines"]) == len(rows)

@@ -76,6 +76,8 @@ def test_the_page_needs_nothing_else_and_holds_whole_pictures() -> None:
     assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
     assert "prefers-color-scheme: dark" in text
     assert "url(" not in text
+    (policy,) = [tag["content"] for _, tag in found.tags if tag.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert {href.removeprefix("#") for href in found.every("a", "href")} <= set(ids)

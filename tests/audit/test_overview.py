@@ -112,7 +112,11 @@ def test_it_is_json() -> None:
     told = json.loads(json.dumps(overview().as_json(), allow_nan=False))
     assert told["files"] == COUNT + 2
     assert [line["count"] for line in told["lines"]] == [4, 3, 1, 1, 3, 2]
-    assert told["lines"][0]["proof"].startswith("4 of 12 images are what the others become")
+    assert told["lines"][0] == {
+        **{"kind": "jpeg", "count": 4, "shown": 4, "what": "what the others become at JPEG quality 15"},
+        **{"probability": pytest.approx(0.97), "told_apart": 0.56, "action": "trained above noise level 0.4"},
+        **{"proof": "4 of 12 images are what the others become at JPEG quality 14", "examples": ["00", "01", "02"]},
+    }
 
 
 def test_files_that_went_meanwhile_are_an_error() -> None:
