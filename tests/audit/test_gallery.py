@@ -4,13 +4,13 @@ import base64
 import io
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 import torch
 from PIL import Image
 
 from audits import BAD, COUNT, overview, result, statistics
+from report_page import Page, check
 from robustdiff.audit import gallery
 from robustdiff.audit.finding import Action, Finding
 from robustdiff.audit.overview import Overview
@@ -21,39 +21,27 @@ PIXELS = torch.randint(256, (COUNT, 3, 20, 30), dtype=torch.uint8, generator=tor
 HOSTILE = ("<script>alert(1)</script>.png", '" onerror="x', "a&b.png", "\udcff.png", "\u202egnp.exe", "new\nline.png")
 
 
-class Page(HTMLParser):
-    """Tags in balance, sections with the cards of each."""
+class Gallery(Page):
+    """A page with the cards of each section."""
+
+    style = r"--by-name: \d+; --by-number: \d+"
 
     def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.cards: list[dict[str, str]] = []
-        self.cells: list[list[str]] = []
-        self.feed(text)
-        self.close()
-        assert not self.open
+        super().__init__(text)
+
+    @property
+    def cells(self) -> list[list[str]]:
+        return [row for table in self.tables for row in table]
 
     def handle_starttag(self, tag, attrs):
-        assert len({name for name, _ in attrs}) == len(attrs)
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "input"):
-            self.open.append(tag)
-        if tag == "tr":
-            self.cells.append([])
-        if tag in ("td", "th"):
-            self.cells[-1].append("")
+        super().handle_starttag(tag, attrs)
         if tag == "li" and dict(attrs).get("class") == "card":
             ranks = dict(re.findall(r"--(by-\w+): (\d+)", dict(attrs)["style"] or ""))
             self.cards.append({"name": "", "part": "", "text": "", **ranks})
 
-    def handle_endtag(self, tag):
-        if tag not in ("meta", "img", "input"):
-            assert self.open.pop() == tag
-
     def handle_data(self, data):
-        if "td" in self.open or "th" in self.open:
-            self.cells[-1][-1] += data
+        super().handle_data(data)
         if "li" in self.open and self.cards:
             self.cards[-1]["name"] += data if "bdi" in self.open else ""
             self.cards[-1]["text"] += data
@@ -64,26 +52,20 @@ class Page(HTMLParser):
         ]
 
 
-def page(of: Overview, pixels: torch.Tensor = PIXELS) -> tuple[str, Page]:
+def page(of: Overview, pixels: torch.Tensor = PIXELS) -> tuple[str, Gallery]:
     text = gallery.render(of, lambda places: pixels[list(places)])
-    return text, Page(text)
+    return text, check(text, Gallery)
 
 
 def test_the_page_needs_nothing_else_and_holds_whole_pictures() -> None:
     text, found = page(overview())
     assert text.encode()
-    assert {tag for tag, _ in found.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form"})
-    assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
     assert "prefers-color-scheme: dark" in text
-    assert "url(" not in text
     (policy,) = [tag["content"] for _, tag in found.tags if tag.get("http-equiv") == "Content-Security-Policy"]
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    assert {href.removeprefix("#") for href in found.every("a", "href")} <= set(ids)
+    assert all(href.startswith("#") for href in found.every("a", "href"))
     for source in found.every("img", "src"):
-        assert source.startswith("data:image/png;base64,")
-        with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))) as picture:
+        with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as picture:
             assert picture.size == (64, 64)
 
 
