@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from experiments.paper.results import (
 )
 from experiments.paper.toy_grid import MAIN
 from robustdiff.report.numbers import number, spread
+from robustdiff.utils.pages import template
 
 __all__ = ["MAIN", "MEASURES", "Row", "detail", "frontier_table", "load", "page", "table"]
 
@@ -250,13 +250,9 @@ def page(
     Raises:
         OSError: If a figure cannot be read.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    source = resources.files("experiments.paper").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pictures = [(path.stem.replace("-", " "), base64.b64encode(path.read_bytes()).decode("ascii")) for path in figures]
     places = [_section(rows, place) for place in dict.fromkeys(map(place_of, rows))]
-    return environment.from_string(source).render(
+    return template("experiments.paper", "page.html.jinja").render(
         title=title, notes=notes, places=places, figures=pictures, results=results
     )
 

@@ -60,12 +60,13 @@ CHANGES: Mapping[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "pillarbox": ("bars", lambda x: boxed(x.transpose(2, 3)).transpose(2, 3)),
     "white bars": ("bars", lambda x: boxed(x, colour=1.0)),
 }
+MORE = {**CHANGES, "less of two colours": ("cast", lambda x: cast(cast(x, 1), 2))}
 
 
 @pytest.mark.parametrize("share", [16, 5])
-@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("what", MORE)
 def test_pictures_that_look_otherwise_are_told_and_nothing_is_done(what: str, share: int) -> None:
-    kind, change = CHANGES[what]
+    kind, change = MORE[what]
     images, hit = exposed(), torch.arange(COUNT) % share == 0
     before = judged(images)
     assert before.groups == {}
@@ -112,6 +113,7 @@ def with_margin(images: Tensor) -> Tensor:
         (lambda x: boxed(x, 1), 0),
         (lambda x: torch.cat([boxed(x)[:, :, :16], x[:, :, 16:]], 2), 0),  # at one side
         (lambda x: torch.cat([boxed(x)[:, :, :16], boxed(x, colour=1.0)[:, :, 16:]], 2), 0),  # of two colours
+        (lambda x: torch.cat([boxed(x, 3)[:, :, :16], boxed(x, 8)[:, :, 16:]], 2), 0),  # of two widths
         (lambda x: boxed(x, 14), 0),  # little is left
         (with_margin, 0),
         (boxed, 4 / SIDE),

@@ -7,14 +7,11 @@ and clean ones that come nearest.
 from __future__ import annotations
 
 import base64
-import functools
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from itertools import zip_longest
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -25,6 +22,7 @@ from robustdiff.audit.comparison import DOUBTED
 from robustdiff.audit.overview import CLEAN, DOUBT, Line, Overview, percent, reason
 from robustdiff.audit.result import AuditResult
 from robustdiff.utils.images import thumbnail
+from robustdiff.utils.pages import template
 from robustdiff.utils.words import printable
 
 WORST, BORDERLINE, NEAREST = 12, 8, 8
@@ -75,7 +73,7 @@ def render(overview: Overview, pixels: Callable[[Sequence[int]], Tensor]) -> str
     cards = {kind: _ranked(some) for kind, some in _with_pictures(cards, pixels).items()}
     told = {line.kind: _told(line) for line in overview.lines}
     told |= dict.fromkeys(overview.suspected, "Suspected, not surely enough to act on: look yourself.")
-    text = _template().render(
+    text = template("robustdiff.audit", "gallery.html.jinja").render(
         title=f"Audit of {printable(overview.statistics.data)}",
         version=__version__,
         overview=overview,
@@ -92,15 +90,6 @@ def _told(line: Line) -> str:
     """What was found of a kind, what is done, and how sure that is."""
     sure = "decided by a rule of its own" if line.sure == "-" else f"how sure: {line.sure}"
     return f"{line.proof or line.what}. Training: {line.action}; {sure}."
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    source = resources.files("robustdiff.audit").joinpath("gallery.html.jinja")
-    return environment.from_string(source.read_text("utf-8"))
 
 
 # -- which images ------------------------------------------------------------------------------------------

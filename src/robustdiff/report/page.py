@@ -7,17 +7,14 @@ few steps does it need; what differed; what the numbers rest on.
 from __future__ import annotations
 
 import base64
-import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
 from markupsafe import Markup
 
 from robustdiff import __version__
@@ -27,6 +24,7 @@ from robustdiff.report.collecting import Evaluation, Picture, Run
 from robustdiff.report.comparing import Comparison, compare, count, settings, words
 from robustdiff.report.curves import Chart
 from robustdiff.report.numbers import number
+from robustdiff.utils.pages import template
 
 _SHEETS = {
     "nearest": "generated images and their nearest real ones",
@@ -82,7 +80,7 @@ def render(runs: Sequence[Run], title: str | None = None, *, beside: Path | None
         return quote(os.fsencode(place(path)), safe="/" if not place(path).startswith("file:") else "/:%")
 
     rows = settings(runs)
-    text = _template().render(
+    text = template("robustdiff.report", "page.html.jinja", breaks=_breaks).render(
         title=title or _title(runs),
         version=__version__,
         runs=runs,
@@ -116,16 +114,6 @@ def render(runs: Sequence[Run], title: str | None = None, *, beside: Path | None
         files=[(run, [_evaluation(evaluation) for evaluation in run.evaluations]) for run in runs],
     )
     return text.lstrip().encode(errors="backslashreplace").decode()
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["breaks"] = _breaks
-    source = resources.files("robustdiff.report").joinpath("page.html.jinja")
-    return environment.from_string(source.read_text("utf-8"))
 
 
 def _breaks(text: str) -> Markup:
