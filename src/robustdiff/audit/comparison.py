@@ -57,6 +57,9 @@ MOST = 4000
 COPIES = (300, 300, 500, 500)
 """Copies of each kind that each round learns from, those of trusted images that earlier rounds made among them."""
 FOLDS = 3
+EACH, FEW = 3, 400
+"""Networks for each fold whose logarithms of probabilities are averaged, and in sets of how many images at most: with
+few images chance decides much; with many one does as well."""
 SET_WEIGHT = 0.25
 """Of the images of the set beside all copies."""
 TRUST = (0.75, 0.65, 0.55, 0.5)
@@ -191,11 +194,20 @@ class _Rounds:
         self.generator = torch.Generator().manual_seed(0)
         self.features = self._statistics(len(self.places), lambda at: load([self.places[at]])[0])
         count = len(self.places)
+        self.possible = self._possible()
         self.learnt = torch.arange(0, count, -(-count // MOST))
         self.fold = torch.randint(FOLDS, (count,), generator=self.generator)
         self.made: dict[int, _Copies] = {}  # of each kind, 1 ... K
         self.proven: set[int] = set()
         self.asked = list(range(1, 1 + len(self.kinds)))
+
+    def _possible(self) -> Tensor:
+        """Which images may have which kind of damage at all, bool, (N, K)."""
+        found = []
+        for first in range(0, len(self.places), TOGETHER):
+            images = from_uint8(to_uint8(self.load(self.places[first : first + TOGETHER])))
+            found.append(torch.stack([kind.possible(images) for kind in self.kinds], 1))
+        return torch.cat(found)
 
     # -- statistics and copies -----------------------------------------------------------------------------
 
@@ -247,12 +259,17 @@ class _Rounds:
     # -- the rounds ----------------------------------------------------------------------------------------
 
     def result(self) -> Comparison:
+        while (found := self._all_rounds()) is None:
+            self.proven.clear()
+        return found
+
+    def _all_rounds(self) -> Comparison | None:
+        """What all rounds say; None if one of them left a kind out, so that they begin anew."""
         everywhere = torch.ones(len(self.places), dtype=torch.bool)
         known = self._of_all_kinds(everywhere, COPIES[0])
         judged = self._judge(known, everywhere, None, 0)
         if self._leave_out_what_is_usual(judged):
-            known = self._of_all_kinds(everywhere, COPIES[0])
-            judged = self._judge(known, everywhere, None, 0)
+            return None
         explained = self._explained(judged, known)
         for number in range(1, len(TRUST)):
             trusted = judged[:, 0] >= math.log(TRUST[number - 1])
@@ -262,16 +279,21 @@ class _Rounds:
                 trusted = judged[:, 0] >= judged[self.learnt, 0].median()
             known = self._of_all_kinds(trusted, COPIES[number])
             judged = self._judge(known, trusted, judged if number >= OWN_SHARES_FROM else None, number)
+            if self._leave_out_what_is_usual(judged):
+                return None
         return self._read(judged.exp().double(), trusted, known)
 
     def _leave_out_what_is_usual(self, judged: Tensor) -> bool:
         """Do not look for what pictures may have of themselves, where much of the set seems to have it."""
         kind = judged[self.learnt, 1:].argmax(1)
         seem = judged[self.learnt, 0] < math.log(TRUST[0])
-        for number, one in enumerate(self.kinds, 1):
-            if one.usual and float((seem & (kind == number - 1)).double().mean()) > USUAL:
-                self.asked.remove(number)
-        return len(self.asked) < len(self.kinds)
+        usual = [
+            number
+            for number in self.asked
+            if self.kinds[number - 1].usual and float((seem & (kind == number - 1)).double().mean()) > USUAL
+        ]
+        self.asked = [number for number in self.asked if number not in usual]
+        return bool(usual)
 
     def _judge(self, copies: _Copies, trusted: Tensor, before: Tensor | None, seed: int) -> Tensor:
         """Logarithms of probabilities, (N, 1 + K): one round."""
@@ -298,7 +320,9 @@ class _Rounds:
                 )
             )
             asked.append(torch.cat([here, copied]))
-        own = torch.stack(fit_folds(known, asked, classes, seed))  # (folds, N + M, K)
+        each = EACH if len(here) <= FEW else 1
+        own = torch.stack(fit_folds(known * each, asked * each, classes, seed))  # (each x folds, N + M, K)
+        own = own.view(each, FOLDS, *own.shape[1:]).mean(0)
         fold = torch.cat([self.fold, self.fold[copies.source]])
         judged = own[fold, torch.arange(len(fold))]
         of_set, of_copies = judged[: len(here)], judged[len(here) :]
@@ -311,6 +335,7 @@ class _Rounds:
         shares = torch.tensor([SET_WEIGHT] + [1 / len(self.kinds)] * len(self.kinds))
         shares = shares / shares.sum()
         ratios = (torch.cat([of_set, of_copies]) * factor + offset).log_softmax(1) - shares.log()
+        ratios[: len(here), 1:].masked_fill_(~self.possible, -math.inf)
         if before is not None:
             _, shares = with_own_shares(ratios[self.learnt], shares)
         probability = (ratios + shares.log()).log_softmax(1)

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, gelu
 
 HIDDEN = (128, 64)
 DROPOUT = (0.5, 0.1)
-STEPS, BATCH, RATE, DECAY = 600, 256, 3e-3, 1e-2
+STEPS, BATCH, RATE, DECAY = 400, 256, 3e-3, 1e-2
 ROUNDS = 200
 LEAST_SHARE = 1e-4
 """Of a class, so that none can vanish for good."""

@@ -10,11 +10,12 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+import torch
+
 from robustdiff.audit.finding import Action, Finding, Unasked
 from robustdiff.audit.parts import REGULARISER
 
 if TYPE_CHECKING:  # it holds a result, which is made with detectors
-    import torch
     from torch import Tensor
 
     from robustdiff.audit.survey import Survey
@@ -61,6 +62,13 @@ class Detector:
             NotImplementedError: If the kind has no simulator.
         """
         raise NotImplementedError(f"{self.name} cannot be simulated")
+
+    def possible(self, images: Tensor) -> Tensor:
+        """Which images, (B, C, H, W) of 8 bit in [-1, 1], may have it at all, bool, (B,): the others never show it.
+
+        Here: all.
+        """
+        return torch.ones(len(images), dtype=torch.bool)
 
     def detect(self, survey: Survey) -> Tensor | None:
         """Which images show it, bool, shape (N,), of ``survey.left``; None: it claims none for itself.

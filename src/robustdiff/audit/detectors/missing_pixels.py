@@ -19,6 +19,8 @@ from robustdiff.audit.detector import Detector, register_detector
 from robustdiff.audit.finding import Action, Finding
 from robustdiff.audit.simulate import any_colour, corrupted, draws
 from robustdiff.audit.spectral_model import Load, batches, same_above
+from robustdiff.utils.images import from_uint8, to_uint8
+from robustdiff.utils.words import counted
 
 if TYPE_CHECKING:  # it holds a result, which fills pixels in
     from robustdiff.audit.survey import Survey
@@ -38,11 +40,16 @@ HOLED, LONE, APART = 0.02, 0.01, 0.3
 WHOLE, MOST_BLOCKS, PLACED = 0.9, 0.9, 0.8
 """Share of an image's pixels of the value that lie in whole cells; of the images of small whole cells that have larger
 ones too, if those are the blocks; how often a cell of the grid is lost at most: more is a mark at its place."""
+LARGEST_CELL, FEWEST_CELLS, CHANCE = 8, 3, 3.0
+"""Of a single image: edge of the largest cells that are asked about, how many it has at least; how many standard errors
+more company is still by chance."""
 FARTHEST, AS_OFTEN = 0.75, 0.5
 """Where surroundings are least like the value: around the farthest quarter of the pixels; how often it is there at
 least, of how often it would be if pixels were lost whatever they show."""
 HOLED_KINDS = ("holes", "impulse")
 """Kinds of simulated damage that an image with lost pixels looks like."""
+MOST_NAMED = 3
+"""Values of lost pixels that a finding names."""
 PAIRED = 512
 """Clean images on which a repair is tried, to measure it."""
 
@@ -106,7 +113,7 @@ def holes(images: Tensor, gaps: Sequence[Gap]) -> Tensor:
     their share of the image, that of independence, to 1, that of flat areas. The value must be a spike in the image's
     own histogram, too. Black and white are common in pictures: there at least :data:`LONE` of the pixels must differ
     from all of their neighbours by :data:`APART`, and from the median of their 3 x 3 neighbourhood by three times the
-    neighbours' spread; lost are then those that differ from that median.
+    neighbours' spread; lost are then those that differ from that median. Where they lie as by chance, all are lost.
 
     Blocks are lost where :data:`WHOLE` of the pixels of the value fill cells of the grid; the company that cells keep
     was asked of the set (:func:`find`), and of black and white ones it is of the image, too.
@@ -126,9 +133,36 @@ def holes(images: Tensor, gaps: Sequence[Gap]) -> Tensor:
         elif abs(value) == 1:
             enough = _share(here) >= LONE
             found[enough] |= _impulses(images[enough], here[enough], value)
+            found |= here & ((_share(here) >= HOLED) & _by_chance(*company(here)))[:, None, None]
         else:
             believed = (_share(here) >= HOLED) & _scattered(*company(here)) & _spike(images, here, value)
             found |= here & believed[:, None, None]
+    return found
+
+
+def in_one(image: Tensor) -> list[Gap]:
+    """What may be lost pixels of one image, (C, H, W), by its own values alone: scattered pixels, or scattered cells.
+
+    Values are asked that the image has more of than of those next to them, each in cells of 1 to :data:`LARGEST_CELL`
+    pixels. Black and white pixels, of which pictures have many, must lie as by chance.
+    """
+    images = image[None]
+    found = []
+    share = grey_histogram(images).double() / image[0].numel()
+    for place in (share >= HOLED).nonzero().flatten().tolist():
+        value = place / 255 - 1
+        here = having(images, value)
+        if not bool(_spike(images, here, value)):
+            continue
+        alone = _by_chance(*company(here)) if abs(value) == 1 else _scattered(*company(here))
+        if bool(alone):
+            found.append(Gap(value))
+            continue
+        for block in range(LARGEST_CELL, 1, -1):
+            cell, _, believed = _in_cells(images, here, value, block)
+            if bool(believed & _scattered(*company(cell))) and int(cell.sum()) >= FEWEST_CELLS:
+                found.append(Gap(value, block))
+                break
     return found
 
 
@@ -166,6 +200,11 @@ def _share(here: Tensor) -> Tensor:
 def _scattered(share: Tensor, pairs: Tensor, first: Tensor) -> Tensor:
     """Whether pixels or cells keep so little company that they were lost."""
     return pairs / first.clamp(min=1) < share + COMPANY * (1 - share)
+
+
+def _by_chance(share: Tensor, pairs: Tensor, first: Tensor) -> Tensor:
+    """Whether pixels keep no more company than independent ones may, by chance."""
+    return pairs / first.clamp(min=1) < share + CHANCE * (share * (1 - share) / first.clamp(min=1)).sqrt()
 
 
 def _spike(images: Tensor, here: Tensor, value: float) -> Tensor:
@@ -324,29 +363,33 @@ class MissingPixels(Detector):
         value, block = any_colour(1, rng).item() / 127.5 - 1, int(rng.choice([1, 1, 2, 3, 4]))
         return corrupted(image, generator, "missing", amount=strength, value=value, block=block)
 
+    def possible(self, images: Tensor) -> Tensor:
+        """Where a value is that may stand for lost pixels: see :func:`in_one`."""
+        return torch.tensor([bool(in_one(image)) for image in images])
+
     def detect(self, survey: Survey) -> Tensor:
-        """Images with pixels of a value that may stand for lost ones, and those that look as if they had some."""
+        """Images with pixels of a value that may stand for lost ones, of the set or, if they look so, their own."""
         lost, holed = find(survey.load, survey.count)
         has_missing = holed & ~survey.blank
         if survey.compared is not None:  # what fits in with the pictures is none of it: dots, outlines, modules
             has_missing &= survey.looks_like(*HOLED_KINDS)
             lost = lost if bool(has_missing.any()) else ()
+            for place in (survey.looks_like(self.name) & ~has_missing).nonzero().flatten().tolist():
+                own = in_one(from_uint8(to_uint8(survey.load(range(place, place + 1))))[0])
+                has_missing[place] = bool(own)
+                lost = tuple(dict.fromkeys((*lost, *own)))
         survey.add(lost=lost, has_missing=has_missing)
         if lost:
             share = survey.each(lambda images: holes(images, lost).flatten(1).double().mean(1))
             survey.add(signs={**survey.result.signs, "lost": torch.where(has_missing, share, 0.0)})
-        looks = survey.shows(self)
-        return has_missing if looks is None else has_missing | looks
+        return has_missing
 
     def measure(self, survey: Survey, shows: Tensor | None) -> None:
         """They are filled in, and used where the same repair of clean images no longer shows.
 
-        Where the pixels were not found, they are used where the damage no longer shows.
         If none is whole, the repair is tried on repaired ones, each with the lost pixels of the next.
         """
-        if shows is not None and bool((unknown := shows & ~survey.result.has_missing).any()):
-            survey.add_simulated(self, unknown)
-        if shows is None or not bool((shows := shows & survey.result.has_missing).any()):
+        if shows is None or not bool(shows.any()):
             return
         energies, lost = survey.energies, survey.result.lost
         holed, whole = (mask.nonzero().flatten()[:PAIRED].tolist() for mask in (shows, survey.yardstick))
@@ -359,6 +402,8 @@ class MissingPixels(Detector):
         kinds = [f"pixels of the value {one.value:.3g}" for one in lost if one.block == 1]
         large = [one for one in lost if one.block > 1]
         kinds += [f"blocks of {one.block} x {one.block} of the value {one.value:.3g}" for one in large]
+        if len(kinds) > MOST_NAMED:
+            kinds = [*kinds[:MOST_NAMED], counted(len(kinds) - MOST_NAMED, "other value")]
         what = f"scattered {' and '.join(kinds)}"
         finding = Finding(self.name, int(shows.sum()), what, Action.FILLED_IN, level, measured_on=len(pairs))
         survey.add(finding, shows, min_sigma=survey.used_above(level, shows))
