@@ -258,3 +258,14 @@ def test_a_set_from_end_to_end(
     assert found["wavelet"]["false"] <= 1
     assert found["peak_mb"] > 100
     assert "| scenes 32 RGB | 80 | 50% |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_drawings_beside_damage_stay_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flat areas and dots of drawings are no rectangles, words or lost pixels, however few others are trusted."""
+    monkeypatch.setattr(command, "plan", lambda folders, scale: [Row("mixture", "cartoons", 32, 3, 200, 0.4)])
+    asked(monkeypatch, "--output", str(tmp_path / "out.json"))
+    (found,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert found["false"]["either"] <= 2
+    assert found["false"]["filled_pixels"] == 0
+    assert sum(part["found"] for kind in found["kinds"].values() for part in kind.values()) >= 50

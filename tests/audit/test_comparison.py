@@ -105,6 +105,25 @@ def test_damage_that_is_usual_is_damage(name: str, strength: float) -> None:
     assert float(damaged[~hit].float().mean()) <= 0.1
 
 
+@pytest.mark.slow
+def test_what_an_image_cannot_have_is_not_found() -> None:
+    """Noisy images, of which a kind says that only the first half may have its damage."""
+
+    class Sometimes(type(KINDS["noise"])):
+        name = "sometimes"
+
+        def possible(self, images: Tensor) -> Tensor:
+            return images[:, 0, 0, 0] > 0
+
+    images, generator = scenes(80).clone(), seeded(2)
+    for i in range(0, 80, 2):
+        images[i] = KINDS["noise"].simulate(images[i], 0.2, generator)
+    images[:40, :, 0, 0], images[40:, :, 0, 0] = 1.0, -1.0
+    found = compare(loaded(from_uint8(to_uint8(images))), range(80), [Sometimes(), KINDS["blur"]])
+    assert int((found.damaged[:40:2] >= comparison.FOUND).sum()) >= 18
+    assert float(found.probability[40:, 1].max()) == 0.0
+
+
 def test_what_can_be_compared() -> None:
     """Enough images, large enough, grey or of three channels, and something to compare with."""
     kinds = list(KINDS.values())

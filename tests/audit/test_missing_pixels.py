@@ -9,8 +9,10 @@ from torch import Tensor
 
 from fields import natural
 from helpers import normal, seeded
+from robustdiff.audit import audit
 from robustdiff.audit.detectors import missing_pixels
 from robustdiff.audit.detectors.missing_pixels import Gap
+from robustdiff.audit.finding import Action
 from robustdiff.data.corruption import Corruption, corrupt
 from robustdiff.data.dataset import from_uint8, load_images
 
@@ -198,6 +200,62 @@ def test_company_counts_neighbours() -> None:
     assert share == pytest.approx(5 / 9)
     assert pairs == 2 + 2  # beside one another; above one another
     assert first == 3 + 4
+
+
+# -- in one image ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 2, 4])
+@pytest.mark.parametrize("value", [0.0, 0.3, -1.0, 1.0])
+def test_lost_pixels_show_in_a_single_image(value: float, block: int) -> None:
+    pictures = rounded(0.8 * natural(60, 32)).repeat(1, 3, 1, 1)
+    value = round((value + 1) * 127.5) / 127.5 - 1
+    holed = dirty(pictures, f"missing:amount=0.25,block={block},value={value}")
+    right = [missing_pixels.in_one(image) == [(pytest.approx(value, abs=1e-6), block)] for image in holed]
+    assert np.mean(right) >= 0.9
+    assert not any(missing_pixels.in_one(image) for image in pictures)
+
+
+def test_content_shows_no_lost_pixels_in_a_single_image() -> None:
+    """Discs and bars keep company, and fill no cells."""
+    pictures, grid = rounded(0.8 * natural(40, 32)), torch.arange(32)
+    discs, bars = pictures.clone(), pictures.clone()
+    for i in range(40):
+        discs[i, :, (grid[:, None] - 8 - i % 16).square() + (grid - 6 - i % 18).square() < 64] = -1.0
+        bars[i, :, : 4 + i % 9] = 1.0
+    assert not any(missing_pixels.in_one(image) for image in torch.cat([discs, bars]))
+
+
+@pytest.mark.parametrize("value", [-1.0, 1.0])
+def test_black_and_white_lost_by_chance_are_found_to_the_pixel_even_if_half_are(value: float) -> None:
+    """So many that hardly any stands alone."""
+    pictures = rounded(0.8 * natural(60, 32))
+    lost = torch.rand(60, 32, 32, generator=seeded(3)) < 0.5
+    holed = torch.where(lost[:, None], torch.tensor(value), pictures)
+    here = missing_pixels.holes(holed, [Gap(value)])
+    assert here.flatten(1).any(1).double().mean() >= 0.95
+    some = here.flatten(1).any(1)
+    assert here[some][lost[some]].all()
+    assert not missing_pixels.holes(pictures, [Gap(value)]).any()
+
+
+@pytest.mark.slow
+def test_a_group_of_three_is_found_and_filled() -> None:
+    """Too few for a value of the set: by the image's own values, each of its own."""
+    pictures = rounded(0.8 * natural(100, 32))
+    images, lost = pictures.clone(), torch.zeros(100, 32, 32, dtype=torch.bool)
+    for place, value in ((5, 0.2), (40, -0.4), (77, 0.6)):
+        value = round((value + 1) * 127.5) / 127.5 - 1
+        lost[place] = torch.rand(32, 32, generator=seeded(place)) < 0.3
+        images[place, :, lost[place]] = value
+    result = audit(images)
+    assert result.groups["holes"].nonzero().flatten().tolist() == [5, 40, 77]
+    assert torch.equal(result.has_missing, result.groups["holes"])
+    found = missing_pixels.holes(images[[5, 40, 77]], result.lost)
+    assert (found & ~lost[[5, 40, 77]]).double().mean() < 0.01
+    assert found[lost[[5, 40, 77]]].all()
+    (finding,) = [one for one in result.findings if one.kind == "holes"]
+    assert finding.action is Action.FILLED_IN
 
 
 # -- repair ------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from helpers import seeded
 from robustdiff.audit.detector import Detector, registered_detectors
+from robustdiff.audit.detectors import camera
 
 KINDS = {kind.name: kind for kind in registered_detectors() if kind.strengths}
 EACH = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
@@ -81,6 +82,16 @@ def test_camera_noise_has_its_standard_deviation_and_neighbours_share_it(channel
     assert torch.tensor(levels).median() == pytest.approx(0.2, rel=0.06)
     assert min(shared) > 0.05
     assert max(shared) - min(shared) > 0.3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_camera_noise_before_the_file_has_exactly_its_standard_deviation(
+    channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(camera, "compressed", lambda image, *_: image)
+    for seed in range(40):
+        noise = KINDS["camera"].simulate(torch.zeros(channels, 96, 96), 0.2, seeded(seed))
+        assert float(noise.std()) == pytest.approx(0.2, rel=1e-4)
 
 
 def test_out_of_focus_is_as_wide_as_a_gaussian() -> None:

@@ -40,9 +40,12 @@ HOLED, LONE, APART = 0.02, 0.01, 0.3
 WHOLE, MOST_BLOCKS, PLACED = 0.9, 0.9, 0.8
 """Share of an image's pixels of the value that lie in whole cells; of the images of small whole cells that have larger
 ones too, if those are the blocks; how often a cell of the grid is lost at most: more is a mark at its place."""
-LARGEST_CELL, FEWEST_CELLS, CHANCE = 8, 3, 3.0
-"""Of a single image: edge of the largest cells that are asked about, how many it has at least; how many standard errors
-more company is still by chance."""
+MANY, CHANCE = 0.25, 3.0
+"""Share of an image from which on black or white pixels are lost though few are alone, if their company is by chance:
+so many standard errors at most beyond that of independent ones."""
+FEW_SPIKES, LARGEST_CELL, FEWEST_CELLS = 4, 8, 3
+"""Of a single image: values that stand out at most, or it is a drawing; edge of the largest cells that are asked about,
+and how many of them there must be."""
 FARTHEST, AS_OFTEN = 0.75, 0.5
 """Where surroundings are least like the value: around the farthest quarter of the pixels; how often it is there at
 least, of how often it would be if pixels were lost whatever they show."""
@@ -105,7 +108,7 @@ def suspected(histogram: Tensor, pixels: int) -> list[float]:
 # -- where -----------------------------------------------------------------------------------------------
 
 
-def holes(images: Tensor, gaps: Sequence[Gap]) -> Tensor:
+def holes(images: Tensor, gaps: Sequence[Gap], many: bool = True) -> Tensor:
     """Lost pixels, bool, shape (B, H, W): those of a suspected value that lie scattered over their image.
 
     An image is believed to have holes of a value if at least :data:`HOLED` of its pixels have it and these keep no
@@ -113,7 +116,8 @@ def holes(images: Tensor, gaps: Sequence[Gap]) -> Tensor:
     their share of the image, that of independence, to 1, that of flat areas. The value must be a spike in the image's
     own histogram, too. Black and white are common in pictures: there at least :data:`LONE` of the pixels must differ
     from all of their neighbours by :data:`APART`, and from the median of their 3 x 3 neighbourhood by three times the
-    neighbours' spread; lost are then those that differ from that median. Where they lie as by chance, all are lost.
+    neighbours' spread; lost are then those that differ from that median. Where there are :data:`MANY`,
+    hardly one of which is alone, they are lost if they lie as by chance.
 
     Blocks are lost where :data:`WHOLE` of the pixels of the value fill cells of the grid; the company that cells keep
     was asked of the set (:func:`find`), and of black and white ones it is of the image, too.
@@ -121,6 +125,7 @@ def holes(images: Tensor, gaps: Sequence[Gap]) -> Tensor:
     Args:
         images: Shape (B, C, H, W).
         gaps: Of :func:`find`.
+        many: Whether that is asked; clipped noise lies so, too.
     """
     found = torch.zeros(images.shape[0], *images.shape[2:], dtype=torch.bool)
     for value, block in gaps:
@@ -133,7 +138,8 @@ def holes(images: Tensor, gaps: Sequence[Gap]) -> Tensor:
         elif abs(value) == 1:
             enough = _share(here) >= LONE
             found[enough] |= _impulses(images[enough], here[enough], value)
-            found |= here & ((_share(here) >= HOLED) & _by_chance(*company(here)))[:, None, None]
+            if many:
+                found |= here & ((_share(here) >= MANY) & _by_chance(*company(here)))[:, None, None]
         else:
             believed = (_share(here) >= HOLED) & _scattered(*company(here)) & _spike(images, here, value)
             found |= here & believed[:, None, None]
@@ -144,26 +150,29 @@ def in_one(image: Tensor) -> list[Gap]:
     """What may be lost pixels of one image, (C, H, W), by its own values alone: scattered pixels, or scattered cells.
 
     Values are asked that the image has more of than of those next to them, each in cells of 1 to :data:`LARGEST_CELL`
-    pixels. Black and white pixels, of which pictures have many, must lie as by chance.
+    pixels. An image of more than :data:`FEW_SPIKES` such values is a drawing, of which nothing is said.
     """
     images = image[None]
-    found = []
     share = grey_histogram(images).double() / image[0].numel()
-    for place in (share >= HOLED).nonzero().flatten().tolist():
-        value = place / 255 - 1
-        here = having(images, value)
-        if not bool(_spike(images, here, value)):
-            continue
-        alone = _by_chance(*company(here)) if abs(value) == 1 else _scattered(*company(here))
-        if bool(alone):
-            found.append(Gap(value))
-            continue
-        for block in range(LARGEST_CELL, 1, -1):
-            cell, _, believed = _in_cells(images, here, value, block)
-            if bool(believed & _scattered(*company(cell))) and int(cell.sum()) >= FEWEST_CELLS:
-                found.append(Gap(value, block))
-                break
-    return found
+    values = [place / 255 - 1 for place in (share >= HOLED).nonzero().flatten().tolist()]
+    values = [value for value in values if bool(_spike(images, having(images, value), value))]
+    if len(values) > FEW_SPIKES:
+        return []
+    found = (_cells_of(images, value) for value in values)
+    return [gap for gap in found if gap is not None]
+
+
+def _cells_of(images: Tensor, value: float) -> Gap | None:
+    """The largest cells of the value that lie scattered over one image, (1, C, H, W); single pixels come first."""
+    if bool(holes(images, [Gap(value)]).any()):
+        return Gap(value)
+    here = having(images, value)
+    for block in range(LARGEST_CELL, 1, -1):
+        (cell,), _, believed = _in_cells(images, here, value, block)
+        enough = int(cell.sum()) >= FEWEST_CELLS and not _rectangle(cell)
+        if enough and bool(believed & _scattered(*company(cell[None]))):
+            return Gap(value, block)
+    return None
 
 
 def having(images: Tensor, value: float) -> Tensor:
@@ -205,6 +214,11 @@ def _scattered(share: Tensor, pairs: Tensor, first: Tensor) -> Tensor:
 def _by_chance(share: Tensor, pairs: Tensor, first: Tensor) -> Tensor:
     """Whether pixels keep no more company than independent ones may, by chance."""
     return pairs / first.clamp(min=1) < share + CHANCE * (share * (1 - share) / first.clamp(min=1)).sqrt()
+
+
+def _rectangle(cell: Tensor) -> bool:
+    """Whether marked cells, (rows, columns), fill a rectangle, as those of a bar do."""
+    return int(cell.sum()) == int(cell.any(0).sum()) * int(cell.any(1).sum())
 
 
 def _spike(images: Tensor, here: Tensor, value: float) -> Tensor:
@@ -263,7 +277,7 @@ def find(load: Load, count: int) -> tuple[tuple[Gap, ...], Tensor]:
     for gap in of.values():
         if gap.block == 1 and abs(gap.value) < 1 and not _anywhere(load, count, gap):
             continue
-        here = torch.cat([holes(load(places), [gap]).flatten(1).any(1) for places in batches(count)])
+        here = torch.cat([holes(load(places), [gap], many=False).flatten(1).any(1) for places in batches(count)])
         if int(here.sum()) >= mixture.FEWEST:
             found.append(gap)
             holed = holed | here
