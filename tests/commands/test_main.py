@@ -49,6 +49,20 @@ def test_a_warning_of_a_library_is_one_line_without_its_code(
     assert capfd.readouterr().err == "robustdiff: UserWarning of library: this is no good\n"
 
 
+@pytest.mark.parametrize("kind", [DeprecationWarning, PendingDeprecationWarning])
+def test_what_a_library_will_drop_is_not_for_users(
+    kind: type[Warning], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object) -> int:
+        warnings.simplefilter("always")
+        warnings.warn("use another function", kind, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(main, "_main", run)
+    assert main.main(["corrupt"]) == 0
+    assert capfd.readouterr().err == ""
+
+
 # -- help and version --------------------------------------------------------------------------------
 
 

@@ -25,7 +25,12 @@ def show_warning(
     *where: Any,  # noqa: ANN401
     **more: Any,  # noqa: ANN401
 ) -> None:
-    """A warning as one line, without the line of code that it comes from; our own once for all processes."""
+    """A warning as one line, without the line of code that it comes from; our own once for all processes.
+
+    What a library will drop one day is for those who write programs, not for those who run them: it is not shown.
+    """
+    if issubclass(category, DeprecationWarning | PendingDeprecationWarning):
+        return
     if not issubclass(category, RobustdiffWarning):
         library = re.sub(r".*/(site|dist)-packages/|/.*", "", str(where[0])) if where else "a library"
         print(f"robustdiff: {category.__name__} of {library}: {' '.join(str(message).split())}", file=sys.stderr)
