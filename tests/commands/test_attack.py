@@ -229,8 +229,13 @@ def test_a_constant_predictor_is_not_called_robust(tmp_path: Path) -> None:
     assert {"gradient-zero", "radius-unbroken", "no-spread"} <= raised(body)
     assert value(body, "displacement") is None
     assert any("radius-unbroken" in text and "not valid" in text for text in body["warnings"])
+    (unbroken,) = [flag for flag in body["details"]["flags"] if flag["name"] == "radius-unbroken"]
+    assert (unbroken["measured"], unbroken["value"]) == (False, None)
+    assert any("radius-unbroken was not measured (generated images do not differ" in text for text in body["warnings"])
     page = render(collect([tmp_path]) if (tmp_path / "evaluation").exists() else collect([_beside(tmp_path)]))
     assert "not valid (gradient-zero" in page
+    assert "not measured" in page
+    assert "radius-unbroken" not in page[page.index("not valid (gradient-zero") :].partition(")")[0]
 
 
 def _beside(folder: Path) -> Path:
@@ -258,6 +263,7 @@ def test_every_flag_that_compares_is_raised_by_what_it_is_for() -> None:
     assert Flag("no-spread", 0.0).raised
     assert Flag("gradient-zero", float("nan")).raised
     assert Flag("gradient-zero", float("nan")).to_json()["value"] is None
+    assert Flag("gradient-zero", float("nan")).to_json()["measured"]
 
 
 def test_the_document_of_flags_is_about_these_flags() -> None:

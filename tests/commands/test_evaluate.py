@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,108 @@ def test_the_floor_is_real_against_real_of_the_same_size(sets) -> None:
     for value in quality.values:
         if value.interval is not None:
             assert value.interval[0] <= value.value <= value.interval[1]
+
+
+def test_a_part_of_a_set_is_drawn_at_random(tmp_path, capsys) -> None:
+    """Of a folder with a class a subfolder, -n 30 of 60: both classes, each seed another part, said."""
+    half = [pictures(N // 2, seed) // 4 + dark for seed, dark in ((1, 0), (2, 190))]
+    for name, images in zip(("a", "b"), half, strict=True):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / "mine" / name / f"{i:03d}.png")
+    np.save(tmp_path / "real.npy", np.concatenate([pictures(N, 3) // 4, pictures(N, 4) // 4 + 190]))
+
+    def distance(*more: str) -> tuple[float, str]:
+        folder = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        arguments = ("--reference", str(tmp_path / "real.npy"), "--training", "none", "-o", str(folder), *more)
+        assert evaluate(str(tmp_path / "mine"), *arguments) == 0
+        (found,) = results(folder, "quality")
+        return found["values"]["FD-pixels"]["value"], found["protocol"]["generated"]["sha256"]
+
+    whole, part, other = distance(), distance("-n", "30"), distance("-n", "30", "--seed", "1")
+    assert "note: 30 of the 60 images of mine are judged, drawn at random" in capsys.readouterr().out
+    assert part[0] < whole[0] + 5  # one class alone is 40 away
+    assert part[1] != other[1]
+    assert distance("-n", "30") == part
+
+
+def test_classes_are_drawn_as_often_as_the_reference_has_them(tmp_path, monkeypatch, capsys) -> None:
+    """By name: a model of ant, bee and cat against 24 bees and 6 ants; by flag as in training, or equally often."""
+
+    def folder(name: str, **classes: int) -> str:
+        for place, (kind, count) in enumerate(classes.items()):
+            (tmp_path / name / kind).mkdir(parents=True)
+            for i, image in enumerate(pictures(count, place)):
+                Image.fromarray(image).save(tmp_path / name / kind / f"{i:03d}.png")
+        return str(tmp_path / name)
+
+    (tmp_path / "unet.json").write_text(json.dumps(TINY_UNET))
+    run = str(tmp_path / "run")
+    arguments = ["--images", "16", "--batch-size", "8", "--ddpm-num-steps", "100", "--ddpm-num-inference-steps", "10"]
+    arguments += [
+        "--model-config-name-or-path",
+        str(tmp_path / "unet.json"),
+        "--class-conditional",
+        "--output-dir",
+        run,
+    ]
+    assert cli.main(["train", folder("data", ant=10, bee=10, cat=20), *arguments]) == 0
+    reference, seen = folder("real", bee=24, ant=6, dog=2), []
+    inputs = importlib.import_module("robustdiff.evaluation.inputs")
+    draw = inputs.draw
+    monkeypatch.setattr(
+        inputs, "draw", lambda config, pipeline, labels: seen.append(labels) or draw(config, pipeline, labels)
+    )
+
+    def drawn(*more: str) -> dict[int, int]:
+        out = str(tmp_path / f"out{len(seen)}")
+        more = ("--reference", reference, "--training", "none", "-n", "20", "--steps", "2", "-o", out, *more)
+        assert evaluate(run, *more) == 0
+        return Counter(seen[-1])
+
+    capsys.readouterr()
+    assert drawn() == {0: 4, 1: 16}
+    said = "note: classes are drawn as often as the reference has them (but for 2 images of classes that it was not"
+    assert said in capsys.readouterr().out
+    assert drawn("--class-proportions", "training") == {0: 5, 1: 5, 2: 10}
+    assert drawn("--class-proportions", "equal") == {0: 7, 1: 7, 2: 6}
+    reference = folder("plain", x=30)
+    assert drawn() == {0: 5, 1: 5, 2: 10}  # it knows none of the classes: as in training
+    assert "note: classes are drawn as often as the training images had them" in capsys.readouterr().out
+
+
+def test_a_reference_all_alike_leaves_the_other_metrics(sets, tmp_path, capsys) -> None:
+    values = values_of(sets["fresh"], {**sets, "reference": sets["one"]}, tmp_path)
+    assert values["diversity"] is None
+    assert values["FD-pixels"] > 1
+    assert capsys.readouterr().out.count("diversity is not defined for these images") == 1
+
+
+def test_the_same_images_on_both_sides_are_told(sets, tmp_path, capsys) -> None:
+    values_of(sets["replay"], {**sets, "reference": sets["training"]}, tmp_path)
+    assert f"{N} of the {N} images judged are images of the reference" in capsys.readouterr().out
+    values_of(sets["fresh"], sets, tmp_path / "other")
+    assert "are images of the reference" not in capsys.readouterr().out
+
+
+def test_jpeg_against_png_is_told(sets, tmp_path, capsys) -> None:
+    for kind in ("jpg", "png"):
+        (tmp_path / kind).mkdir()
+        for i, image in enumerate(pictures(N, 3)):
+            Image.fromarray(image).save(tmp_path / kind / f"{i:03d}.{kind}")
+    said = "100% of the images judged are JPEG files, and 0% of the reference"
+    for reference, expected in (("png", 1), ("jpg", 0)):
+        values_of(str(tmp_path / "jpg"), {**sets, "reference": str(tmp_path / reference)}, tmp_path / reference / "out")
+        assert capsys.readouterr().out.count(said) == expected
+
+
+def test_mirrored_copies_are_found(sets, tmp_path) -> None:
+    mirrored = tmp_path / "mirrored.npy"
+    np.save(mirrored, np.load(sets["training"])[:, :, ::-1])
+    more = ("--training", sets["training"])
+    values = values_of(str(mirrored), sets, tmp_path, "memorisation", *more)
+    assert values["near-copies"] == 1
+    assert values["near-copies above null"] > 0.9
 
 
 def test_what_a_result_of_a_run_carries(run, sets, tmp_path, capsys) -> None:
@@ -331,7 +434,7 @@ def test_the_neighbour_search_shows_how_far_it_is(sets, tmp_path, monkeypatch) -
     more = ("--training", sets["training"], "--held-out", sets["held_out"])
     assert evaluate(sets["fresh"], "--reference", sets["reference"], *more, "-o", str(tmp_path / "out")) == 0
     found = {bar.desc.rstrip(": "): (bar.n, bar.total) for bar in bars}
-    # two searches of 2 m + n rows and the distances within four sets; n + m twice, in pixels and in features
-    rows, copies = 2 * (2 * 2 * N + N) + 2 * (N + 2 * N), 2 * (N + 2 * N)
+    # two searches of 2 m + n rows and the distances within four sets; n + m thrice: pixels, mirrored, features
+    rows, copies = 2 * (2 * 2 * N + N) + 2 * (N + 2 * N), 3 * (N + 2 * N)
     assert found["neighbours"] == (rows, rows)  # a bar that is not shown counts nothing
     assert found["copies"] == (copies, copies)

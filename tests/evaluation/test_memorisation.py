@@ -46,6 +46,21 @@ def test_replayed_training_images_are_caught_to_the_last(noise: int) -> None:
     assert excess[1][1] == 1
 
 
+def test_mirrored_copies_are_found_beside_others() -> None:
+    """Each training image counts once, at the lesser of its two distances."""
+    generated = torch.cat([pixels(60, 5), TRAINING[[7, 7, 9]].flip(1), TRAINING[[3]]])
+    found = find_copies(generated, TRAINING, HELD_OUT, mirrored=(generated.flip(1), HELD_OUT.flip(1)))
+    assert found.by_ratio.flagged == 4
+    assert found.copied == ((7, 2), (3, 1), (9, 1))
+    near = torch.minimum(*(torch.cdist(x.double(), TRAINING.double()) for x in (generated, generated.flip(1))))
+    near = near.sort(1).values
+    torch.testing.assert_close(found.ratio, near[:, 0] / near[:, 1])
+    torch.testing.assert_close(found.relative, near[:, 0] / near[:, :50].mean(1))
+    assert find_copies(generated, TRAINING, HELD_OUT).by_ratio.flagged == 1
+    with pytest.raises(ValueError, match="mirrored images must have the shape of held_out"):
+        find_copies(generated, TRAINING, HELD_OUT, mirrored=(generated, None))
+
+
 def test_copies_are_counted_among_originals() -> None:
     generated = torch.cat([pixels(60, 5), TRAINING[[7, 7, 9]]])
     found = find_copies(generated, TRAINING, HELD_OUT)

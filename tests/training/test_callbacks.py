@@ -152,6 +152,30 @@ def test_an_evaluation_that_cannot_be_is_refused_when_it_is_made(here, changes, 
         EvaluationCallback(here, reference, open_extractor("pixels"), **{"every": 1, **changes})
 
 
+def test_an_evaluation_that_fails_never_ends_training(here, monkeypatch, capfd) -> None:
+    """It is said, counted, and written; the weights are those of a run without."""
+    count = []
+
+    def failing(*arguments, **settings):
+        count.append(1)
+        if len(count) in (2, 3):
+            raise RuntimeError("no kernel image\nis available")
+        return compute_metrics(*arguments, **settings)
+
+    monkeypatch.setattr(evaluation, "compute_metrics", failing)
+    assert train(here, "run", *during(here)) == 0
+    found = lines(here, "run")
+    assert [line.get("failed") for line in found] == [None, *["no kernel image is available"] * 2, None]
+    assert [bool(line["values"]) for line in found] == [True, False, False, True]
+    said = capfd.readouterr().err
+    assert "step 6: the evaluation failed (no kernel image is available), 1 time so far: training goes on" in said
+    assert "step 9: the evaluation failed (no kernel image is available), 2 times so far: training goes on" in said
+    assert train(here, "without") == 0
+    weights = [load_file(here / name / "unet/diffusion_pytorch_model.safetensors") for name in ("run", "without")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert main.main(["report", str(here / "run"), "-o", str(here / "report.html")]) == 0
+
+
 def test_a_value_that_is_not_finite_is_written_as_null_and_training_goes_on(here, monkeypatch, capfd) -> None:
     def spoilt(*arguments, **settings):
         quality = compute_metrics(*arguments, **settings)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -287,8 +288,22 @@ def test_previews_and_evaluations_draw_what_is_trained(config, known, tmp_path, 
     np.save(tmp_path / "real.npy", np.random.default_rng(0).integers(0, 256, (28, 8, 8), dtype=np.uint8))
     many = {"evaluate_every": "8", "evaluate_reference": str(tmp_path / "real.npy"), "evaluate_n": 14}
     done = train(tuned(config, known, data, tmp_path / "run", images="8", **many))
-    assert drawn == [[0, 2] * 7, [0, 2] * 2]
-    assert class_labels(SampleConfig(str(done), n=3), 3) == [0, 2, 0]  # as evaluate and attack draw, too
+    judged, shown = drawn
+    assert Counter(judged) == {0: 7, 2: 7}  # as often as the training images have them: the reference has no classes
+    assert shown == [0, 2] * 2
+    assert class_labels(SampleConfig(str(done), n=3), 3) == [0, 2, 0]  # as attack draws, too
+
+
+def test_evaluations_draw_classes_as_often_as_their_reference_has_them(config, known, tmp_path, drawn) -> None:
+    data, real = classes_of(tmp_path / "data", "ant", "zebra"), tmp_path / "real"
+    for name, count in (("zebra", 12), ("ant", 4)):
+        (real / name).mkdir(parents=True)
+        for i in range(count):
+            noise = np.random.default_rng([i, count]).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(noise).save(real / name / f"{i}.png")
+    many = {"evaluate_every": "8", "evaluate_reference": str(real), "evaluate_n": 16}
+    train(tuned(config, known, data, tmp_path / "run", images="8", **many))
+    assert Counter(drawn[0]) == {0: 4, 2: 12}
 
 
 def test_a_class_whose_images_are_all_left_out_is_not_drawn(config: TrainConfig, tmp_path: Path) -> None:

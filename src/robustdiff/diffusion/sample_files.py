@@ -187,6 +187,15 @@ def trained_classes(run: str, classes: int) -> list[int]:
     return [i for i in trained if isinstance(i, int) and 0 <= i < classes] or list(range(classes))
 
 
+def class_counts(run: str, classes: int) -> dict[int, int]:
+    """How many images of each class ``run`` was trained on, by number; empty if it does not say."""
+    account = _account(run)
+    counts = account["data"].get("classes") if isinstance(account.get("data"), dict) else None
+    found = list(counts.values()) if isinstance(counts, dict) else []
+    known = all(isinstance(count, int) and count >= 0 for count in found)
+    return dict(enumerate(found[:classes])) if known and any(found[:classes]) else {}
+
+
 def _account(run: str) -> dict[str, Any]:
     """``data.json`` of a run folder; empty for another program's pipeline, which knows classes by number only."""
     try:

@@ -69,6 +69,9 @@ class EvaluateConfig(Settings):
     """Also draw with these numbers of network calls, for example 5,10,20,50. Default: none."""
     few_step_schedulers: OptionalText = None
     """Samplers of --few-step, for example ddim,dpm. Default: ddim."""
+    class_proportions: Literal["reference", "training", "equal"] = "reference"
+    """How often a class-conditional pipeline draws each class: as the reference has them (if it has none of the model's
+    labels, as the training images had), as the training images had, or equally often."""
     scheduler: Literal["ddim", "ddpm", "dpm", "unipc", "euler"] = "ddim"
     """Sampler of a pipeline."""
     steps: SamplerSteps = 50

@@ -28,7 +28,7 @@ class MetricValue:
 
     Args:
         name: ``"FD-pixels"``, ``"FID"``, ``"KID-pixels"``, ``"precision"``, ...
-        value: The number.
+        value: The number; nan if it is not defined.
         floor: The same metric between real images and real images, or None if it was not measured.
         better: Which way is better.
         interval: 95 %, or None.
@@ -46,6 +46,8 @@ class MetricValue:
         """The entry under ``values`` of a result file, whose key is the name."""
         entry = {**asdict(self), "interval": None if self.interval is None else list(self.interval)}
         del entry["name"]
+        for name in ("value", "floor"):
+            entry[name] = entry[name] if entry[name] is not None and math.isfinite(entry[name]) else None
         return entry
 
 
@@ -247,7 +249,8 @@ def half_sampled(
         shares: Those values that are shares of rows, with the number of rows on the whole.
 
     Returns:
-        (lower, upper) by name; none of a value below zero, which no interval from zero on would hold.
+        (lower, upper) by name; none of a value below zero, which no interval from zero on would hold, and none of one
+        that is not defined, for the whole or for some half.
 
     Raises:
         ValueError: If a set is too small or not finite, or there are too few repeats.
@@ -263,9 +266,9 @@ def half_sampled(
     quantile = float(student.ppf(0.975, repeats - 1))
     found = {}
     for name, value in whole.items():
-        if value < 0:
-            continue
         half_width = quantile * float(torch.tensor([half[name] for half in halves], dtype=torch.float64).std())
+        if value < 0 or not math.isfinite(value + half_width):
+            continue
         lower, upper = max(value - half_width, 0.0), value + half_width
         if shares is not None and name in shares:
             least, most = clopper_pearson(round(value * shares[name]), shares[name])

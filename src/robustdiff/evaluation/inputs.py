@@ -30,14 +30,22 @@ from robustdiff.diffusion.pipeline import (
     weights_sha256,
     without_accelerator,
 )
-from robustdiff.diffusion.sample_files import class_labels, draw
+from robustdiff.diffusion.sample_files import class_counts, class_names, draw, trained_classes
+from robustdiff.evaluation.class_proportions import counts_of, in_proportion
 from robustdiff.evaluation.config import EvaluateConfig
 from robustdiff.evaluation.distributed import share
-from robustdiff.evaluation.metrics import check_enough, timesteps_of
+from robustdiff.evaluation.metrics import check_enough, drawn, timesteps_of
 from robustdiff.utils import atomic_io
 from robustdiff.utils.errors import RobustdiffWarning, UsageError
+from robustdiff.utils.words import counted
 
 DEFAULT_N = 1000
+WHOSE = {
+    "reference": "as often as the reference has them",
+    "training": "as often as the training images had them",
+    "equal": "equally often",
+}
+"""Proportions of classes, in words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +59,7 @@ class Generated:
         few_step: uint8 images from the same seeds by (scheduler, steps), for `few_step`.
         pipeline: None for images as given.
         remarks: What a reader must know of them.
+        jpeg: Share of them that are JPEG by the names of their files; None if files have no names.
     """
 
     images: Tensor
@@ -59,6 +68,7 @@ class Generated:
     few_step: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
     pipeline: DiffusionPipeline | None = None
     remarks: Sequence[str] = ()
+    jpeg: float | None = None
 
 
 # -- what is judged ------------------------------------------------------------------------------------
@@ -66,11 +76,11 @@ class Generated:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Images to come: their size is known before they are drawn or read."""
+    """Images to come: their size is known before they are drawn or read; drawing looks at the reference's classes."""
 
     size: tuple[int, int]
     channels: int
-    load: Callable[[], Generated]
+    load: Callable[[ImageDataset], Generated]
 
 
 def _is_pipeline(run: str) -> bool:
@@ -84,7 +94,7 @@ def open_generated(config: EvaluateConfig) -> Source:
         UsageError: If ``run`` is neither a pipeline nor images, or a flag does not fit it.
     """
     if not _is_pipeline(config.run):
-        given = ("steps", "scheduler", "relabel", "sigma_floor", "floor_shape", "few_step")
+        given = ("class_proportions", "steps", "scheduler", "relabel", "sigma_floor", "floor_shape", "few_step")
         defaults = {field.name: field.default for field in dataclasses.fields(EvaluateConfig)}
         for name in given:
             if getattr(config, name) != defaults[name]:
@@ -94,12 +104,17 @@ def open_generated(config: EvaluateConfig) -> Source:
         if count > len(images):
             raise UsageError(f"`n` {count}: {config.run} has {len(images)} images; lower it")
         check_enough("`run`", count)
-        judged = images.images[:count]
+        part = count < len(images)
+        judged = images.images[drawn(len(images), count, config.seed) if part else slice(None)]
         about = {"source": name_of(images.source), "sha256": _sha256(judged), "skipped": len(images.skipped)}
-        given_as = Generated(
-            judged, {**about, "conversions": dict(images.notes)}, None, remarks=left_out("`run`", images)
-        )
-        return Source(images.size, images.channels, lambda: given_as)
+        remarks = left_out("`run`", images)
+        if part:
+            remarks.append(
+                f"{count} of the {len(images)} images of {name_of(images.source)} are judged, drawn at random"
+            )
+        conversions = {"conversions": dict(images.notes)}
+        given_as = Generated(judged, {**about, **conversions}, None, remarks=remarks, jpeg=jpeg_share(images))
+        return Source(images.size, images.channels, lambda _: given_as)
     pipeline = load_pipeline(config.run)
     denoiser = Denoiser.of(pipeline)
     size, channels = denoiser.size, denoiser.channels
@@ -110,10 +125,10 @@ def open_generated(config: EvaluateConfig) -> Source:
     for steps in config.few_step_counts():
         for name in config.few_step_samplers():
             make_scheduler(name, pipeline.scheduler, steps)  # says what does not fit before anything is drawn
-    return Source(size, channels, lambda: _drawn(config, pipeline))
+    return Source(size, channels, lambda reference: _drawn(config, pipeline, reference))
 
 
-def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated:
+def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline, reference: ImageDataset) -> Generated:
     """Images of a pipeline, on all processes; kept, so that another extractor need not draw them again."""
     weights = weights_sha256(pipeline)
     asked = SampleConfig(
@@ -127,14 +142,14 @@ def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated:
         sigma_floor=config.sigma_floor,
         floor_shape=config.floor_shape,
     )
-    labels = class_labels(asked, Denoiser.of(pipeline).num_classes)
+    labels, whose = _classes(config, asked.n, Denoiser.of(pipeline).num_classes, reference)
     folder = output_folder(config) / "drawn"
 
     def drawing(scheduler: str, steps: int) -> Tensor:
         this = dataclasses.replace(asked, scheduler=cast(Any, scheduler), steps=steps)  # validate() knows the names
         key = {**dataclasses.asdict(this), "run": weights, "batch_size": None, "overwrite": None}
         if labels is not None:
-            key["classes"] = sorted(set(labels))
+            key["classes"] = labels
         path = folder / f"{scheduler}-{steps}-n{this.n}-{digest(key)}.npy"
         state = PartialState(cpu=without_accelerator())
         found = _kept(path, this.n) if state.is_main_process else None
@@ -168,7 +183,43 @@ def _drawn(config: EvaluateConfig, pipeline: DiffusionPipeline) -> Generated:
         "ema": _settings(config.run).get("use_ema"),
     }
     about = {"source": name_of(config.run), "sha256": _sha256(images), "weights": weights}
-    return Generated(images, about, sampler, others, pipeline)
+    if labels is not None:
+        about["classes"] = whose
+    remarks = [f"classes are drawn {whose}"] if labels is not None else []
+    return Generated(images, about, sampler, others, pipeline, remarks)
+
+
+def _classes(
+    config: EvaluateConfig, n: int, classes: int | None, reference: ImageDataset
+) -> tuple[list[int] | None, str]:
+    """The class of each image to draw, and whose proportions these are, in words; None without classes.
+
+    Raises:
+        UsageError: If the training images' proportions are asked for, and the run does not know them.
+    """
+    if classes is None:
+        if config.class_proportions != "reference":
+            raise UsageError(f"`class_proportions`: {config.run} is not class-conditional, leave it out")
+        return None, ""
+    trained = trained_classes(config.run, classes)
+    counts = {
+        "reference": counts_of(reference, class_names(config.run), classes) or {},
+        "training": class_counts(config.run, classes),
+        "equal": dict.fromkeys(trained, 1),
+    }
+    asked = config.class_proportions
+    if asked == "training" and not counts[asked]:
+        raise UsageError(
+            f"`class_proportions` training: {config.run} does not say how many it had of each; leave it out"
+        )
+    for whose in list(counts)[list(counts).index(asked) :]:
+        known = {number: count for number, count in counts[whose].items() if number in trained and count}
+        if known:
+            total = len(reference) if whose == "reference" else sum(counts[whose].values())
+            other = total - sum(known.values())
+            left = f" (but for {counted(other, 'image')} of classes that it was not trained on)" if other else ""
+            return in_proportion(known, n, config.seed), WHOSE[whose] + left
+    raise AssertionError("some class was trained")
 
 
 def _kept(path: Path, n: int) -> Tensor | None:
@@ -183,6 +234,20 @@ def _kept(path: Path, n: int) -> Tensor | None:
         _warn(f"{path} is damaged: its images are drawn again")
         return None
     return images
+
+
+def jpeg_share(images: ImageDataset) -> float | None:
+    """Share of a set that is JPEG by the names of the files; None if they are not named."""
+    suffixes = [Path(name).suffix.lower() for name in images.names]
+    return None if not all(suffixes) else sum(one in (".jpg", ".jpeg") for one in suffixes) / len(suffixes)
+
+
+def shared_images(generated: Tensor, reference: ImageDataset) -> int:
+    """How many generated images, uint8 (n, C, H, W), are images of the reference, pixel for pixel."""
+    rows = range(0, len(reference), 256)
+    parts = (reference.images[range(first, min(first + 256, len(reference)))] for first in rows)
+    there = {_sha256(image) for part in parts for image in part}
+    return sum(_sha256(image) in there for image in generated)
 
 
 def left_out(flag: str, images: ImageDataset) -> list[str]:

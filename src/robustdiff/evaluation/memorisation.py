@@ -170,6 +170,7 @@ def find_copies(
     held_out: Tensor | None,
     *,
     features: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    mirrored: tuple[Tensor, Tensor | None] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     progress: Progress | None = None,
 ) -> Memorisation:
@@ -192,8 +193,10 @@ def find_copies(
         training: All training images, shape (N, d), at least two of them distinct.
         held_out: Real images that were not trained on, shape (m, d); None: no null, no relative test.
         features: The same images in the same order as features, shapes (n, k), (N, k) and (m, k), for the histogram.
+        mirrored: The generated and the held-out images left for right, as ``generated`` and ``held_out``: a training
+            image is then as near as the nearer of the two, so that mirrored copies are found. Features are not asked.
         chunk_bytes: As in :func:`robustdiff.evaluation.neighbours.k_nearest`.
-        progress: Told of finished rows; ``n + m`` in all, twice with features.
+        progress: Told of finished rows; ``n + m`` in all, as often again with features, and with mirrored images.
 
     Raises:
         ValueError: If shapes do not fit, numbers are not finite, or all training images are equal.
@@ -208,14 +211,23 @@ def find_copies(
     if len(kept) < 2:
         raise ValueError("memorisation needs at least two different training images")
 
-    def score(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if mirrored is not None:
+        for name, x, image in zip(("generated", "held_out"), mirrored, (generated, held_out), strict=True):
+            if (None if x is None else x.shape) != (None if image is None else image.shape):
+                raise ValueError(f"mirrored images must have the shape of {name}")
+
+    def score(x: Tensor, flipped: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         count = min(NEIGHBOURHOOD, len(kept))
         distances, indices = k_nearest(x, training[kept], count, chunk_bytes=chunk_bytes, progress=progress)
+        if flipped is not None:
+            others = k_nearest(flipped, training[kept], count, chunk_bytes=chunk_bytes, progress=progress)
+            distances, indices = _nearer(distances, indices, *others)
         nearest = distances[:, 0]
         return nearest / distances[:, 1], nearest / distances.mean(1), kept[indices[:, 0]]
 
-    ratio, relative, nearest = score(generated)
-    null = None if held_out is None else score(held_out)
+    flipped, null_flipped = mirrored or (None, None)
+    ratio, relative, nearest = score(generated, flipped)
+    null = None if held_out is None else score(held_out, null_flipped)
     copies = ratio < RATIO_THRESHOLD
     order = ratio.argsort(stable=True)[:SHOWN].tolist()
     times = torch.bincount(nearest[copies], minlength=len(training))
@@ -231,6 +243,25 @@ def find_copies(
         copied=tuple((i, int(times[i])) for i in most if times[i] > 0),
         repeated=len(training) - len(kept),
     )
+
+
+def _nearer(distances: Tensor, indices: Tensor, others: Tensor, their_indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The k nearest of two lists of k, each row once, at its lesser distance; all of shape (n, k), ascending.
+
+    What is among the k nearest by the lesser distance is so in one of the two lists.
+    """
+    count = distances.shape[1]
+    both, where = torch.cat([distances, others], 1), torch.cat([indices, their_indices], 1)
+    order = both.argsort(dim=1, stable=True)
+    both, where = both.gather(1, order), where.gather(1, order)
+    by_place = where.argsort(dim=1, stable=True)  # of equal places the nearer stays first
+    sorted_places = where.gather(1, by_place)
+    again = torch.zeros_like(where, dtype=torch.bool)
+    again[:, 1:] = sorted_places[:, 1:] == sorted_places[:, :-1]
+    twice = torch.zeros_like(again).scatter(1, by_place, again)
+    both = both.masked_fill(twice, torch.inf)
+    first = both.argsort(dim=1, stable=True)[:, :count]
+    return both.gather(1, first), where.gather(1, first)
 
 
 def _check_features(

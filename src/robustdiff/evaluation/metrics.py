@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -197,7 +198,7 @@ def compute_metrics(
     fake, real = generated.values, reference.values
     n, m, d = len(fake), len(real), real.shape[1]
     if held_out is not None:
-        base, other = held_out.values[:n], real
+        base, other = some(held_out.values, n, seed), real
         floor = f"{len(base)} held-out real images against the {m} of the reference"
     else:
         generator = torch.Generator().manual_seed(derive_seed("floor", seed))
@@ -235,6 +236,11 @@ def compute_metrics(
                 about = {"floor_n": [len(base), len(other)], **one.about}
                 interval = around.get(name) if one.interval is None else one.interval
                 label, better = metric.label(name, extractor), metric.better[name]
+                if not math.isfinite(value):
+                    warnings.append(
+                        f"{label} is not defined for these images (are all of the reference alike, as {extractor.name} "
+                        f"sees them?): it is left out, the other values stay"
+                    )
                 if any(label == other.name for other in values):
                     raise ValueError(f"metric {type(metric).__name__}: {label!r} is taken; choose another name")
                 values.append(MetricValue(label, value, floors[name], better, interval, about))
@@ -263,6 +269,23 @@ def _numbers(metric: Metric, found: Mapping[str, float]) -> dict[str, float]:
 
 def _computed(metric: Metric, fake: Tensor, real: Tensor) -> dict[str, float]:
     return _numbers(metric, metric.compute(fake, real))
+
+
+def some(rows: Tensor, n: int, seed: int) -> Tensor:
+    """At most ``n`` of the rows, drawn at random: files come class by class, so the first ones would be of a kind.
+
+    Args:
+        rows: Shape (m, ...).
+        n: How many; all of them, in their order, if there are no more.
+        seed: Of the draw.
+    """
+    return rows if n >= len(rows) else rows[drawn(len(rows), n, seed)]
+
+
+def drawn(count: int, n: int, seed: int) -> list[int]:
+    """``n`` different places of ``count``, in random order."""
+    generator = torch.Generator().manual_seed(derive_seed("part", seed))
+    return torch.randperm(count, generator=generator)[:n].tolist()
 
 
 def check_enough(what: str, count: int) -> None:

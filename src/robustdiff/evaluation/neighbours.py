@@ -5,6 +5,7 @@ Distances are Euclidean, in float64, a block of rows at a time: memory does not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -164,7 +165,7 @@ def diversity(
 ) -> float:
     """:func:`mean_distance` of generated images divided by that of real ones: 1 for equal laws, 0 for one image.
 
-    Above 1 is no better than below: noise is diverse.
+    Above 1 is no better than below: noise is diverse. Not a number if all real images are alike.
     """
     of_generated, of_real = (mean_distance(x, chunk_bytes=chunk_bytes, progress=progress) for x in (generated, real))
-    return of_generated / of_real
+    return of_generated / of_real if of_real else math.nan

@@ -25,12 +25,14 @@ from robustdiff.evaluation.features import Features, default_cache
 from robustdiff.evaluation.inputs import (
     Generated,
     digest,
+    jpeg_share,
     left_out,
     load_real,
     load_training,
     name_of,
     open_generated,
     output_folder,
+    shared_images,
 )
 from robustdiff.evaluation.memorisation import find_copies
 from robustdiff.evaluation.metrics import Quality, compute_metrics, few_step_curve
@@ -42,6 +44,8 @@ from robustdiff.utils.resources import check_launcher
 
 RESHAPED = ("reduced", "enlarged", "cropped to a square", "colour reduced to grey", "grey expanded to RGB")
 """Conversions of ``data/dataset.py`` that change what is compared."""
+COMPRESSED_APART = 0.5
+"""Difference of the shares of JPEG files from which on a reader is warned."""
 
 
 def evaluate(config: EvaluateConfig) -> list[Path]:
@@ -67,7 +71,7 @@ def evaluate(config: EvaluateConfig) -> list[Path]:
     real = load_real(config, "reference", resolution, channels, size)
     held_out = load_real(config, "held_out", resolution, channels, size) if config.held_out else None
     training, missing = load_training(config, resolution, channels, size)
-    evaluation = _Evaluation(config, folder, source.load(), real, held_out, training, missing)
+    evaluation = _Evaluation(config, folder, source.load(real), real, held_out, training, missing)
     # All features first: processes part here, and none may wait for the first one to search neighbours.
     features = [evaluation.extract(extractor) for extractor in extractors]
     release()
@@ -142,7 +146,8 @@ class _Evaluation:
     def _quality(self, extractor: Extractor, fake: Features, real: Features, quality: Quality, started: float) -> Path:
         protocol = self._protocol(extractor, fake, quality.floor)
         values = {value.name: value.to_json() for value in quality.values}
-        warnings = [*quality.warnings, *self._conversions(), *([self.missing] if self.missing else [])]
+        more = [self.missing] if self.missing else []
+        warnings = [*quality.warnings, *self._conversions(), *self._unlike(), *more]
         path = self._path("quality", extractor, protocol)
         _, nearest = k_nearest(
             fake.values[: contact_sheets.ROWS], real.values, min(contact_sheets.NEAREST, len(real.values))
@@ -167,6 +172,22 @@ class _Evaluation:
                 )
         return told
 
+    def _unlike(self) -> list[str]:
+        """What makes a distance another one than that of two laws: the same images, or other compression."""
+        told = []
+        if same := shared_images(self.generated.images, self.real):
+            told.append(
+                f"{same} of the {len(self.generated.images)} images judged are images of the reference, pixel for "
+                "pixel: distances are too small, and intervals and floors do not hold for them; compare with others"
+            )
+        mine, theirs = self.generated.jpeg, jpeg_share(self.real)
+        if mine is not None and theirs is not None and abs(mine - theirs) > COMPRESSED_APART:
+            told.append(
+                f"{mine:.0%} of the images judged are JPEG files, and {theirs:.0%} of the reference: compression alone "
+                "moves every distance; save both alike"
+            )
+        return told
+
     def _copying(
         self, extractor: Extractor, fake: Features, real: Features, training: Features, started: float
     ) -> Path:
@@ -180,12 +201,14 @@ class _Evaluation:
                 "against; name others with `reference`"
             )
         features = (fake.values, training.values, null_features)
-        with bar("copies", 2 * (len(fake.values) + (0 if null is None else len(null))), "row") as tell:
+        shown, of_null = self.generated.images, None if null is None else null.images[:]
+        with bar("copies", 3 * (len(shown) + (0 if of_null is None else len(of_null))), "row") as tell:
             found = find_copies(
-                _flat(self.generated.images),
+                _flat(shown),
                 _flat(self.training.images[:]),
-                None if null is None else _flat(null.images[:]),
+                None if of_null is None else _flat(of_null),
                 features=features,
+                mirrored=(_flat(shown.flip(-1)), None if of_null is None else _flat(of_null.flip(-1))),
                 progress=tell,
             )
         null_of = f"{len(self.real)} images of the reference, scored like generated ones"

@@ -155,12 +155,19 @@ def _raised(line: Line) -> list[dict[str, Any]]:
     return [flag for flag in line.evaluation.details.get("flags", []) if flag["raised"]]
 
 
+def _measured(flag: Mapping[str, Any]) -> bool:
+    return bool(flag.get("measured", True))
+
+
 def _verdict(line: Line) -> tuple[str, bool]:
     flags = line.evaluation.details.get("flags", [])
-    raised = _raised(line)
+    raised = [flag for flag in _raised(line) if _measured(flag)]
     wrong = [flag["name"] for flag in raised if flag.get("invalid", True)]
     if wrong:
         return f"not valid ({', '.join(wrong)})", False
+    unknown = [flag["name"] for flag in flags if not _measured(flag)]
+    if unknown:
+        return f"not known to be valid ({', '.join(unknown)} not measured)", False
     if not flags:
         return "no flags were computed", False
     weak = f"; a stronger attack may exist ({', '.join(flag['name'] for flag in raised)})" if raised else ""
@@ -172,14 +179,17 @@ def _flags(lines: Sequence[Line]) -> list[Table]:
         [
             flag["name"],
             line.title,
-            "not measured" if flag.get("value") is None else number(float(flag["value"])),
+            ("no number" if _measured(flag) else "not measured")
+            if flag.get("value") is None
+            else number(float(flag["value"])),
             "-" if flag.get("limit") is None else f"{flag['limit']:g}",
             " · ".join(filter(None, (words(flag.get("raised_when") or ""), words(flag.get("text") or "")))),
         ]
         for line in lines
         for flag in _raised(line)
     ]
-    return [Table("flags raised", ["flag raised", "run", "value", "limit", "raised when"], rows)] if rows else []
+    header = ["flag raised, or not measured", "run", "value", "limit", "raised when"]
+    return [Table("flags raised", header, rows)] if rows else []
 
 
 def _chart(name: str, lines: Sequence[Line]) -> Chart | None:

@@ -24,6 +24,7 @@ from robustdiff.diffusion.networks import (
 )
 from robustdiff.diffusion.pipeline import load_pipeline
 from robustdiff.diffusion.schedule import NoiseSchedule
+from robustdiff.evaluation.class_proportions import counts_of
 from robustdiff.evaluation.extractors import open_extractor
 from robustdiff.evaluation.metrics import LEAST
 from robustdiff.losses.denoising import DenoisingLoss
@@ -222,8 +223,17 @@ def build_evaluation(
         seed=config.seed,
         steps=steps,
         batch_size=config.eval_batch_size,
-        classes=classes,
+        classes=_drawn_as(reference, images, classes),
     )
+
+
+def _drawn_as(reference: ImageDataset, images: ImageDataset, classes: Sequence[int]) -> dict[int, float]:
+    """How often each class is drawn: as the reference has them; if its labels are others, as the training images."""
+    for shown in (reference, images):
+        counts = counts_of(shown, images.classes, len(images.classes)) or {}
+        if trained := {number: float(count) for number, count in counts.items() if number in classes and count}:
+            return trained
+    return dict.fromkeys(classes, 1.0)
 
 
 def _initial_pipeline(config: TrainConfig, data: ImageDataset) -> DiffusionPipeline:

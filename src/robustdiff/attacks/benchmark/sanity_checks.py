@@ -72,7 +72,8 @@ class Flag:
 
     Attributes:
         name: One of :data:`RAISED_WHEN`.
-        value: What was measured; None if it was not (see ``text``), which counts as raised.
+        value: What was measured; None if it was not (see ``text``): the result is then as little to be believed as
+            if the flag were raised.
         text: What it was measured on, if there is something to say.
     """
 
@@ -95,6 +96,7 @@ class Flag:
             "name": self.name,
             "raised": self.raised,
             "invalid": self.raised and self.name not in INFORMATIVE,
+            "measured": self.value is not None,
             "value": self.value if finite else None,
             "limit": LIMITS[self.name],
             "raised_when": RAISED_WHEN[self.name],

@@ -186,7 +186,7 @@ def _value(moved: Tensor | None, unit: float | None) -> dict[str, Any]:
     if moved is None or unit is None:
         return {"value": None, "floor": None, "better": "neither", "interval": None, "about": {}}
     mean, error = float(moved.mean()) / unit, float(moved.std()) / len(moved) ** 0.5 / unit
-    interval = [mean - NORMAL_95 * error, mean + NORMAL_95 * error]
+    interval = [max(0.0, mean - NORMAL_95 * error), mean + NORMAL_95 * error]  # a distance is never negative
     about = {"n": len(moved), "largest": float(moved.max()) / unit, "smallest": float(moved.min()) / unit}
     return {"value": mean, "floor": None, "better": "lower", "interval": interval, "about": about}
 
@@ -199,6 +199,9 @@ def _mean_root(values: Tensor, unit: float | None) -> list[float]:
 def sentence(flag: Flag) -> str:
     """A raised flag as a warning."""
     told = flag.to_json()
-    value = "not measured" if told["value"] is None else f"{told['value']:.3g}, limit {told['limit']:g}"
+    if flag.value is None:
+        why = f" ({flag.text})" if flag.text else ""
+        return f"flag {flag.name} was not measured{why}: the result counts as not valid"
+    value = "no number" if told["value"] is None else f"{told['value']:.3g}, limit {told['limit']:g}"
     weight = "the result is not valid" if told["invalid"] else "a stronger attack may exist"
     return f"flag {flag.name} ({value}): {weight}; raised when {told['raised_when']}"

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.diffusion.pipeline import sample, save_pipeline, to_uint8
-from robustdiff.diffusion.sample_files import in_turn
+from robustdiff.evaluation.class_proportions import in_proportion
 from robustdiff.evaluation.extractors import Extractor
 from robustdiff.evaluation.features import Features, default_cache, extract
 from robustdiff.evaluation.metrics import KernelDistance, compute_metrics
@@ -23,6 +23,8 @@ from robustdiff.training.callbacks.pipeline import check_pipeline, memory_explai
 from robustdiff.training.metrics import JsonlLog
 from robustdiff.utils import atomic_io
 from robustdiff.utils.errors import RobustdiffWarning
+from robustdiff.utils.signals import Interrupted
+from robustdiff.utils.words import counted
 
 if TYPE_CHECKING:
     from robustdiff.training.run import TrainingRun
@@ -47,7 +49,7 @@ class EvaluationCallback(Callback):
         seed: Of the images.
         steps: Network calls per image; divides the timesteps.
         batch_size: Images per call.
-        classes: Numbers of those drawn in turn, if the network is conditional.
+        classes: Number of each class that is drawn, and how often beside the others, if the network is conditional.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class EvaluationCallback(Callback):
         seed: int = 0,
         steps: int = 50,
         batch_size: int = 64,
-        classes: Sequence[int] = (),
+        classes: Mapping[int, float] | None = None,
     ) -> None:
         """Look at the reference, so that what is wrong with it is known before training.
 
@@ -75,7 +77,9 @@ class EvaluationCallback(Callback):
             if value < least:
                 raise ValueError(f"EvaluationCallback needs {name} >= {least}, got {value}")
         self.folder, self.extractor, self.every, self.n = Path(folder), extractor, every, n
-        self.seed, self.steps, self.batch_size, self.classes = seed, steps, batch_size, classes
+        self.seed, self.steps, self.batch_size = seed, steps, batch_size
+        self.labels = in_proportion(classes, n, seed) if classes else None
+        self.failed = 0
         self.reference = self._features(reference)
         kernel = KernelDistance().label("kernel", extractor)
         self.metric = {"fd": extractor.metric, "kid": kernel}[metric]
@@ -99,9 +103,24 @@ class EvaluationCallback(Callback):
             return
         run.check_finite()
         if run.is_main:
-            with run.averaged(), memory_explained("evaluating", run.step):
-                run.say(self.measure(run.pipeline, run.step, run.images))
+            with run.averaged():
+                run.say(self._judged(run))
         run.restart_clock()
+
+    def _judged(self, run: TrainingRun) -> str:
+        """What :meth:`measure` says; if it fails, that: an evaluation never ends the training that it is for."""
+        try:
+            with memory_explained("evaluating", run.step):
+                return self.measure(run.pipeline, run.step, run.images)
+        except Interrupted:
+            raise
+        except Exception as error:
+            self.failed += 1
+            reason = atomic_io.one_line(error)
+            self.lines.write({"step": run.step, "images": run.images, "n": self.n, "values": {}, "failed": reason})
+            message = f"step {run.step}: the evaluation failed ({reason}), {counted(self.failed, 'time')} so far: "
+            warnings.warn(message + "training goes on", RobustdiffWarning, stacklevel=2)
+            return f"step {run.step}: not evaluated"
 
     def on_sync(self, run: TrainingRun) -> None:
         """Bring the lines onto the disk."""
@@ -125,7 +144,7 @@ class EvaluationCallback(Callback):
             seed=self.seed,
             steps=self.steps,
             batch_size=self.batch_size,
-            class_labels=in_turn(self.classes, self.n) if self.classes else None,
+            class_labels=self.labels,
         )
         quality = compute_metrics(self._features(to_uint8(images), cached=False), self.reference, intervals=False)
         values = {value.name: _finite(value.to_json()) for value in quality.values}
