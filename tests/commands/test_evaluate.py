@@ -269,6 +269,7 @@ def test_what_a_result_of_a_run_carries(run, sets, tmp_path, capsys) -> None:
     training = np.array(Image.open(run / "evaluation" / "training.png"))
     assert training.shape == (7 * 64 + 6, 7 * 64 + 6)
     assert np.array_equal(training[:64:8, :64:8], pictures(N, 1)[0])
+    assert np.array_equal(training[-64::8, -64::8], pictures(N, 1)[48 * N // 49])  # evenly spread, to the end
     (copying,) = results(run / "evaluation", "memorisation")  # the training images are those of the run
     assert copying["protocol"]["training"]["count"] == N
     (curves,) = results(run / "evaluation", "few-step")

@@ -41,17 +41,18 @@ def _save(blocks: Sequence[Tensor], columns: Sequence[int], path: Path) -> None:
     part.replace(path)
 
 
-def nearest_sheet(generated: Images, reference: Images, nearest: Tensor, path: Path) -> None:
+def nearest_sheet(generated: Images, reference: Images, shown: Sequence[int], nearest: Tensor, path: Path) -> None:
     """Write rows of a generated image and its nearest real ones, the nearest first.
 
     Args:
         generated: uint8 (n, C, H, W).
         reference: uint8 (m, C, H, W), the same size.
-        nearest: Indices into the reference, shape (rows, k); row i belongs to generated image i.
+        shown: Generated images, one a row.
+        nearest: Indices into the reference, shape (rows, k), of each of them.
         path: PNG to write.
     """
-    rows, k = nearest.shape
-    _save([generated[:rows], _picked(reference, nearest.flatten().tolist())], [1, k], path)
+    k = nearest.shape[1]
+    _save([_picked(generated, shown), _picked(reference, nearest.flatten().tolist())], [1, k], path)
 
 
 def pairs_sheet(generated: Images, training: Images, pairs: Sequence[tuple[int, int, float]], path: Path) -> None:
@@ -86,14 +87,20 @@ def attacked_sheet(clean: Images, attacked: Images, path: Path) -> None:
     _save([clean[: rows * columns], attacked[: rows * columns]], [columns, columns], path)
 
 
+def spread(count: int, most: int) -> list[int]:
+    """At most ``most`` places of ``count``, evenly spread: the first ones of a folder are of one class."""
+    shown = min(count, most)
+    return [place * count // shown for place in range(shown)]
+
+
 def overview(images: Images, path: Path) -> None:
-    """Write the first 49 images, seven in a row, for a look at what was trained on.
+    """Write 49 images, evenly spread, seven in a row, for a look at what was trained on.
 
     Args:
         images: uint8 (N, C, H, W), N >= 1.
         path: PNG to write.
     """
-    _save([images[:49]], [7], path)
+    _save([_picked(images, spread(len(images), 49))], [7], path)
 
 
 def _picked(images: Images, indices: Sequence[int]) -> Tensor:

@@ -149,12 +149,11 @@ class _Evaluation:
         more = [self.missing] if self.missing else []
         warnings = [*quality.warnings, *self._conversions(), *self._unlike(), *more]
         path = self._path("quality", extractor, protocol)
-        _, nearest = k_nearest(
-            fake.values[: contact_sheets.ROWS], real.values, min(contact_sheets.NEAREST, len(real.values))
-        )
+        shown = contact_sheets.spread(len(fake.values), contact_sheets.ROWS)
+        _, nearest = k_nearest(fake.values[shown], real.values, min(contact_sheets.NEAREST, len(real.values)))
         sheet = path.with_name(f"{path.stem}-nearest.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheets.nearest_sheet(self.generated.images, self.real.images, nearest, sheet)
+        contact_sheets.nearest_sheet(self.generated.images, self.real.images, shown, nearest, sheet)
         body = {"values": values, "details": {}, "sheets": {"nearest": sheet.name}, "warnings": warnings}
         return self._write(path, "quality", protocol, body, started)
 
