@@ -126,6 +126,6 @@ def test_the_experiment_measures_every_case(damage, monkeypatch) -> None:
     said: list[str] = []
     found = damage.measure(draw, [open_extractor("pixels")], None, said.append)
     assert len(said) == 19
-    assert len(found) == 19 * 7 + 20 * 2
+    assert len(found) == 19 * 10 + 20 * 2
     assert found["pixels", "noise", "0.2", "FD"] > found["pixels", "none", "0", "FD"]
     assert found["copying", "replay", "1", "near-copies"] == 1

@@ -23,6 +23,7 @@ from robustdiff.evaluation.extractors import open_extractor
 from robustdiff.evaluation.features import extract
 from robustdiff.evaluation.metrics import LEAST, compute_metrics
 from robustdiff.evaluation.model_card import BEGIN, END, UNMEASURED, fill_card
+from robustdiff.utils import progress
 from robustdiff.utils.errors import UsageError
 
 N = 60
@@ -429,13 +430,13 @@ def test_the_neighbour_search_shows_how_far_it_is(sets, tmp_path, monkeypatch) -
             super().__init__(*arguments, **options)
             bars.append(self)
 
-    module = importlib.import_module("robustdiff.evaluation.run")  # its package exports a function of that name
-    monkeypatch.setattr(module, "tqdm", Recorded)
+    monkeypatch.setattr(progress, "tqdm", Recorded)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     more = ("--training", sets["training"], "--held-out", sets["held_out"])
     assert evaluate(sets["fresh"], "--reference", sets["reference"], *more, "-o", str(tmp_path / "out")) == 0
     found = {bar.desc.rstrip(": "): (bar.n, bar.total) for bar in bars}
-    # two searches of 2 m + n rows and the distances within four sets; n + m thrice: pixels, mirrored, features
-    rows, copies = 2 * (2 * 2 * N + N) + 2 * (N + 2 * N), 3 * (N + 2 * N)
+    # for the values and for the floor: searches of 2 m + n and of 2 m rows, and distances within two sets;
+    # n + m thrice: pixels, mirrored, features
+    rows, copies = 2 * (2 * 2 * N + N) + 2 * 2 * 2 * N + 2 * (N + 2 * N), 3 * (N + 2 * N)
     assert found["neighbours"] == (rows, rows)  # a bar that is not shown counts nothing
     assert found["copies"] == (copies, copies)

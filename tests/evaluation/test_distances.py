@@ -11,7 +11,8 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from helpers import normal
+from helpers import normal, seeded
+from robustdiff.evaluation import distances
 from robustdiff.evaluation.distances import (
     MetricValue,
     clopper_pearson,
@@ -157,6 +158,15 @@ def test_kid_is_unbiased_and_its_standard_error_honest(b: tuple[float, float]) -
     assert (0.8 if truth else 1.3) < float(errors.square().mean().sqrt() / values.std()) < (1.25 if truth else 2.1)
     # in one dimension the distance of different laws is skewed, and a symmetric interval covers about 89 %
     assert float(((values - truth).abs() < 1.96 * errors).double().mean()) >= (0.8 if truth else 0.98)
+
+
+@pytest.mark.parametrize("rows", [7, 1024])
+def test_kid_of_many_subsets_at_once_is_that_of_each(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distances, "ROWS", rows)
+    a, b = normal(50, 6, seed=1), normal(40, 6, seed=2) + 0.3
+    of_a, of_b = ([torch.randperm(len(x), generator=seeded(i))[:12] for i in range(9)] for x in (a, b))
+    each = torch.stack([distances.squared_mmd(a[one], b[other]) for one, other in zip(of_a, of_b, strict=True)])
+    torch.testing.assert_close(distances._of_subsets(a, b, of_a, of_b), each, rtol=1e-10, atol=1e-12)
 
 
 def test_kid_draws_from_its_seed_alone_and_takes_subsets_of_at_most_a_thousand() -> None:

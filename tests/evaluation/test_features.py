@@ -865,3 +865,20 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert default_cache() == tmp_path / "xdg" / "robustdiff" / "features"
     monkeypatch.setenv("ROBUSTDIFF_CACHE", "~/own")
     assert default_cache() == tmp_path / "own" / "features"
+
+
+def test_the_extractor_of_the_guide_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a network that stands in: a mean over each quarter of the picture, linear, so that it can be checked."""
+    guide = (Path(__file__).parents[2] / "docs" / "guide" / "evaluate.md").read_text()
+    (code,) = [part.partition("```")[0] for part in guide.split("```python\n")[1:] if "class Extractor" in part]
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"network": network})
+    extractor = open_extractor(str(tmp_path / "features.pt"))
+    grey = torch.arange(0, 250, 10, dtype=torch.uint8)[:, None, None, None].expand(
+        -1, 1, 40, 40
+    )  # other size and number
+    found = extract(extractor, grey.contiguous(), cache=None).values
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    wanted = ((grey[:, :, 0, 0] / 255 - mean) / std).repeat_interleave(4, 1)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)  # bicubic weights in single precision

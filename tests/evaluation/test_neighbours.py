@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.integrate import quad
+from scipy.spatial.distance import cdist
+from scipy.stats import beta, binom
 from torch import Tensor
 
 from experiments.paper.linear import coverage_of_one_law
 from helpers import normal
 from robustdiff.evaluation.neighbours import (
+    clipped,
+    covered_by,
     diversity,
     k_nearest,
     mean_distance,
     prdc,
+    vendi,
 )
 
 
@@ -142,6 +149,94 @@ def test_T11_coverage_and_density_of_one_law() -> None:
 
 
 # -- diversity ---------------------------------------------------------------------------------------
+
+
+# -- clipped -----------------------------------------------------------------------------------------
+
+
+def plainly(real: np.ndarray, fake: np.ndarray, k: int) -> tuple[float, float]:
+    """The formulas, by loops: clipped density, and the mean of min(count, k) / k that clipped coverage looks up."""
+    among, across = cdist(real, real), cdist(real, fake)
+    radii = np.array([np.sort(np.delete(row, i))[k - 1] for i, row in enumerate(among)])
+    least = np.minimum(radii, np.median(radii))
+    mine = [min(sum(across[i, j] <= least[i] for i in range(len(real))), k) / k for j in range(len(fake))]
+    ideal = [min(sum(among[i, j] <= least[i] for i in range(len(real)) if i != j), k) / k for j in range(len(real))]
+    held = np.mean([min(sum(across[i] < radii[i]), k) / k for i in range(len(real))])
+    return min(float(np.mean(mine) / np.mean(ideal)), 1.0), float(held)
+
+
+@pytest.mark.parametrize("chunk_bytes", [2000, 2**26])
+@pytest.mark.parametrize(("n", "m", "d", "shift"), [(60, 45, 3, 0.0), (40, 70, 2, 0.8), (33, 20, 30, 0.3)])
+def test_clipped_is_as_its_formula_says(n: int, m: int, d: int, shift: float, chunk_bytes: int) -> None:
+    real, fake = normal(n, d, seed=1), normal(m, d, seed=2) + shift
+    real[0] *= 20  # an outlier, whose ball would hold everything
+    density, held = plainly(real.numpy(), fake.numpy(), 3)
+    found = clipped(real, fake, 3, chunk_bytes=chunk_bytes)
+    assert found["clipped density"] == pytest.approx(density, abs=1e-12)
+    assert found["clipped coverage"] == covered_by(held, n, m, 3)
+    assert 0 < found["clipped coverage"] <= 1
+
+
+@pytest.mark.parametrize(("n", "m", "k"), [(50, 40, 5), (30, 90, 2)])
+def test_the_expected_filling_of_balls_is_that_of_an_integral(n: int, m: int, k: int) -> None:
+    """Over the mass of a ball, Beta(k, n - k), of the binomial mean of min(count, k) / k."""
+    for good in (m // 4, m // 2, m):
+
+        def filled(mass: float, good: int = good) -> float:
+            counts = np.arange(good + 1)
+            mean = (np.minimum(counts, k) * binom.pmf(counts, good, mass)).sum() / k
+            return float(mean * beta.pdf(mass, k, n - k))
+
+        assert covered_by(quad(filled, 0, 1)[0], n, m, k) == pytest.approx(good / m, abs=1e-6)
+    assert covered_by(0.0, n, m, k) == 0
+    assert covered_by(1.0, n, m, k) == 1
+
+
+@pytest.mark.parametrize("good", [1.0, 0.7, 0.3, 0.0])
+def test_clipped_values_are_the_share_of_good_samples(good: float) -> None:
+    """The others lie far away. Density and coverage count from 0 to 1, precision and coverage of the usual kind not."""
+    real, fake = normal(1000, 6, seed=1), normal(1000, 6, seed=2)
+    fake[round(good * 1000) :] += 100
+    found = clipped(real, fake, 5)
+    assert found["clipped density"] == pytest.approx(good, abs=0.05)
+    assert found["clipped coverage"] == pytest.approx(good, abs=0.06)
+
+
+def test_no_sample_counts_for_others() -> None:
+    """Of ten images one is at the mean, in most balls, the others far away: density above 1, clipped a quarter.
+
+    A tenth, over what real images among themselves reach in so many dimensions, .4.
+    """
+    real = normal(500, 30, seed=1)
+    fake = torch.full((10, 30), 100.0).double()
+    fake[0] = 0
+    assert prdc(real, fake, 5)["density"] > 1
+    assert clipped(real, fake, 5)["clipped density"] == pytest.approx(0.25, abs=0.02)
+    alike = clipped(torch.ones(20, 3), torch.zeros(20, 3), 5)
+    assert alike["clipped density"] == 0
+    assert alike["clipped coverage"] == 0
+
+
+# -- diversity ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "d"), [(60, 20), (20, 60)])
+def test_vendi_is_that_of_the_kernel_matrix(n: int, d: int) -> None:
+    x = normal(n, d, seed=3).numpy()
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    values = np.linalg.eigvalsh(unit @ unit.T / n)
+    values = values[values > 1e-15]
+    assert vendi(torch.from_numpy(x)) == pytest.approx(math.exp(-(values * np.log(values)).sum()), rel=1e-9)
+
+
+def test_vendi_counts_different_images() -> None:
+    """Of k directions at right angles, equally often, whatever their lengths; one has as many as it is worth."""
+    apart = torch.eye(7).repeat(3, 1) * torch.arange(1, 22)[:, None]
+    assert vendi(apart) == pytest.approx(7)
+    assert vendi(torch.ones(9, 4)) == pytest.approx(1)
+    uneven = torch.eye(2)[[0, 0, 0, 1]]
+    assert vendi(uneven) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+    assert math.isnan(vendi(torch.zeros(3, 4)))
 
 
 def test_mean_distance_is_over_pairs_of_different_rows() -> None:

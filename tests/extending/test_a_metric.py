@@ -36,7 +36,8 @@ class MeanShift(Metric):
         """Of the means."""
         return (n + m) * d
 '''
-OWN = ["FD-pixels", "KID-pixels", "precision", "recall", "density", "coverage", "diversity"]
+OWN = ["FD-pixels", "KID-pixels", "precision", "recall", "density", "coverage"]
+OWN += ["clipped density", "clipped coverage", "vendi", "diversity"]
 
 
 def load(path: Path, text: str = FILE) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from robustdiff.diffusion.config import SampleConfig
 from robustdiff.diffusion.pipeline import (
@@ -29,6 +27,7 @@ from robustdiff.diffusion.pipeline import (
 from robustdiff.utils import atomic_io
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.images import image_grid, save_png
+from robustdiff.utils.progress import progress
 from robustdiff.utils.resources import check_launcher
 from robustdiff.utils.words import counted
 
@@ -76,7 +75,7 @@ def sample_to_files(config: SampleConfig) -> str:
 
 
 def draw(config: SampleConfig, pipeline: DiffusionPipeline, labels: Sequence[int] | None) -> Tensor | None:
-    """Draw images on all processes, with a bar on a terminal.
+    """Draw images on all processes, and say how far the first one is.
 
     Args:
         config: How many, from which seed, by which sampler.
@@ -88,8 +87,10 @@ def draw(config: SampleConfig, pipeline: DiffusionPipeline, labels: Sequence[int
     """
     state = PartialState(cpu=without_accelerator())
     pipeline.unet.to(state.device)
-    with state.split_between_processes(list(range(config.n))) as mine:
-        bar = tqdm(total=len(mine), unit="image", disable=not (state.is_main_process and sys.stderr.isatty()))
+    with (
+        state.split_between_processes(list(range(config.n))) as mine,
+        progress("drawing", len(mine), "image", shown=state.is_main_process) as tell,
+    ):
         images = sample(
             pipeline,
             mine,
@@ -101,9 +102,8 @@ def draw(config: SampleConfig, pipeline: DiffusionPipeline, labels: Sequence[int
             sigma_floor=config.sigma_floor,
             floor_shape=config.floor_shape,
             class_labels=None if labels is None else [labels[i] for i in mine],
-            progress=bar.update,
+            progress=tell,
         )
-        bar.close()
     parts = gather_object([to_uint8(images)])
     return torch.cat(parts) if state.is_main_process else None
 

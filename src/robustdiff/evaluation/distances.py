@@ -7,7 +7,7 @@ features decides what a distance may be called: see ``features.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -190,7 +190,11 @@ def kernel_distance(
     if subsets < 2:
         raise ValueError(f"subsets must be at least 2, got {subsets}")
     a, b, generator = a.double(), b.double(), torch.Generator().manual_seed(seed)
-    found = torch.stack([squared_mmd(_part(a, size, generator), _part(b, size, generator)) for _ in range(subsets)])
+    drawn = [[torch.randperm(len(x), generator=generator)[:size].to(x.device) for x in (a, b)] for _ in range(subsets)]
+    if max(len(a), len(b)) ** 2 <= subsets * size**2:
+        found = _of_subsets(a, b, [one for one, _ in drawn], [other for _, other in drawn])
+    else:
+        found = torch.stack([squared_mmd(a[one], b[other]) for one, other in drawn])
     error = (found.var() * (size / (smaller - size) + 1 / subsets)).sqrt()
     return float(found.mean()), float(error), size
 
@@ -307,6 +311,29 @@ def _within(rows: Tensor) -> Tensor:
     total = torch.stack([_kernel(part, rows).sum() for part in torch.split(rows, ROWS)]).sum()
     alone = (rows.square().sum(1) / rows.shape[1] + 1).pow(3).sum()
     return (total - alone) / (len(rows) * (len(rows) - 1))
+
+
+def _of_subsets(a: Tensor, b: Tensor, of_a: Sequence[Tensor], of_b: Sequence[Tensor]) -> Tensor:
+    """:func:`squared_mmd` of many pairs of subsets, given by places, shape (subsets,): each kernel is computed once.
+
+    With Z, of shape (subsets, n), one where a row is in a subset, the sums over subsets of a kernel matrix K are the
+    rows' sums of (Z K) * Z.
+    """
+    size = len(of_a[0])
+
+    def members(x: Tensor, places: Sequence[Tensor]) -> Tensor:
+        return torch.zeros(len(places), len(x), dtype=x.dtype, device=x.device).scatter(1, torch.stack([*places]), 1.0)
+
+    def total(x: Tensor, in_x: Tensor, y: Tensor, in_y: Tensor) -> Tensor:
+        parts = zip(torch.split(x, ROWS), torch.split(in_x, ROWS, 1), strict=True)
+        return torch.stack([((members @ _kernel(rows, y)) * in_y).sum(1) for rows, members in parts]).sum(0)
+
+    def within(x: Tensor, in_x: Tensor) -> Tensor:
+        alone = in_x @ (x.square().sum(1) / x.shape[1] + 1).pow(3)
+        return (total(x, in_x, x, in_x) - alone) / (size * (size - 1))
+
+    in_a, in_b = members(a, of_a), members(b, of_b)
+    return within(a, in_a) + within(b, in_b) - 2 * total(a, in_a, b, in_b) / size**2
 
 
 def squared_mmd(a: Tensor, b: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from robustdiff.evaluation.distances import (
 )
 from robustdiff.evaluation.features import Extractor, Features
 from robustdiff.evaluation.metric import Better, Estimate, Metric, register_metric, registered_metrics, silent
-from robustdiff.evaluation.neighbours import Progress, diversity, prdc
+from robustdiff.evaluation.neighbours import Progress, clipped, diversity, prdc, vendi
 from robustdiff.utils.errors import UsageError
 from robustdiff.utils.seeds import derive_seed
 
@@ -124,6 +124,51 @@ class Neighbours(Metric):
     def shares(self, n: int, m: int) -> dict[str, int]:
         """All but the density."""
         return {"precision": n, "recall": m, "coverage": m}
+
+
+@register_metric
+class ClippedNeighbours(Metric):
+    """Density and coverage that no single image can raise: equivalent shares of good samples."""
+
+    better: ClassVar[Mapping[str, Better]] = {"clipped density": "higher", "clipped coverage": "higher"}
+
+    def compute(self, fake: Tensor, real: Tensor, *, seed: int = 0, progress: Progress = silent) -> dict[str, float]:
+        """See :func:`~robustdiff.evaluation.neighbours.clipped`."""
+        return clipped(real, fake, NEIGHBOURS, progress=progress)
+
+    def estimate(
+        self, fake: Tensor, real: Tensor, *, seed: int = 0, progress: Progress = silent
+    ) -> dict[str, Estimate]:
+        """With the number of neighbours."""
+        found = self.compute(fake, real, progress=progress)
+        return {name: Estimate(value, about={"k": NEIGHBOURS}) for name, value in found.items()}
+
+    def rows(self, n: int, m: int) -> int:
+        """A search and a comparison."""
+        return 2 * m
+
+    def cost(self, n: int, m: int, d: int) -> float:
+        """Of a search among real images, and a comparison of all with all."""
+        return float((n + m) * m * d)
+
+    def shares(self, n: int, m: int) -> dict[str, int]:
+        """Equivalent ones."""
+        return {"clipped density": n, "clipped coverage": m}
+
+
+@register_metric
+class Vendi(Metric):
+    """How many different images a set is worth; the floor is that of real images."""
+
+    better: ClassVar[Mapping[str, Better]] = {"vendi": "neither"}
+
+    def compute(self, fake: Tensor, real: Tensor, *, seed: int = 0, progress: Progress = silent) -> dict[str, float]:
+        """See :func:`~robustdiff.evaluation.neighbours.vendi`; real images are not asked."""
+        return {"vendi": vendi(fake)}
+
+    def cost(self, n: int, m: int, d: int) -> float:
+        """Of the smaller Gram matrix, and its eigenvalues."""
+        return float(n * d * min(n, d) + 10 * min(n, d) ** 3)
 
 
 @register_metric

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
+from scipy.stats import betabinom
 from torch import Tensor
 
 from robustdiff.evaluation.distances import check_sets
@@ -138,6 +142,98 @@ def prdc(
         "density": float(balls.sum()) / (k * len(fake)),
         "coverage": covered / len(real),
     }
+
+
+def clipped(
+    real: Tensor, fake: Tensor, k: int = 5, *, chunk_bytes: int = CHUNK_BYTES, progress: Progress | None = None
+) -> dict[str, float]:
+    """Density and coverage in which no point counts more than once, calibrated: equivalent shares of good samples.
+
+    * clipped density: of each generated point the number of real balls it lies in, over k, at most 1; the mean over
+      what it is for real points among themselves, at most 1. Balls reach to the k-th neighbour, but not beyond the
+      median of these radii, so that outliers have no large ones.
+    * clipped coverage: of each real point the number of generated points in its ball, over k, at most 1; the mean is
+      turned into the share of generated images that, if good, would give it (:func:`covered_by`).
+
+    Args:
+        real: Features of real images, shape (n, d), n > k + 1.
+        fake: Of generated ones, shape (m, d).
+        k: Neighbours, >= 1.
+        chunk_bytes: As in :func:`k_nearest`.
+        progress: Told of finished rows; ``2 n`` in all.
+
+    Returns:
+        ``clipped density``, not a number if no real point lies in a ball, and ``clipped coverage``, both in [0, 1].
+
+    Raises:
+        ValueError: As :func:`k_nearest`.
+
+    Source: Salvy, Talbot and Thirion (2025).
+    """
+    check_sets(k + 2, real=real)
+    distances, nearest = k_nearest(real, real, k, chunk_bytes=chunk_bytes, exclude_self=True, progress=progress)
+    radii = distances[:, -1]
+    least = radii.clamp(max=float(radii.quantile(0.5)))
+    ideal = torch.bincount(nearest[distances <= least[:, None]], minlength=len(real)).clamp(max=k).double().mean()
+    real, fake = _centred(real, fake)
+    rounding = 1 + real.shape[1] * torch.finfo(torch.float64).eps  # as in prdc: what lies on a rim stays outside
+    real_squares, fake_squares = real.square().sum(1), fake.square().sum(1)
+    balls, held = torch.zeros(len(fake), dtype=torch.int64, device=fake.device), 0.0
+    for rows in _blocks(len(real), 8 * 2 * len(fake), chunk_bytes):
+        squares = torch.addmm(fake_squares, real[rows], fake.T, alpha=-2).add_(real_squares[rows, None])
+        balls += (squares <= least[rows, None].square()).sum(0)
+        held += float((rounding * squares < radii[rows, None].square()).sum(1).clamp(max=k).sum())
+        if progress is not None:
+            progress(len(squares))
+    density = float(balls.clamp(max=k).double().mean() / ideal) if ideal else math.nan
+    return {
+        "clipped density": min(density, 1.0) if ideal else density,
+        "clipped coverage": covered_by(held / (k * len(real)), len(real), len(fake), k),
+    }
+
+
+def covered_by(held: float, n: int, m: int, k: int) -> float:
+    """Which share of m generated points, drawn of the real law, would fill the balls of n real ones so far.
+
+    The mass of a ball to the k-th of n - 1 other points is Beta(k, n - k), so how many of j points lie in it is
+    beta-binomial, of which the mean of min(count, k) / k is known; the j for which it is ``held`` is looked up.
+
+    Args:
+        held: Mean of min(count, k) / k over the balls.
+        n: Real points.
+        m: Generated points.
+        k: Neighbours.
+
+    Source: Salvy, Talbot and Thirion (2025).
+    """
+    return float(np.interp(held, _expected(n, m, k), np.arange(m + 1) / m))
+
+
+@cache
+def _expected(n: int, m: int, k: int) -> np.ndarray[Any, Any]:
+    """Mean of min(count, k) / k in a ball, for 0 to m points: min(count, k) is how many of 0 ... k - 1 it exceeds."""
+    return np.asarray(sum(betabinom.sf(count, np.arange(m + 1), k, n - k) for count in range(k)) / k)
+
+
+def vendi(x: Tensor) -> float:
+    """Vendi score: how many different images a set is worth, from 1, all alike, to n, none like another.
+
+    The exponential of the entropy of the eigenvalues of K / n, where K holds the cosines between features.
+
+    Args:
+        x: Features, shape (n, d); not a number if those of an image are all 0, which have no direction.
+
+    Source: Friedman and Dieng (2023), Eq. 2.
+    """
+    check_sets(1, x=x)
+    rows = x.double()
+    norms = rows.norm(dim=1, keepdim=True)
+    if not bool((norms > 0).all()):
+        return math.nan
+    rows = rows / norms
+    gram = rows.T @ rows if rows.shape[1] < len(rows) else rows @ rows.T
+    shares = torch.linalg.eigvalsh(gram / len(rows)).clamp(min=0)
+    return float(torch.special.entr(shares / shares.sum()).sum().exp())
 
 
 def mean_distance(x: Tensor, *, chunk_bytes: int = CHUNK_BYTES, progress: Progress | None = None) -> float:

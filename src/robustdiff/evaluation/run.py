@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from robustdiff.data.dataset import ImageDataset
 from robustdiff.diffusion.pipeline import without_accelerator
@@ -40,6 +38,7 @@ from robustdiff.evaluation.model_card import fill_card
 from robustdiff.evaluation.neighbours import k_nearest
 from robustdiff.evaluation.result_file import write_result
 from robustdiff.utils import atomic_io
+from robustdiff.utils.progress import progress
 from robustdiff.utils.resources import check_launcher
 
 RESHAPED = ("reduced", "enlarged", "cropped to a square", "colour reduced to grey", "grey expanded to RGB")
@@ -296,12 +295,9 @@ def summary(paths: Sequence[Path]) -> str:
     return "\n".join([*lines, *(f"note: {text}" for text in warnings)])
 
 
-@contextmanager
-def bar(what: str, total: int, unit: str = "row") -> Iterator[Callable[[int], object]]:
-    """A bar on the first process's terminal; nothing elsewhere."""
-    shown = PartialState().is_main_process and sys.stderr.isatty()
-    with tqdm(total=total, unit=unit, desc=what, disable=not shown, leave=False) as bar:
-        yield bar.update
+def bar(what: str, total: int, unit: str = "row") -> AbstractContextManager[Callable[[int], object]]:
+    """How far the first process is; the others say nothing."""
+    return progress(what, total, unit, shown=PartialState().is_main_process)
 
 
 def describe(extractor: Extractor, features: Features | None) -> dict[str, Any]:
