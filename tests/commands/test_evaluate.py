@@ -295,6 +295,30 @@ def test_what_a_result_of_a_run_carries(run, sets, tmp_path, capsys) -> None:
     assert "FD-pixels" in (tmp_path / "report.html").read_text()
 
 
+def test_the_model_itself_is_asked_whether_it_copies(run, sets, tmp_path, capsys) -> None:
+    """With held-out images, which a network of two steps knows as little as those it was trained on."""
+    asked = (str(run), "--reference", sets["reference"], "-n", "20", "--steps", "2")
+    assert evaluate(*asked, "--held-out", sets["held_out"]) == 0
+    (found,) = results(run / "evaluation", "memorisation")
+    values = {name: found["values"][name] for name in ("denoising gap", "told by loss", "told by one query")}
+    assert [value["floor"] for value in values.values()] == [0, 0.5, 0.5]
+    for value in values.values():
+        assert value["interval"][0] < value["floor"] < value["interval"][1]
+        assert (value["about"]["n_training"], value["about"]["n_held_out"]) == (N, N)
+    levels = found["details"]["denoising_gap"]
+    assert [round(level["noise_to_signal"], 1) for level in levels][:4] == [0.1, 0.2, 0.5, 1.0]
+    assert all(level["training"] > 0 and 0 <= level["told"]["area"] <= 1 for level in levels)
+    assert "told by one query" in capsys.readouterr().out
+    assert cli.main(["report", str(run), "-o", str(tmp_path / "report.html")]) == 0
+    assert "denoising gap" in (tmp_path / "report.html").read_text()
+
+    assert evaluate(*asked, "--held-out", sets["replay"], "-o", str(tmp_path / "out")) == 0
+    (found,) = results(tmp_path / "out", "memorisation")
+    assert "denoising gap" not in found["values"]
+    said = f"the model itself was not asked whether it copies: {N} images of --held-out are among the training images"
+    assert said in capsys.readouterr().out
+
+
 def test_sizes_and_channels_are_brought_together(run, tmp_path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()

@@ -8,5 +8,6 @@ from .metric import Estimate as Estimate
 from .metric import Metric as Metric
 from .metric import register_metric as register_metric
 from .metrics import compute_metrics as compute_metrics
+from .model_copying import copying_of_model as copying_of_model
 from .neighbours import prdc as prdc
 from .run import evaluate as evaluate

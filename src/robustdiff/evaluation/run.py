@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from accelerate import PartialState
 from torch import Tensor
 
 from robustdiff.data.dataset import ImageDataset
+from robustdiff.data.match_model import labels_for
 from robustdiff.diffusion.pipeline import without_accelerator
+from robustdiff.diffusion.schedule import NoiseSchedule
 from robustdiff.evaluation import contact_sheets
 from robustdiff.evaluation.config import EvaluateConfig
 from robustdiff.evaluation.distributed import extract_together, release
@@ -33,13 +36,16 @@ from robustdiff.evaluation.inputs import (
     shared_images,
 )
 from robustdiff.evaluation.memorisation import find_copies
-from robustdiff.evaluation.metrics import Quality, compute_metrics, few_step_curve
+from robustdiff.evaluation.metrics import Quality, compute_metrics, drawn, few_step_curve
 from robustdiff.evaluation.model_card import fill_card
+from robustdiff.evaluation.model_copying import MOST, ModelCopying, copying_of_model
 from robustdiff.evaluation.neighbours import k_nearest
 from robustdiff.evaluation.result_file import write_result
 from robustdiff.utils import atomic_io
+from robustdiff.utils.errors import UsageError
 from robustdiff.utils.progress import progress
 from robustdiff.utils.resources import check_launcher
+from robustdiff.utils.words import counted
 
 RESHAPED = ("reduced", "enlarged", "cropped to a square", "colour reduced to grey", "grey expanded to RGB")
 """Conversions of ``data/dataset.py`` that change what is compared."""
@@ -216,7 +222,44 @@ class _Evaluation:
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheets.pairs_sheet(self.generated.images, self.training.images, found.pairs, sheet)
         body = {**found.to_json(list(self.training.names)), "sheets": {"pairs": sheet.name}, "warnings": warnings}
+        model, why = self._of_model
+        if model is not None:
+            body["values"] |= {value.name: value.to_json() for value in model.values()}
+            body["details"]["denoising_gap"] = model.to_json()
+        warnings += why
         return self._write(path, "memorisation", protocol, body, started)
+
+    @cached_property
+    def _of_model(self) -> tuple[ModelCopying | None, list[str]]:
+        """What the network itself knows of the training images; or why it was not asked."""
+        pipeline, training, held_out = self.generated.pipeline, self.training, self.held_out
+        if pipeline is None or training is None or held_out is None:
+            return None, []
+        places = [drawn(len(images), MOST, self.config.seed) for images in (training, held_out)]
+        new = held_out.images[places[1]]
+        if same := shared_images(new, training):
+            said = f"{counted(same, 'image')} of `held_out` {'is' if same == 1 else 'are'} among the training images"
+            return None, [f"the model itself was not asked whether it copies: {said}, name others"]
+        try:
+            labels = [labels_for(images, pipeline, self.config.run) for images in (training, held_out)]
+        except UsageError as error:
+            return None, [f"the model itself was not asked whether it copies: {error}"]
+        pipeline.unet.to(PartialState().device)
+        of_training, of_held_out = (
+            None if own is None else own[some] for own, some in zip(labels, places, strict=True)
+        )
+        with bar("the model itself", sum(map(len, places)), "image") as tell:
+            found = copying_of_model(
+                pipeline,
+                NoiseSchedule.from_scheduler(pipeline.scheduler),
+                training.images[places[0]],
+                new,
+                labels=(of_training, of_held_out),
+                seed=self.config.seed,
+                batch_size=self.config.batch_size,
+                progress=tell,
+            )
+        return found, []
 
     def _few_step(
         self,

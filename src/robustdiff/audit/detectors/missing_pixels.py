@@ -41,8 +41,8 @@ WHOLE, MOST_BLOCKS, PLACED = 0.9, 0.9, 0.8
 """Share of an image's pixels of the value that lie in whole cells; of the images of small whole cells that have larger
 ones too, if those are the blocks; how often a cell of the grid is lost at most: more is a mark at its place."""
 MANY, CHANCE = 0.25, 3.0
-"""Share of an image from which on black or white pixels are lost though few are alone, if their company is by chance:
-so many standard errors at most beyond that of independent ones."""
+"""Share of an image from which on black or white pixels may be lost though few are alone, if their company is by
+chance: so many standard errors at most beyond that of independent ones."""
 FEW_SPIKES, LARGEST_CELL, FEWEST_CELLS = 4, 8, 3
 """Of a single image: values that stand out at most, or it is a drawing; edge of the largest cells that are asked about,
 and how many of them there must be."""
@@ -108,7 +108,7 @@ def suspected(histogram: Tensor, pixels: int) -> list[float]:
 # -- where -----------------------------------------------------------------------------------------------
 
 
-def holes(images: Tensor, gaps: Sequence[Gap], many: bool = True) -> Tensor:
+def holes(images: Tensor, gaps: Sequence[Gap]) -> Tensor:
     """Lost pixels, bool, shape (B, H, W): those of a suspected value that lie scattered over their image.
 
     An image is believed to have holes of a value if at least :data:`HOLED` of its pixels have it and these keep no
@@ -116,8 +116,7 @@ def holes(images: Tensor, gaps: Sequence[Gap], many: bool = True) -> Tensor:
     their share of the image, that of independence, to 1, that of flat areas. The value must be a spike in the image's
     own histogram, too. Black and white are common in pictures: there at least :data:`LONE` of the pixels must differ
     from all of their neighbours by :data:`APART`, and from the median of their 3 x 3 neighbourhood by three times the
-    neighbours' spread; lost are then those that differ from that median. Where there are :data:`MANY`,
-    hardly one of which is alone, they are lost if they lie as by chance.
+    neighbours' spread; lost are then those that differ from that median.
 
     Blocks are lost where :data:`WHOLE` of the pixels of the value fill cells of the grid; the company that cells keep
     was asked of the set (:func:`find`), and of black and white ones it is of the image, too.
@@ -125,7 +124,6 @@ def holes(images: Tensor, gaps: Sequence[Gap], many: bool = True) -> Tensor:
     Args:
         images: Shape (B, C, H, W).
         gaps: Of :func:`find`.
-        many: Whether that is asked; clipped noise lies so, too.
     """
     found = torch.zeros(images.shape[0], *images.shape[2:], dtype=torch.bool)
     for value, block in gaps:
@@ -138,8 +136,6 @@ def holes(images: Tensor, gaps: Sequence[Gap], many: bool = True) -> Tensor:
         elif abs(value) == 1:
             enough = _share(here) >= LONE
             found[enough] |= _impulses(images[enough], here[enough], value)
-            if many:
-                found |= here & ((_share(here) >= MANY) & _by_chance(*company(here)))[:, None, None]
         else:
             believed = (_share(here) >= HOLED) & _scattered(*company(here)) & _spike(images, here, value)
             found |= here & believed[:, None, None]
@@ -221,6 +217,15 @@ def _rectangle(cell: Tensor) -> bool:
     return int(cell.sum()) == int(cell.any(0).sum()) * int(cell.any(1).sum())
 
 
+def _much(images: Tensor) -> Tensor:
+    """Images of which black or white fill :data:`MANY`, lying as by chance: hardly one such pixel is alone."""
+    found = torch.zeros(len(images), dtype=torch.bool)
+    for value in (-1.0, 1.0):
+        here = having(images, value)
+        found |= (_share(here) >= MANY) & _by_chance(*company(here))
+    return found
+
+
 def _spike(images: Tensor, here: Tensor, value: float) -> Tensor:
     """Whether the value is commoner in an image than those next to it, which flat areas of pictures have as well."""
     away = (images - value).abs()
@@ -277,7 +282,7 @@ def find(load: Load, count: int) -> tuple[tuple[Gap, ...], Tensor]:
     for gap in of.values():
         if gap.block == 1 and abs(gap.value) < 1 and not _anywhere(load, count, gap):
             continue
-        here = torch.cat([holes(load(places), [gap], many=False).flatten(1).any(1) for places in batches(count)])
+        here = torch.cat([holes(load(places), [gap]).flatten(1).any(1) for places in batches(count)])
         if int(here.sum()) >= mixture.FEWEST:
             found.append(gap)
             holed = holed | here
@@ -378,8 +383,8 @@ class MissingPixels(Detector):
         return corrupted(image, generator, "missing", amount=strength, value=value, block=block)
 
     def possible(self, images: Tensor) -> Tensor:
-        """Where a value is that may stand for lost pixels: see :func:`in_one`."""
-        return torch.tensor([bool(in_one(image)) for image in images])
+        """Where a value is that may stand for lost pixels (:func:`in_one`), or much black or white, as by chance."""
+        return torch.tensor([bool(in_one(image)) for image in images]) | _much(images)
 
     def detect(self, survey: Survey) -> Tensor:
         """Images with pixels of a value that may stand for lost ones, of the set or, if they look so, their own."""
@@ -396,14 +401,18 @@ class MissingPixels(Detector):
         if lost:
             share = survey.each(lambda images: holes(images, lost).flatten(1).double().mean(1))
             survey.add(signs={**survey.result.signs, "lost": torch.where(has_missing, share, 0.0)})
-        return has_missing
+        looks = survey.shows(self)
+        return has_missing if looks is None else has_missing | looks
 
     def measure(self, survey: Survey, shows: Tensor | None) -> None:
         """They are filled in, and used where the same repair of clean images no longer shows.
 
+        Where the pixels were not found, they are used where the damage no longer shows.
         If none is whole, the repair is tried on repaired ones, each with the lost pixels of the next.
         """
-        if shows is None or not bool(shows.any()):
+        if shows is not None and bool((unknown := shows & ~survey.result.has_missing).any()):
+            survey.add_simulated(self, unknown)
+        if shows is None or not bool((shows := shows & survey.result.has_missing).any()):
             return
         energies, lost = survey.energies, survey.result.lost
         holed, whole = (mask.nonzero().flatten()[:PAIRED].tolist() for mask in (shows, survey.yardstick))
